@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StrictBool,
@@ -24,8 +24,20 @@ from pydantic import (
 
 from kdcache.errors import RecipeError
 from kdcache.formats.codec import Codec, ThresholdCodec
+from kdcache.recipe_faults import describe
+from kdcache.recipe_tree import override, read_yaml, write_yaml
 
+
+def _no_boolean(value: object) -> object:
+    """Pydantic would read true as 1.0."""
+    if isinstance(value, bool):
+        raise ValueError("should be a number")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_boolean)]
 Device = Annotated[str, Field(description="auto (cuda, mps, then cpu) or a torch device name.")]
+Rate = Annotated[Number, Field(ge=0, lt=1)]
 PositiveInt = Annotated[StrictInt, Field(ge=1)]
 Identifier = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
@@ -86,7 +98,7 @@ class TeacherSection(Section):
 class PretrainedTokenizer(Section):
     """A transformers tokenizer."""
 
-    kind: Literal["pretrained"] = "pretrained"
+    kind: Literal["pretrained"] = Field("pretrained", description="Which kind this is.")
     path: str | None = Field(
         None, description="Directory or hub id; the teacher's own tokenizer without it."
     )
@@ -95,13 +107,17 @@ class PretrainedTokenizer(Section):
 class SentencePieceTokenizer(Section):
     """A SentencePiece model trained on the corpus being dumped."""
 
-    kind: Literal["sentencepiece"] = "sentencepiece"
+    kind: Literal["sentencepiece"] = Field("sentencepiece", description="Which kind this is.")
     vocab_size: PositiveInt = Field(8000, description="Pieces, the four special ones included.")
-    model_type: Literal["unigram", "bpe"] = "unigram"
+    model_type: Literal["unigram", "bpe"] = Field(
+        "unigram", description="How SentencePiece finds its pieces."
+    )
     fields: list[Identifier] = Field(
         default_factory=lambda: ["src", "tgt"], description="Corpus fields to train on."
     )
-    character_coverage: float = Field(1.0, gt=0, le=1)
+    character_coverage: Number = Field(
+        1.0, gt=0, le=1, description="Share of the characters that get a piece of their own."
+    )
     max_sentences: PositiveInt = Field(
         1_000_000, description="Train on the first this many lines of each field."
     )
@@ -110,6 +126,10 @@ class SentencePieceTokenizer(Section):
 TokenizerSection = Annotated[
     PretrainedTokenizer | SentencePieceTokenizer, Field(discriminator="kind")
 ]
+
+
+def _teacher_tokenizer() -> dict[str, PretrainedTokenizer | SentencePieceTokenizer]:
+    return {"teacher": PretrainedTokenizer()}
 
 
 class StreamSection(Section):
@@ -127,11 +147,14 @@ class StreamSection(Section):
 class LogitsSignal(Section):
     """The teacher's distribution at every target position."""
 
-    kind: Literal["logits"] = "logits"
+    kind: Literal["logits"] = Field("logits", description="Which kind this is.")
     source: Identifier = Field("src", description="Stream the teacher's encoder reads.")
     stream: Identifier = Field("tgt", description="Stream whose positions are labelled.")
-    codec: Codec = Field(default_factory=lambda: ThresholdCodec())
-    temperatures: list[Annotated[float, Field(gt=0)]] = Field(
+    codec: Codec = Field(
+        default_factory=lambda: ThresholdCodec(),
+        description="How a distribution becomes a few entries.",
+    )
+    temperatures: list[Annotated[Number, Field(gt=0)]] = Field(
         default_factory=lambda: [0.5, 1.0, 2.0, 5.0],
         description="Temperatures whose tail sums are stored, ascending, 1 among them. "
         "Any temperature between the smallest and infinity can be used later.",
@@ -148,16 +171,18 @@ class DumpSection(Section):
     """What `kdcache dump` writes."""
 
     teacher: TeacherSection | None = Field(
-        None, description="None: a cache of tokenised samples alone."
+        None, description="The model to run; without it a cache of tokenised samples alone."
     )
     tokenizers: dict[Identifier, TokenizerSection] = Field(
-        default_factory=lambda: {"teacher": PretrainedTokenizer()}
+        default_factory=_teacher_tokenizer,
+        description="Tokenizer name to where it comes from.",
     )
     streams: dict[Identifier, StreamSection] = Field(
         default_factory=lambda: {
             "src": StreamSection(field="src"),
             "tgt": StreamSection(field="tgt", target=True),
-        }
+        },
+        description="Stream name to the field and tokenizer it is made of.",
     )
     max_tokens: PositiveInt | None = Field(
         None,
@@ -218,21 +243,28 @@ class StudentSection(Section):
         return self
 
 
+WEIGHT = "Factor of the term in the sum; a term of weight 0 is not built."
+
+
 class CrossEntropyTerm(Section):
     """Mean cross-entropy with the reference tokens."""
 
-    loss: Literal["cross_entropy"] = "cross_entropy"
-    weight: float = Field(1.0, ge=0)
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    loss: Literal["cross_entropy"] = Field("cross_entropy", description="Which term this is.")
+    weight: Number = Field(1.0, ge=0, description=WEIGHT)
+    label_smoothing: Number = Field(
+        0.0, ge=0, lt=1, description="Share of the target spread evenly over all ids."
+    )
 
 
 class ForwardKLTerm(Section):
     """Mean KL(teacher || student) with the cached labels of one signal."""
 
-    loss: Literal["forward_kl"] = "forward_kl"
-    weight: float = Field(1.0, ge=0)
+    loss: Literal["forward_kl"] = Field("forward_kl", description="Which term this is.")
+    weight: Number = Field(1.0, ge=0, description=WEIGHT)
     signal: Identifier = Field("logits", description="Name of a logits signal in the cache.")
-    temperature: float = Field(1.0, gt=0)
+    temperature: Number = Field(
+        1.0, gt=0, description="Both distributions are softmax(logits / temperature)."
+    )
     temperature_squared: StrictBool = Field(
         True, description="Multiply by the temperature squared (Hinton); the NeMo slides do not."
     )
@@ -249,19 +281,25 @@ Term = Annotated[CrossEntropyTerm | ForwardKLTerm, Field(discriminator="loss")]
 class OptimizerSection(Section):
     """Adam, or AdamW with decoupled weight decay."""
 
-    name: Literal["adam", "adamw"] = "adam"
-    lr: float = Field(7e-4, gt=0, description="Peak learning rate.")
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = Field(1e-9, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    name: Literal["adam", "adamw"] = Field(
+        "adam", description="adam adds weight decay to the gradient, adamw to the update."
+    )
+    lr: Number = Field(7e-4, gt=0, description="Peak learning rate.")
+    betas: tuple[Rate, Rate] = Field(
+        (0.9, 0.98), description="Decay of the running means of gradient and square."
+    )
+    eps: Number = Field(1e-9, gt=0, description="Added to the root of the mean square.")
+    weight_decay: Number = Field(0.0, ge=0, description="Pull of the weights towards zero.")
 
 
 class ScheduleSection(Section):
     """Learning rate over steps: linear warm-up, then the named decay."""
 
-    name: Literal["inverse_sqrt", "cosine", "constant"] = "inverse_sqrt"
-    warmup_steps: StrictInt = Field(500, ge=0)
-    final_ratio: float = Field(
+    name: Literal["inverse_sqrt", "cosine", "constant"] = Field(
+        "inverse_sqrt", description="Decay after the warm-up."
+    )
+    warmup_steps: StrictInt = Field(500, ge=0, description="Steps of linear rise to the peak rate.")
+    final_ratio: Number = Field(
         0.0, ge=0, le=1, description="Cosine ends at this share of the peak rate."
     )
 
@@ -269,8 +307,8 @@ class ScheduleSection(Section):
 class ValidationSection(Section):
     """Development set scored during training."""
 
-    corpus: CorpusSection | None = Field(None, description="None: no validation.")
-    every_steps: PositiveInt = 500
+    corpus: CorpusSection | None = Field(None, description="The development set; no validation without it.")
+    every_steps: PositiveInt = Field(500, description="Optimiser steps between scorings.")
     limit_tokens: PositiveInt = Field(
         100_000, description="Score at most this many target tokens each time."
     )
@@ -288,10 +326,12 @@ class CheckpointSection(Section):
 class TrainSection(Section):
     """What `kdcache train` does."""
 
-    student: StudentSection | None = None
+    student: StudentSection | None = Field(None, description="The model that is trained.")
     source: Identifier = Field("src", description="Stream the student's encoder reads.")
     target: Identifier = Field("tgt", description="Stream the student predicts.")
-    objective: list[Term] = Field(default_factory=list)
+    objective: list[Term] = Field(
+        default_factory=list, description="Terms of the loss, which is their weighted sum."
+    )
     max_steps: PositiveInt = Field(10_000, description="Optimiser steps.")
     max_epochs: PositiveInt | None = Field(
         None, description="Stop after this many passes, if that comes before max_steps."
@@ -302,33 +342,47 @@ class TrainSection(Section):
     accumulate: PositiveInt = Field(
         1, description="Micro-batches a global batch is computed in; gradients stay exact."
     )
-    optimizer: OptimizerSection = Field(default_factory=lambda: OptimizerSection())
-    schedule: ScheduleSection = Field(default_factory=lambda: ScheduleSection())
-    clip_norm: float | None = Field(1.0, gt=0, description="Gradient norm; none: no clipping.")
+    optimizer: OptimizerSection = Field(
+        default_factory=lambda: OptimizerSection(), description="How weights move."
+    )
+    schedule: ScheduleSection = Field(
+        default_factory=lambda: ScheduleSection(), description="How the learning rate moves."
+    )
+    clip_norm: Number | None = Field(1.0, gt=0, description="Gradient norm; none: no clipping.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 autocast on cuda, float32 elsewhere."
     )
     device: Device = "auto"
-    seed: StrictInt = Field(1, ge=0)
+    seed: StrictInt = Field(1, ge=0, description="Seed of weights, dropout and order.")
     window_shards: PositiveInt = Field(4, description="Shards shuffled together.")
-    validation: ValidationSection = Field(default_factory=lambda: ValidationSection())
-    checkpoints: CheckpointSection = Field(default_factory=lambda: CheckpointSection())
+    validation: ValidationSection = Field(
+        default_factory=lambda: ValidationSection(), description="Scores during training."
+    )
+    checkpoints: CheckpointSection = Field(
+        default_factory=lambda: CheckpointSection(), description="What a run keeps."
+    )
     log_every: PositiveInt = Field(50, description="Steps between lines of metrics.jsonl.")
 
 
 class EvaluateSection(Section):
     """How `kdcache evaluate` scores."""
 
-    corpus: CorpusSection | None = None
-    checkpoint: Literal["best", "averaged", "last"] = "best"
-    num_beams: PositiveInt = 4
-    length_penalty: float = 1.0
-    max_length_ratio: float = Field(
+    corpus: CorpusSection | None = Field(None, description="The test set.")
+    checkpoint: Literal["best", "averaged", "last"] = Field(
+        "best", description="Which weights of a run: best on validation, averaged, or last."
+    )
+    num_beams: PositiveInt = Field(4, description="Beam width; 1 is greedy search.")
+    length_penalty: Number = Field(
+        1.0, description="Exponent of the length that a beam's score is divided by."
+    )
+    max_length_ratio: Number = Field(
         2.0, gt=0, description="Hypotheses stop at this many times the source tokens, plus 10."
     )
     batch_tokens: PositiveInt = Field(4096, description="Padded source tokens x beams per batch.")
     device: Device = "auto"
-    bootstrap_samples: PositiveInt = 1000
+    bootstrap_samples: PositiveInt = Field(
+        1000, description="Resamplings of the paired bootstrap between two runs."
+    )
     latency_sentences: StrictInt = Field(
         50, ge=0, description="Sentences timed one at a time; 0: none."
     )
@@ -337,34 +391,21 @@ class EvaluateSection(Section):
 class Recipe(Section):
     """A whole recipe. Each command uses its own sections."""
 
-    name: str
-    description: str = ""
+    name: str = Field(description="A short name, shown in tables.")
+    description: str = Field("", description="What it does, in a sentence.")
     corpus: CorpusSection | None = Field(None, description="What is dumped.")
-    dump: DumpSection = Field(default_factory=lambda: DumpSection())
-    train: TrainSection = Field(default_factory=lambda: TrainSection())
-    evaluate: EvaluateSection = Field(default_factory=lambda: EvaluateSection())
+    dump: DumpSection = Field(
+        default_factory=lambda: DumpSection(), description="What `kdcache dump` writes."
+    )
+    train: TrainSection = Field(
+        default_factory=lambda: TrainSection(), description="What `kdcache train` does."
+    )
+    evaluate: EvaluateSection = Field(
+        default_factory=lambda: EvaluateSection(), description="How `kdcache evaluate` scores."
+    )
 
 
 RECIPES = Path(__file__).parent / "recipes"
-
-
-class _Loader(yaml.SafeLoader):
-    """A YAML loader that refuses a mapping with the same key twice."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
-        if key in seen:
-            raise RecipeError(
-                f"line {key_node.start_mark.line + 1}: key {key!r} stands twice; keep one"
-            )
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
 def builtin_names() -> list[str]:
@@ -383,20 +424,15 @@ def load_recipe(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) ->
         RecipeError: with file and path of every fault.
     """
     path = Path(name_or_path)
-    if not path.is_file():
+    if name_or_path in builtin_names() and not path.is_file():
         path = RECIPES / f"{name_or_path}.yaml"
-        if not path.is_file():
-            raise RecipeError(
-                f"{name_or_path}: no such file and no built-in recipe of that name; "
-                f"built in: {', '.join(builtin_names())}"
-            )
+    if not path.is_file():
+        raise RecipeError(
+            f"{name_or_path}: no such file and no built-in recipe of that name; "
+            f"built in: {', '.join(builtin_names())}"
+        )
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" line {where.line + 1}:" if where else ""
-        problem = getattr(error, "problem", None) or "not YAML"
-        raise RecipeError(f"{name_or_path}:{line} {problem}") from None
+        tree = read_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise RecipeError(f"{name_or_path}: not UTF-8 at byte {error.start}") from None
     except RecipeError as error:
@@ -404,12 +440,16 @@ def load_recipe(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) ->
     if not isinstance(tree, dict):
         raise RecipeError(f"{name_or_path}: a recipe is a mapping, found {type(tree).__name__}")
     for dotted, text in overrides:
-        _override(tree, dotted, text)
+        override(tree, dotted, text)
     return parse_recipe(tree, where=name_or_path)
 
 
 def parse_recipe(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """Validate a tree of plain values.
+
+    Args:
+        tree: what a recipe file holds.
+        where: what to call it in an error.
 
     Raises:
         RecipeError: one line that names every fault by its path.
@@ -417,53 +457,9 @@ def parse_recipe(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        faults = []
-        for fault in error.errors():
-            # Discriminator values stand in pydantic's paths; they are not keys of the file.
-            keys = [str(part) for part in fault["loc"]]
-            message = fault["msg"].removeprefix("Value error, ")
-            if fault["type"] == "extra_forbidden":
-                message = "unknown key"
-            found = fault["input"]
-            shown = f" (found {found!r})" if isinstance(found, str | int | float) else ""
-            faults.append(f"{'.'.join(keys) or 'recipe'}: {message}{shown}")
-        raise RecipeError(f"{where}: {'; '.join(faults)}") from None
+        raise RecipeError(f"{where}: {describe(error, Recipe)}") from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default written out."""
-    return yaml.safe_dump(
-        recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
-    )
-
-
-def _override(tree: dict[str, Any], dotted: str, text: str) -> None:
-    """Set one value of the YAML tree by its dotted path; list items by number."""
-    try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506
-    except yaml.YAMLError:
-        raise RecipeError(f"--{dotted} {text!r}: the value is not YAML") from None
-    keys = dotted.split(".")
-    node: Any = tree
-    for depth, key in enumerate(keys):
-        last = depth == len(keys) - 1
-        at = ".".join(keys[: depth + 1])
-        if isinstance(node, list):
-            if not key.isdigit() or int(key) > len(node) or (int(key) == len(node) and not last):
-                raise RecipeError(f"--{dotted}: {at} should be an item number below {len(node)}")
-            index = int(key)
-            if last and index == len(node):
-                node.append(value)
-            elif last:
-                node[index] = value
-            else:
-                node = node[index]
-        elif isinstance(node, dict):
-            if last:
-                node[key] = value
-            else:
-                if node.get(key) is None:
-                    node[key] = {}
-                node = node[key]
-        else:
-            raise RecipeError(f"--{dotted}: {'.'.join(keys[:depth])} is {node!r}, not a section")
+    return write_yaml(recipe.model_dump(mode="json"))

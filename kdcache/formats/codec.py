@@ -20,8 +20,13 @@ WIDE_RANGE_NATS = 25.0
 
 def _fraction(value: object) -> object:
     """Let a recipe say 1/16."""
+    if isinstance(value, bool):
+        raise ValueError("should be a number")
     if isinstance(value, str) and "/" in value:
-        return float(Fraction(value.replace(" ", "")))
+        try:
+            return float(Fraction(value.replace(" ", "")))
+        except (ValueError, ZeroDivisionError):
+            raise ValueError("should be a number or a fraction such as 1/16") from None
     return value
 
 

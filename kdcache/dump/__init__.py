@@ -1,0 +1,1 @@
+"""Teachers to caches: corpus, tokens, teacher, selection, one module per signal."""

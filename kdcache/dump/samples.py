@@ -1,0 +1,363 @@
+"""Stage one of a dump: corpus to tokens to samples shards, then the manifest."""
+
+# M samples of a chunk, R rows of a batch
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdcache.corpus import RowBatch, read_corpus
+from kdcache.dump.tokenize import Tokenizer
+from kdcache.dump.versions import library_versions
+from kdcache.errors import CorpusError, IdentityError
+from kdcache.formats.cache import Cache
+from kdcache.formats.identity import CorpusDigest, StreamDigest, differences, sample_id
+from kdcache.formats.manifest import (
+    SAMPLES,
+    CommitRecord,
+    CorpusRecord,
+    Manifest,
+    ShardRecord,
+    StreamRecord,
+    TokenizerRecord,
+)
+from kdcache.formats.plan import ShardCutter
+from kdcache.formats.ragged import Ragged, concat
+from kdcache.formats.schema import STREAM_PREFIX, samples_batch, samples_schema, split_ids
+from kdcache.formats.writer import CacheWriter
+from kdcache.progress import progress
+from kdcache.recipe import CorpusSection, DumpSection, Recipe
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive samples in memory.
+
+    Attributes:
+        sample_ids: [M, 16] uint8.
+        rows: [M] int64 corpus rows.
+        fields: name to M texts.
+        streams: name to tokens, field "id" int64.
+    """
+
+    sample_ids: np.ndarray
+    rows: np.ndarray
+    fields: Mapping[str, list[str]]
+    streams: Mapping[str, Ragged]
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.rows)
+
+    def part(self, start: int, stop: int) -> Chunk:
+        """Samples [start, stop), sharing memory."""
+        streams = {
+            name: Ragged(stream.offsets[start : stop + 1], stream.fields)
+            for name, stream in self.streams.items()
+        }
+        fields = {name: texts[start:stop] for name, texts in self.fields.items()}
+        return Chunk(self.sample_ids[start:stop], self.rows[start:stop], fields, streams)
+
+    def token_counts(self) -> np.ndarray:
+        """[M] int64 tokens of each sample, all streams summed."""
+        counts: np.ndarray = np.sum([s.lengths for s in self.streams.values()], axis=0)
+        return counts
+
+
+def sample_ids_of(fields: Mapping[str, list[str]]) -> np.ndarray:
+    """[M, 16] uint8 ids of M samples, from their raw fields in order."""
+    packed = b"".join(map(sample_id, zip(*fields.values(), strict=True)))
+    return np.frombuffer(packed, dtype=np.uint8).reshape(-1, 16)
+
+
+class SampleWriter:
+    """Writes the samples of one corpus, shard by shard, and then the manifest.
+
+    Every record is created when the whole corpus has been read, so a corpus that turns out to
+    be wrong half-way leaves nothing that counts.
+    """
+
+    def __init__(
+        self,
+        writer: CacheWriter,
+        recipe: Recipe,
+        corpus: CorpusSection,
+        tokenizers: Mapping[str, Tokenizer],
+        max_tokens: int | None,
+    ) -> None:
+        """Set up an empty corpus.
+
+        Args:
+            writer: the cache, without a manifest.
+            recipe: recorded; its dump section is used.
+            corpus: what is read.
+            tokenizers: name to tokenizer, for every stream.
+            max_tokens: longest stream of a sample; None for no limit.
+        """
+        self._writer, self._recipe, self._corpus = writer, recipe, corpus
+        self._dump: DumpSection = recipe.dump
+        self._tokenizers = tokenizers
+        self._max_tokens = max_tokens
+        # Sorted, because a record's keys are: it is the order of the columns.
+        self._streams = dict(sorted(self._dump.streams.items()))
+        sizes = {
+            name: tokenizers[stream.tokenizer].vocab_size for name, stream in self._streams.items()
+        }
+        self._vocab_sizes = sizes
+        self._schema = samples_schema(list(corpus.fields), sizes)
+        self._cutter = ShardCutter(self._dump.shard_tokens)
+        self._pending: list[Chunk] = []
+        self._commits: list[CommitRecord] = []
+        self._num_samples = 0
+        self._num_rows = 0
+        self._num_tokens = dict.fromkeys(sizes, 0)
+        self._dropped = {"empty": 0, "no_tokens": 0, "too_long": 0}
+        self._corpus_digest = CorpusDigest()
+        self._stream_digests = {
+            name: StreamDigest(tokenizers[stream.tokenizer].digest)
+            for name, stream in self._streams.items()
+        }
+
+    def run(self, num_rows: int) -> Manifest:
+        """Read, tokenise and write everything.
+
+        Args:
+            num_rows: rows of the corpus, for the progress bar.
+
+        Raises:
+            CorpusError: the corpus is wrong, or no sample is left of it.
+            IdentityError: an interrupted dump wrote other samples here.
+        """
+        try:
+            with progress(num_rows, "tokenise", "row") as bar:
+                for batch in read_corpus(self._corpus):
+                    self._add(self._tokenise(batch))
+                    self._num_rows += batch.num_read
+                    self._dropped["empty"] += batch.dropped
+                    bar.update(batch.num_read)
+            if self._pending:
+                self._write_shard()
+            if not self._commits:
+                raise CorpusError(
+                    f"no sample is left of {self._num_rows} rows; dropped: {self._dropped}"
+                )
+        except BaseException:
+            self._writer.sweep()
+            raise
+        self._refuse_more()
+        for commit in self._commits:
+            self._writer.commit(commit)
+        return self._writer.write_manifest(self._manifest())
+
+    def _refuse_more(self) -> None:
+        """An interrupted dump of a longer corpus may have committed more shards."""
+        more = self._writer.committed(SAMPLES) - set(range(len(self._commits)))
+        if more:
+            raise IdentityError(
+                f"{self._writer.path}: an interrupted dump committed samples shard {max(more)}, "
+                f"this corpus has {len(self._commits)} shards: use the corpus it was begun "
+                "with, or choose another output"
+            )
+
+    def _tokenise(self, batch: RowBatch) -> Chunk:
+        """One batch of rows as samples, the rule for lengths applied."""
+        streams = {
+            name: self._tokenizers[stream.tokenizer].encode_ragged(
+                batch.fields[stream.field], stream.target
+            )
+            for name, stream in self._streams.items()
+        }
+        keep = np.ones(len(batch.rows), dtype=bool)
+        for name, stream in streams.items():
+            keep &= self._short_enough(name, batch.rows, stream.lengths)
+        self._dropped["too_long"] += int((~keep).sum())
+        empty = np.any([stream.lengths == 0 for stream in streams.values()], axis=0) & keep
+        self._dropped["no_tokens"] += int(empty.sum())
+        keep &= ~empty
+        fields = batch.fields
+        if not keep.all():
+            kept = np.flatnonzero(keep)
+            streams = {name: stream.take(kept) for name, stream in streams.items()}
+            fields = {name: [texts[i] for i in kept] for name, texts in fields.items()}
+        return Chunk(sample_ids_of(fields), batch.rows[keep], fields, streams)
+
+    def _short_enough(self, name: str, rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """[R] bool, which samples of a stream are within the limit."""
+        if self._max_tokens is None:
+            return np.ones(len(rows), dtype=bool)
+        fits: np.ndarray = lengths <= self._max_tokens
+        if self._dump.too_long == "error" and not fits.all():
+            first = int(np.flatnonzero(~fits)[0])
+            raise CorpusError(
+                f"row {rows[first]} (from 0): stream {name!r} has {lengths[first]} tokens, at "
+                f"most {self._max_tokens} are taken; shorten it, or set dump.too_long to drop"
+            )
+        return fits
+
+    def _add(self, chunk: Chunk) -> None:
+        """Take in samples; write every shard that they fill."""
+        begin = 0
+        for cut in self._cutter.cut(chunk.token_counts()):
+            self._pending.append(chunk.part(begin, cut))
+            self._write_shard()
+            begin = cut
+        self._pending.append(chunk.part(begin, len(chunk)))
+
+    def _write_shard(self) -> None:
+        """Write the pending samples as one shard."""
+        chunks = [chunk for chunk in self._pending if len(chunk)]
+        self._pending = []
+        if not chunks:
+            return
+        ids = np.concatenate([chunk.sample_ids for chunk in chunks])
+        rows = np.concatenate([chunk.rows for chunk in chunks])
+        fields = {
+            name: [text for chunk in chunks for text in chunk.fields[name]]
+            for name in chunks[0].fields
+        }
+        streams, entries = {}, {}
+        self._corpus_digest.update(ids, rows)
+        for name, vocab_size in self._vocab_sizes.items():
+            tokens = concat([_trimmed(chunk.streams[name]) for chunk in chunks])
+            streams[name] = Ragged(tokens.offsets, split_ids(tokens.fields["id"], vocab_size))
+            entries[STREAM_PREFIX + name] = int(tokens.offsets[-1])
+            self._num_tokens[name] += int(tokens.offsets[-1])
+            self._stream_digests[name].update(tokens.lengths, tokens.fields["id"])
+        start, shard = self._num_samples, len(self._commits)
+        stop = start + len(rows)
+        batch = samples_batch(self._schema, ids, rows, fields, streams)
+        part = self._writer.write_part(SAMPLES, shard, 0, start, stop, batch)
+        self._commits.append(
+            CommitRecord(
+                signal=SAMPLES,
+                shard=shard,
+                start=start,
+                stop=stop,
+                tokens=sum(entries.values()),
+                entries=entries,
+                parts=[part],
+            )
+        )
+        self._num_samples = stop
+
+    def _manifest(self) -> Manifest:
+        """The record that makes the cache one."""
+        return Manifest(
+            corpus=CorpusRecord(
+                digest=self._corpus_digest.hexdigest(),
+                num_samples=self._num_samples,
+                num_rows=self._num_rows,
+                dropped=self._dropped,
+                fields=list(self._corpus.fields),
+            ),
+            tokenizers={
+                name: TokenizerRecord(
+                    digest=tokenizer.digest,
+                    vocab_size=tokenizer.vocab_size,
+                    **tokenizer.special_ids,
+                    files=self._writer.put_tokenizer(name, tokenizer.files()),
+                )
+                for name, tokenizer in self._tokenizers.items()
+            },
+            streams={
+                name: StreamRecord(
+                    field=stream.field,
+                    tokenizer=stream.tokenizer,
+                    target=stream.target,
+                    digest=self._stream_digests[name].hexdigest(),
+                    vocab_size=self._vocab_sizes[name],
+                    num_tokens=self._num_tokens[name],
+                )
+                for name, stream in self._streams.items()
+            },
+            shard_tokens=self._dump.shard_tokens,
+            shards=[
+                ShardRecord(start=commit.start, stop=commit.stop, tokens=commit.tokens)
+                for commit in self._commits
+            ],
+            recipe=manifest_recipe(self._recipe, self._max_tokens),
+            versions=library_versions(),
+        )
+
+
+def _trimmed(stream: Ragged) -> Ragged:
+    """A slice of a stream with its own entries alone, offsets from 0."""
+    begin, end = int(stream.offsets[0]), int(stream.offsets[-1])
+    fields = {name: values[begin:end] for name, values in stream.fields.items()}
+    return Ragged(stream.offsets - begin, fields)
+
+
+def manifest_recipe(recipe: Recipe, max_tokens: int | None) -> dict[str, Any]:
+    """What a manifest says of its recipe: all that decides the samples."""
+    dump = recipe.dump.model_dump(mode="json")
+    kept = ("tokenizers", "streams", "too_long", "shard_tokens")
+    corpus = recipe.corpus.model_dump(mode="json") if recipe.corpus else {}
+    return {
+        "name": recipe.name,
+        "corpus": corpus,
+        "dump": {**{key: dump[key] for key in kept}, "max_tokens": max_tokens},
+    }
+
+
+def check_recipe(manifest: Manifest, recipe: Recipe, path: Path) -> None:
+    """Refuse a recipe that would give other samples than a cache has.
+
+    Paths may differ, files move; what they hold is checked by digests. A limit that the recipe
+    leaves to the teacher is the cache's.
+
+    Raises:
+        IdentityError: with both sides.
+    """
+    given = manifest_recipe(recipe, recipe.dump.max_tokens)
+    stands: dict[str, Any] = dict(manifest.recipe)
+    ignore = ["name", "corpus.path", "corpus.format", "corpus.fields"]
+    ignore += [f"dump.tokenizers.{name}.path" for name in recipe.dump.tokenizers]
+    if recipe.dump.max_tokens is None:
+        ignore.append("dump.max_tokens")
+    faults = differences(stands, given, ignore)
+    fields = list(recipe.corpus.fields) if recipe.corpus else []
+    if fields != manifest.corpus.fields:
+        faults.append(f"corpus.fields: {manifest.corpus.fields} in the cache, {fields} given")
+    if faults:
+        raise IdentityError(
+            f"{path}: {'; '.join(faults[:4])}: use what the cache was made with, or choose "
+            "another output"
+        )
+
+
+def check_corpus(cache: Cache, corpus: CorpusSection) -> None:
+    """Refuse a corpus whose rows are not those a cache was made of. Nothing is tokenised.
+
+    Raises:
+        IdentityError: with both digests, or both counts.
+    """
+    standing = cache.manifest.corpus
+    digest = CorpusDigest()
+    num_rows = num_empty = 0
+    kept = np.concatenate([cache.samples(shard).row for shard in range(cache.num_shards)])
+    with progress(standing.num_rows, "check corpus", "row") as bar:
+        for batch in read_corpus(corpus):
+            num_rows += batch.num_read
+            num_empty += batch.dropped
+            begin, end = np.searchsorted(kept, (num_rows - batch.num_read, num_rows))
+            chosen = np.flatnonzero(np.isin(batch.rows, kept[begin:end], assume_unique=True))
+            fields = {name: [texts[i] for i in chosen] for name, texts in batch.fields.items()}
+            digest.update(sample_ids_of(fields), batch.rows[chosen])
+            bar.update(batch.num_read)
+    found = {"rows": num_rows, "empty": num_empty, "digest": digest.hexdigest()}
+    expected = {
+        "rows": standing.num_rows,
+        "empty": standing.dropped.get("empty", 0),
+        "digest": standing.digest,
+    }
+    faults = differences(expected, found)
+    if faults:
+        raise IdentityError(
+            f"{cache.path}: another corpus: {'; '.join(faults)}: use the corpus the cache was "
+            "made of, or choose another output"
+        )

@@ -1,0 +1,1 @@
+"""Bytes on disk and back: numpy and pyarrow, neither torch nor transformers."""

@@ -1,0 +1,114 @@
+"""What two things must share to be the same: digests, and how records differ.
+
+# M samples, N tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xxhash
+
+
+def sample_id(fields: Sequence[str], task: str = "", label: str = "") -> bytes:
+    """128-bit id of a sample: xxh3_128 of its values, each after its length.
+
+    Args:
+        fields: raw texts in the manifest's order.
+        task: task the sample belongs to; empty where there is one.
+        label: its label; empty where there is none.
+
+    Returns:
+        16 bytes, most significant first.
+    """
+    hasher = xxhash.xxh3_128()
+    for value in (*fields, task, label):
+        encoded = value.encode()
+        hasher.update(len(encoded).to_bytes(8, "little"))
+        hasher.update(encoded)
+    return hasher.digest()
+
+
+class CorpusDigest:
+    """Digest of a corpus: xxh3_128 over sample id and row of every sample, in order."""
+
+    def __init__(self) -> None:
+        """Start with no samples."""
+        self._hasher = xxhash.xxh3_128()
+
+    def update(self, sample_ids: np.ndarray, rows: np.ndarray) -> None:
+        """Take in the next samples.
+
+        Args:
+            sample_ids: [M, 16] uint8.
+            rows: [M] integer corpus rows.
+        """
+        packed = np.empty((len(rows), 24), dtype=np.uint8)
+        packed[:, :16] = sample_ids
+        packed[:, 16:] = np.asarray(rows, dtype="<i8").reshape(-1, 1).view(np.uint8)
+        self._hasher.update(packed.tobytes())
+
+    def hexdigest(self) -> str:
+        """32 hex digits of the samples so far."""
+        return self._hasher.hexdigest()
+
+
+class StreamDigest:
+    """Digest of a stream: its tokenizer, the length of every sample and every token id."""
+
+    def __init__(self, tokenizer_digest: str) -> None:
+        """Start with no samples."""
+        self._tokenizer_digest = tokenizer_digest
+        self._lengths = xxhash.xxh3_128()
+        self._ids = xxhash.xxh3_128()
+
+    def update(self, lengths: np.ndarray, ids: np.ndarray) -> None:
+        """Take in the next samples.
+
+        Args:
+            lengths: [M] integer tokens of each sample.
+            ids: [sum(lengths)] integer token ids.
+        """
+        self._lengths.update(np.asarray(lengths, dtype="<i8").tobytes())
+        self._ids.update(np.asarray(ids, dtype="<i4").tobytes())
+
+    def hexdigest(self) -> str:
+        """32 hex digits of the samples so far."""
+        joined = self._tokenizer_digest.encode() + self._lengths.digest() + self._ids.digest()
+        return xxhash.xxh3_128_hexdigest(joined)
+
+
+def differences(
+    standing: Mapping[str, Any], given: Mapping[str, Any], ignore: Sequence[str] = ()
+) -> list[str]:
+    """Where two trees of plain values differ, as "key: standing, not given" lines.
+
+    Args:
+        standing: what the cache has.
+        given: what was to be written.
+        ignore: dotted keys left out, with all below them.
+    """
+    left, right = dict(_leaves(standing, "")), dict(_leaves(given, ""))
+    out = []
+    for key in [*left, *(key for key in right if key not in left)]:
+        if any(key == skip or key.startswith(f"{skip}.") for skip in ignore):
+            continue
+        if key not in left or key not in right or left[key] != right[key]:
+            sides = [repr(side[key]) if key in side else "absent" for side in (left, right)]
+            out.append(f"{key}: {sides[0]} in the cache, {sides[1]} given")
+    return out
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a tree; an empty mapping or list is a leaf."""
+    items: list[tuple[Any, Any]] = []
+    if isinstance(value, Mapping):
+        items = list(value.items())
+    elif isinstance(value, list | tuple):
+        items = list(enumerate(value))
+    if not items:
+        yield path, value
+    for key, item in items:
+        yield from _leaves(item, f"{path}.{key}" if path else str(key))

@@ -1,0 +1,374 @@
+"""Records: the JSON files of a cache as frozen models.
+
+Every JSON file opens with the line `{"crc32c": "<8 hex digits>",`; the checksum covers all
+bytes after that line. Keys are sorted, one space indents, a newline ends the file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import google_crc32c
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from kdcache.errors import FormatError, IntegrityError, StorageError
+from kdcache.formats.codec import Codec
+from kdcache.formats.schema import MAX_VOCAB_SIZE
+
+FORMAT_VERSION = 1
+MIN_READER_VERSION = 1
+
+MANIFEST_NAME = "kdcache.json"
+SAMPLES = "samples"
+#: Top-level names of a cache that no signal may take.
+RESERVED = frozenset({SAMPLES, "commits", "signals", "tokenizers"})
+
+_PATH_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+_HEADER = re.compile(rb'\{"crc32c": "([0-9a-f]{8})",\n')
+
+
+def inside(path: str) -> str:
+    """A relative path that cannot leave the cache.
+
+    Raises:
+        ValueError: it could.
+    """
+    if len(path) > 255 or not all(_PATH_PART.fullmatch(part) for part in path.split("/")):
+        raise ValueError(f"path {path[:80]!r} is not one that stays inside the cache")
+    return path
+
+
+def _signal_name(name: str) -> str:
+    if name in RESERVED:
+        raise ValueError(f"{name!r} is a name of the format and cannot name a signal")
+    return name
+
+
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+VocabSize = Annotated[int, Field(ge=1, le=MAX_VOCAB_SIZE)]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)]
+SignalName = Annotated[Name, AfterValidator(_signal_name)]
+CachePath = Annotated[str, AfterValidator(inside)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16,64}$")]
+Crc32c = Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
+Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+Temperature = Annotated[float, Field(gt=0)]
+
+
+class Record(BaseModel):
+    """Base of every record: frozen, strict, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class FileRecord(Record):
+    """One file: where it lies, its size and both checksums of its bytes."""
+
+    path: CachePath
+    bytes: Count
+    crc32c: Crc32c
+    xxh3: Xxh3
+
+
+class TokenizerRecord(Record):
+    """One tokenizer and the files of its transformers directory."""
+
+    digest: Digest
+    vocab_size: VocabSize
+    pad_id: Count | None
+    eos_id: Count | None
+    bos_id: Count | None
+    unk_id: Count | None
+    files: list[FileRecord]
+
+
+class StreamRecord(Record):
+    """One stream: the tokens of one raw field under one tokenizer.
+
+    `digest` is over the tokenizer and every token, see `identity.StreamDigest`.
+    """
+
+    field: Name
+    tokenizer: Name
+    target: bool
+    digest: Digest
+    vocab_size: VocabSize
+    num_tokens: Count
+
+
+class _Range(Record):
+    """Samples [start, stop)."""
+
+    start: Count
+    stop: Count
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.stop <= self.start:
+            raise ValueError(f"holds no samples: start {self.start}, stop {self.stop}")
+        return self
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the range."""
+        return self.stop - self.start
+
+
+class ShardRecord(_Range):
+    """One shard: its samples, and their tokens summed over all streams."""
+
+    tokens: Count
+
+
+class CorpusRecord(Record):
+    """What was dumped.
+
+    `digest` is over sample ids and rows, see `identity.CorpusDigest`; `num_rows` counts the
+    rows read, `dropped` those left out, by reason.
+    """
+
+    digest: Digest
+    num_samples: Count
+    num_rows: Count
+    dropped: dict[str, Count]
+    fields: list[Name]
+
+
+class Manifest(Record):
+    """kdcache.json: written once, when all samples are committed."""
+
+    format_version: int = FORMAT_VERSION
+    min_reader_version: int = MIN_READER_VERSION
+    corpus: CorpusRecord
+    tokenizers: dict[Name, TokenizerRecord]
+    streams: dict[Name, StreamRecord]
+    shard_tokens: Count
+    shards: list[ShardRecord]
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _contiguous("shards", self.shards, 0, self.corpus.num_samples)
+        if len(set(self.corpus.fields)) != len(self.corpus.fields):
+            raise ValueError(f"corpus.fields repeats a name: {self.corpus.fields}")
+        for name, stream in self.streams.items():
+            if stream.field not in self.corpus.fields:
+                raise ValueError(f"streams.{name}: no field {stream.field!r} in the corpus")
+            if stream.tokenizer not in self.tokenizers:
+                raise ValueError(f"streams.{name}: no tokenizer {stream.tokenizer!r}")
+        for name, tokenizer in self.tokenizers.items():
+            for file in tokenizer.files:
+                if not file.path.startswith(f"tokenizers/{name}/"):
+                    raise ValueError(f"tokenizers.{name}: {file.path} lies elsewhere")
+        return self
+
+
+class TeacherRecord(Record):
+    """The model that spoke: where it came from and what identifies it."""
+
+    path: str
+    revision: str | None
+    digest: Digest
+    config_digest: Digest
+    model_type: str
+    dtype: str
+
+
+class SignalRecord(Record):
+    """signals/NAME.json: what a teacher says about one stream, and how it is coded."""
+
+    name: SignalName
+    kind: Literal["logits"] = "logits"
+    stream: Name
+    source: Name
+    stream_digest: Digest
+    source_digest: Digest
+    vocab_size: VocabSize
+    codec: Codec
+    temperatures: Annotated[tuple[Temperature, ...], Field(strict=False, max_length=64)]
+    seed: Count
+    teacher: TeacherRecord
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _usable(self) -> Self:
+        try:
+            self.codec.max_exact(self.vocab_size)
+        except OverflowError:
+            raise ValueError("codec: its parameters are out of range") from None
+        if list(self.temperatures) != sorted(set(self.temperatures)):
+            raise ValueError(f"temperatures {list(self.temperatures)} do not ascend")
+        return self
+
+
+class PartRecord(_Range):
+    """One data file of a shard and the samples in it, counted over the whole corpus."""
+
+    file: FileRecord
+
+
+class CommitRecord(_Range):
+    """commits/SIGNAL.SHARD.json: what makes one signal's shard real.
+
+    `tokens` counts the positions of the signal's stream (of all streams for `samples`), and
+    `entries` the records of every ragged column.
+    """
+
+    signal: Name
+    shard: Count
+    tokens: Count
+    entries: dict[str, Count]
+    parts: list[PartRecord]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _contiguous("parts", self.parts, self.start, self.stop)
+        for number, part in enumerate(self.parts):
+            expected = data_path(self.signal, self.shard, number, part.file.xxh3)
+            if part.file.path != expected:
+                raise ValueError(f"parts.{number}: path {part.file.path}, expected {expected}")
+        return self
+
+
+def _contiguous(what: str, ranges: Sequence[_Range], start: int, stop: int) -> None:
+    at = start
+    for number, item in enumerate(ranges):
+        if item.start != at:
+            raise ValueError(f"{what}.{number} starts at sample {item.start}, expected {at}")
+        at = item.stop
+    if at != stop:
+        raise ValueError(f"{what} end at sample {at}, expected {stop}")
+
+
+def data_path(signal: str, shard: int, part: int, xxh3: str) -> str:
+    """Path of a data file inside the cache."""
+    return f"{signal}/{shard:05d}.{part}-{xxh3}.arrow"
+
+
+def commit_path(signal: str, shard: int) -> str:
+    """Path of a commit record inside the cache."""
+    return f"commits/{signal}.{shard:05d}.json"
+
+
+def signal_path(signal: str) -> str:
+    """Path of a signal record inside the cache."""
+    return f"signals/{signal}.json"
+
+
+def encode_record(record: Record) -> bytes:
+    """Bytes of a record's JSON file: the checksum line, then everything it covers."""
+    tree = record.model_dump(mode="json")
+    text = json.dumps(tree, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    rest = text.removeprefix("{\n").encode()
+    return b'{"crc32c": "%08x",\n' % google_crc32c.value(rest) + rest
+
+
+def decode_json(data: bytes, where: str) -> dict[str, Any]:
+    """The checked JSON object of a cache file, its checksum member taken off.
+
+    Args:
+        data: bytes of the file.
+        where: path for messages.
+
+    Raises:
+        IntegrityError: the checksum is not that of the bytes.
+        FormatError: the bytes are not such a file.
+    """
+    header = _HEADER.match(data)
+    if header is None:
+        raise IntegrityError(
+            f'{where}: its first line is not {{"crc32c": "<8 hex digits>",; not a file of a '
+            "cache, or damaged: restore it, or delete the cache and dump again"
+        )
+    found = b"%08x" % google_crc32c.value(data[header.end() :])
+    if header.group(1) != found:
+        raise IntegrityError(
+            f"{where}: crc32c {found.decode()}, expected {header.group(1).decode()}: its bytes "
+            "changed; restore the file, or delete the cache and dump again"
+        )
+    try:
+        tree = json.loads(
+            data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant
+        )
+        json.dumps(tree, ensure_ascii=False).encode("utf-8")  # a lone surrogate fails here
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise FormatError(f"{where}: not the JSON of a cache: {reason}") from None
+    del tree["crc32c"]
+    return dict(tree)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return tree
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+R = TypeVar("R", bound=Record)
+
+
+def decode_record(kind: type[R], data: bytes, where: str) -> R:
+    """Parse and validate the bytes of one record's file.
+
+    Raises:
+        FormatError: one line that names every fault by its path.
+    """
+    tree = decode_json(data, where)
+    if kind is Manifest:
+        _check_version(tree, where)
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        faults = [
+            f"{'.'.join(map(str, fault['loc'])) or 'record'}: "
+            f"{fault['msg'].removeprefix('Value error, ')}"
+            for fault in error.errors()
+        ]
+    except (RecursionError, ArithmeticError) as error:
+        faults = [f"cannot be read: {type(error).__name__}"]
+    shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
+    raise FormatError(f"{where}: {shown}")
+
+
+def _check_version(tree: dict[str, Any], where: str) -> None:
+    """Refuse what a newer kdcache wrote before its unknown keys confuse the message."""
+    version, needed = tree.get("format_version"), tree.get("min_reader_version")
+    if type(version) is not int or type(needed) is not int or needed > FORMAT_VERSION:
+        raise FormatError(
+            f"{where}: format version {version!r}, for readers of version {needed!r} on; this "
+            f"kdcache reads version {FORMAT_VERSION}: use the kdcache that made it"
+        )
+
+
+def read_record(kind: type[R], root: Path, path: str) -> R:
+    """Read one record's file of a cache.
+
+    Args:
+        kind: which record it holds.
+        root: the cache.
+        path: path inside the cache.
+
+    Raises:
+        FileNotFoundError: there is none.
+        FormatError: it is damaged or not a record of that kind.
+        StorageError: it cannot be read.
+    """
+    where = root / path
+    try:
+        data = where.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StorageError(f"{where}: cannot be read: {error.strerror}") from None
+    return decode_record(kind, data, str(where))

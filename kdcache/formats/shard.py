@@ -1,0 +1,126 @@
+"""Data files of a shard, mapped: checked against their record before the first use.
+
+# M samples, N positions
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from kdcache.errors import FormatError, StorageError
+from kdcache.formats.manifest import PartRecord
+from kdcache.formats.ragged import Ragged
+from kdcache.formats.schema import FIELD_PREFIX, STREAM_PREFIX, ragged_columns
+
+
+@dataclass(frozen=True)
+class SampleShard:
+    """The samples [start, stop): raw texts and streams.
+
+    Attributes:
+        start: first sample, counted over the corpus.
+        stop: sample after the last.
+        sample_id: [M, 16] uint8.
+        row: [M] int64 corpus rows.
+        streams: name to ragged token ids (`schema.join_ids` makes them int32).
+    """
+
+    start: int
+    stop: int
+    sample_id: np.ndarray
+    row: np.ndarray
+    streams: dict[str, Ragged]
+    _batch: pa.RecordBatch
+
+    def text(self, name: str) -> pa.Array:
+        """Raw texts of one field, as an Arrow string array of M values."""
+        return self._batch.column(FIELD_PREFIX + name)
+
+
+@dataclass(frozen=True)
+class SignalShard:
+    """One signal of the samples [start, stop).
+
+    Attributes:
+        start: first sample, counted over the corpus.
+        stop: sample after the last.
+        parts: (start, stop, column name to ragged column), contiguous.
+    """
+
+    start: int
+    stop: int
+    parts: list[tuple[int, int, dict[str, Ragged]]]
+
+
+def open_part(root: Path, part: PartRecord, schema: pa.Schema, checked: bool) -> pa.RecordBatch:
+    """Map one data file whose size and checksum were compared with its record.
+
+    Args:
+        root: the cache.
+        part: its record.
+        schema: what it must hold.
+        checked: whether the values were validated before.
+
+    Raises:
+        FormatError: it is not one record batch of that schema with the part's samples.
+        StorageError: it cannot be read.
+    """
+    file = root / part.file.path
+    try:
+        with pa.memory_map(str(file)) as source, pa.ipc.open_file(source) as reader:
+            if not reader.schema.equals(schema):
+                raise FormatError(f"{file}: {_schema_fault(reader.schema, schema)}")
+            if reader.num_record_batches != 1:
+                raise FormatError(f"{file}: {reader.num_record_batches} record batches, expected 1")
+            batch = reader.get_batch(0)
+        if not checked:
+            batch.validate(full=True)
+    except (pa.ArrowException, ValueError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"{file}: not an Arrow file of a cache: {_line(error)}") from None
+    except OSError as error:
+        raise StorageError(f"{file}: cannot be read: {_line(error)}") from None
+    if batch.num_rows != part.num_samples:
+        raise FormatError(f"{file}: {batch.num_rows} rows, expected {part.num_samples}")
+    if any(array.null_count for array in _arrays(batch)):
+        raise FormatError(f"{file}: it holds nulls, a cache has none")
+    return batch
+
+
+def _arrays(batch: pa.RecordBatch) -> list[pa.Array]:
+    arrays = list(batch.columns)
+    for column in batch.columns:
+        if pa.types.is_list(column.type):
+            arrays += [column.values, *column.values.flatten()]
+    return arrays
+
+
+def _schema_fault(found: pa.Schema, expected: pa.Schema) -> str:
+    for column in expected:
+        index = found.get_field_index(column.name)
+        if index < 0:
+            return f"no column {column.name!r}; it has {found.names}"
+        if not found.field(index).equals(column):
+            return f"column {column.name!r} is {found.field(index).type}, expected {column.type}"
+    return f"columns {found.names}, expected {expected.names}"
+
+
+def _line(error: Exception) -> str:
+    return str(error).split("\n")[0]
+
+
+def sample_shard(part: PartRecord, batch: pa.RecordBatch) -> SampleShard:
+    """The samples of a shard's only part."""
+    packed = np.frombuffer(batch.column(0).buffers()[1], dtype=np.uint8)
+    first = batch.column(0).offset * 16
+    sample_ids = packed[first : first + 16 * batch.num_rows].reshape(-1, 16)
+    streams = {
+        name.removeprefix(STREAM_PREFIX): column for name, column in ragged_columns(batch).items()
+    }
+    row = batch.column(1).to_numpy(zero_copy_only=True)
+    return SampleShard(part.start, part.stop, sample_ids, row, streams, batch)

@@ -1,0 +1,121 @@
+"""Windows: samples gathered from several shards at once, by vectorised takes.
+
+# M samples of the window
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kdcache.errors import IntegrityError
+from kdcache.formats.ragged import Ragged, gather, offsets_of
+
+if TYPE_CHECKING:
+    from kdcache.formats.cache import Cache
+
+
+class WindowReader:
+    """Some shards of a cache, their samples numbered one after another."""
+
+    def __init__(
+        self, cache: Cache, shards: Sequence[int], streams: Sequence[str], signals: Sequence[str]
+    ) -> None:
+        """Map the shards and check that labels lie on their tokens.
+
+        Args:
+            cache: the cache.
+            shards: shard numbers, in the order of the window.
+            streams: streams to serve.
+            signals: signals to serve.
+
+        Raises:
+            FormatError: a stream or signal is not in the cache, or a file is damaged.
+        """
+        samples = [cache.samples(shard) for shard in shards]
+        for name in streams:
+            cache.stream(name)
+        self.sample_id: np.ndarray = np.concatenate(
+            [shard.sample_id for shard in samples] or [np.empty((0, 16), np.uint8)]
+        )
+        self.row: np.ndarray = np.concatenate(
+            [shard.row for shard in samples] or [np.empty(0, np.int64)]
+        )
+        self._streams = {name: [shard.streams[name] for shard in samples] for name in streams}
+        self._shard_starts = _starts([shard.stop - shard.start for shard in samples])
+        self._parts: dict[str, list[dict[str, Ragged]]] = {}
+        self._part_starts: dict[str, np.ndarray] = {}
+        for name in signals:
+            stream = cache.signal(name).stream
+            parts: list[dict[str, Ragged]] = []
+            counts: list[int] = []
+            for shard, held in zip(shards, samples, strict=True):
+                tokens = held.streams[stream].lengths
+                for start, stop, columns in cache.signal_shard(name, shard).parts:
+                    mine = tokens[start - held.start : stop - held.start]
+                    _check_lengths(cache, name, shard, mine, columns["tokens"].lengths)
+                    parts.append(columns)
+                    counts.append(stop - start)
+            self._parts[name] = parts
+            self._part_starts[name] = _starts(counts)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the window."""
+        return len(self.row)
+
+    def lengths(self, stream: str) -> np.ndarray:
+        """[M] int64 tokens of each sample in a stream."""
+        columns = [column.lengths for column in self._streams[stream]]
+        out: np.ndarray = np.concatenate(columns or [np.empty(0, np.int64)])
+        return out
+
+    def take_stream(self, name: str, rows: np.ndarray) -> Ragged:
+        """Token ids of some samples.
+
+        Args:
+            name: a stream this window serves.
+            rows: [R] integer samples of the window, repeats allowed.
+        """
+        source, inner = _locate(self._shard_starts, rows)
+        return gather(self._streams[name], source, inner)
+
+    def take_signal(self, name: str, rows: np.ndarray) -> dict[str, Ragged]:
+        """Labels of some samples, by column.
+
+        Args:
+            name: a signal this window serves.
+            rows: [R] integer samples of the window, repeats allowed.
+        """
+        source, inner = _locate(self._part_starts[name], rows)
+        parts = self._parts[name]
+        return {
+            column: gather([part[column] for part in parts], source, inner)
+            for column in (parts[0] if parts else {})
+        }
+
+
+def _starts(counts: list[int]) -> np.ndarray:
+    return offsets_of(np.array(counts, dtype=np.int64))
+
+
+def _locate(starts: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which column each sample lies in, and its index there."""
+    source = np.searchsorted(starts, rows, side="right") - 1
+    return source, rows - starts[source]
+
+
+def _check_lengths(
+    cache: Cache, name: str, shard: int, tokens: np.ndarray, labels: np.ndarray
+) -> None:
+    """Labels of another length than their tokens would slide against them."""
+    wrong = np.flatnonzero(tokens != labels)
+    if len(wrong):
+        first = int(wrong[0])
+        raise IntegrityError(
+            f"{cache.path}: signal {name!r} shard {shard}: {len(wrong)} samples have another "
+            f"number of labels than of tokens, the first {int(labels[first])} labels for "
+            f"{int(tokens[first])} tokens; delete the cache and dump again"
+        )

@@ -1,0 +1,127 @@
+"""What teachers and students share: where a model lies, where it runs, which rows it projects."""
+
+# B batch, T target positions, D hidden, N valid positions, V vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.errors import ModelError
+
+#: What a hub download brings along; weights other than safetensors are never read.
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.spm", "*.model", "*.txt"]
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device a recipe names.
+
+    Args:
+        name: "auto" (cuda, then mps, then cpu) or a torch device name.
+
+    Raises:
+        ModelError: the name is no device, or this machine has none of that kind.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"device {name!r}: expected auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(
+            f"device {name!r}: found {torch.cuda.device_count()} cuda devices; use auto or cpu"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ModelError(f"device {name!r}: found no mps device; use auto or cpu")
+    return device
+
+
+def quiet_transformers() -> None:
+    """Silence transformers' advice and progress bars; kdcache has its own."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def model_directory(path: str, revision: str | None = None) -> tuple[Path, str | None]:
+    """The local directory of a model, downloaded first when the path is a hub id.
+
+    Returns:
+        The directory, and the hub commit it holds (None for a local directory).
+
+    Raises:
+        ModelError: neither a directory nor a hub repository that can be reached.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        if revision is not None:
+            raise ModelError(f"{path}: a local directory has no revision; leave out {revision!r}")
+        return local, None
+    if local.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1 or local.exists():
+        raise ModelError(f"{path}: found no such directory, expected a transformers model")
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = Path(snapshot_download(path, revision=revision, allow_patterns=HUB_PATTERNS))
+    except Exception as error:
+        # Hub, HTTP and resolver errors have no common base; one line serves for all.
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ModelError(
+            f"{path}: no such directory, and the hub did not give a model of that name "
+            f"({reason}); check the name or the network"
+        ) from None
+    return found, found.name
+
+
+def shift_right(labels: Tensor, pad: int, start: int) -> Tensor:
+    """Decoder inputs of some labels: the start id, then all labels but the last.
+
+    Args:
+        labels: [B, T] int64; -100 and pad mark positions that are not labels.
+        pad: id that stands where labels has -100.
+        start: the model's decoder_start_token_id.
+
+    Returns:
+        [B, T] int64.
+    """
+    shifted = labels.new_empty(labels.shape)
+    shifted[:, 0] = start
+    shifted[:, 1:] = labels[:, :-1]
+    return shifted.masked_fill_(shifted == -100, pad)
+
+
+@contextmanager
+def project_only(model: nn.Module, mask: Tensor) -> Iterator[None]:
+    """Within it, the model's logits are [N, V]: those of the positions in `mask` alone.
+
+    Padding is dropped before the output projection, usually the dearest layer, so no
+    [B, T, V] tensor is made. The model's own scaling and bias still apply.
+
+    Args:
+        model: a transformers model with output embeddings.
+        mask: [B, T] bool, N of them true, on the model's device.
+
+    Raises:
+        ModelError: the model has no output embeddings to hook.
+    """
+    projection = getattr(model, "get_output_embeddings", lambda: None)()
+    if not isinstance(projection, nn.Module):
+        raise ModelError(f"{type(model).__name__} has no output projection; expected logits")
+
+    def select(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (inputs[0][mask], *inputs[1:])  # [B, T, D] -> [N, D]
+
+    handle = projection.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()

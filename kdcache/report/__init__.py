@@ -1,0 +1,1 @@
+"""Caches, runs and sweeps become pictures and pages."""

@@ -1,0 +1,70 @@
+"""Plain text for terminals: numbers, listings and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+
+def number(value: object, key: str = "") -> str:
+    """A value as people read it; `key` tells sizes and durations from other numbers."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return size(value) if key == "bytes" or key.endswith("_bytes") else f"{value:,}"
+    if isinstance(value, float):
+        seconds = "seconds" in key and not key.endswith("_per_second")
+        return f"{value:.4g}{' s' if seconds else ''}"
+    if isinstance(value, list | tuple):
+        return ", ".join(number(item) for item in value) or "-"
+    return str(value)
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in binary units: 1536 is `1.5 KiB`."""
+    if num_bytes < 1024:
+        return f"{num_bytes:,.0f} B"
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        num_bytes /= 1024
+        if num_bytes < 1024 or unit == "TiB":
+            break
+    return f"{num_bytes:,.1f} {unit}"
+
+
+def listing(values: Mapping[str, Any]) -> str:
+    """One `key  value` line per entry, nested keys joined by dots, values in one column."""
+    lines = list(_flat(values, ()))
+    width = max((len(name) for name, _ in lines), default=0)
+    return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in lines)
+
+
+def _flat(values: Mapping[str, Any], path: tuple[str, ...]) -> Iterable[tuple[str, str]]:
+    for key, value in values.items():
+        here = (*path, str(key))
+        if isinstance(value, Mapping):
+            yield from _flat(value, here)
+        else:
+            name = ".".join(here)
+            yield name.replace("_", " "), number(value, name)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table with a rule under its header; columns of numbers are right-aligned."""
+    cells = [[number(cell) for cell in row] for row in rows]
+    columns = list(zip(header, *cells, strict=True))
+    widths = [max(len(cell) for cell in column) for column in columns]
+    right = [
+        bool(rows) and all(isinstance(row[i], int | float | None) for row in rows)
+        for i in range(len(header))
+    ]
+
+    def line(row: Sequence[str]) -> str:
+        aligned = (
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(row, widths, right, strict=True)
+        )
+        return "  ".join(aligned).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, cells)])

@@ -1,0 +1,1 @@
+"""Formats to students: streams a cache and distils; never loads a teacher."""

@@ -1,0 +1,330 @@
+"""Scoring a run or a model: translation quality, loss, size, speed, and a paired test."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.significance import PairedTest
+from torch import nn
+
+from kdcache.corpus import read_corpus
+from kdcache.errors import CorpusError, IdentityError, ModelError, RecipeError, StorageError
+from kdcache.formats.identity import sample_id
+from kdcache.models import resolve_device
+from kdcache.recipe import CorpusSection, EvaluateSection, Recipe, load_recipe
+from kdcache.train.translate import translate
+from kdcache.train.validate import score, score_shuffled
+
+RESULT = "evaluation.json"
+HYPOTHESES = "hypotheses.txt"
+
+
+def evaluate(
+    path: str | Path,
+    section: EvaluateSection | None = None,
+    against: str | Path | None = None,
+    out: str | Path | None = None,
+) -> dict[str, Any]:
+    """Score a run directory, or any transformers encoder-decoder directory.
+
+    Args:
+        path: a run of `kdcache train`, or a transformers model directory.
+        section: how to score; a run's own recipe without it.
+        against: an evaluated run to compare with by a paired bootstrap test.
+        out: where `evaluation.json` and `hypotheses.txt` go; the run itself without it. The
+            results of a plain model directory are not written unless this is given.
+
+    Returns:
+        bleu, chrf (`score`, `signature`), `loss_nats` per token, `perplexity`, `accuracy`,
+        the same under `shuffled` with every target beside another target's source,
+        `parameters`, `latency_seconds` of one sentence at a time, `sentences_per_second` of
+        the batched search, and `against` with the paired test.
+
+    Raises:
+        RecipeError: no corpus to score on.
+        ModelError: nothing at `path` that could be scored.
+        IdentityError: `against` was scored on other references.
+        StorageError: the results could not be written.
+    """
+    path = Path(path)
+    recipe = _recipe_of(path)
+    if section is None:
+        section = recipe.evaluate if recipe is not None else EvaluateSection()
+    if section.corpus is None:
+        raise RecipeError(
+            f"{path}: no text to score on; give a recipe with evaluate.corpus, or "
+            "--evaluate.corpus.fields.src FILE --evaluate.corpus.fields.tgt FILE"
+        )
+    src, tgt = _read_pairs(section.corpus, recipe)
+    digest = sample_id([*src, *tgt]).hex()
+    # Read before the long search: a comparison that cannot be made is refused at once.
+    baseline = None if against is None else _read_baseline(Path(against), path, digest)
+    model, tokenizer, directory = load_model(path, section)
+    result, hypotheses = score_model(model, tokenizer, src, tgt, section, path.name)
+    result |= {"model": str(directory), "references_digest": digest}
+    if baseline is not None:
+        test = paired_test(hypotheses, baseline, tgt, section.bootstrap_samples)
+        result["against"] = {"run": str(against), **test}
+    target = Path(out) if out is not None else (path if recipe is not None else None)
+    if target is not None:
+        write_evaluation(target, result, hypotheses)
+    return result
+
+
+def score_model(
+    model: Any,
+    tokenizer: Any,
+    src: Sequence[str],
+    tgt: Sequence[str],
+    section: EvaluateSection,
+    name: str = "model",
+) -> tuple[dict[str, Any], list[str]]:
+    """Scores of a loaded model on sentence pairs, as `evaluate` returns them, and hypotheses."""
+    began = time.perf_counter()
+    hypotheses = _search(model, tokenizer, src, section, f"translate with {name}")
+    seconds = time.perf_counter() - began
+    plain = score(model, tokenizer, src, tgt, model.device, section.batch_tokens)
+    shuffled = score_shuffled(model, tokenizer, src, tgt, model.device, section.batch_tokens)
+    result = {
+        "num_sentences": len(src),
+        "num_beams": section.num_beams,
+        "length_penalty": section.length_penalty,
+        **corpus_scores(hypotheses, tgt),
+        "num_tokens": plain.num_tokens,
+        "loss_nats": plain.loss_nats,
+        "perplexity": plain.perplexity,
+        "accuracy": plain.accuracy,
+        "shuffled": {"loss_nats": shuffled.loss_nats, "perplexity": shuffled.perplexity},
+        "parameters": count_parameters(model),
+        "device": str(model.device),
+        "sentences_per_second": len(src) / seconds,
+        "latency_seconds": _latency(model, tokenizer, src, section),
+    }
+    return result, hypotheses
+
+
+def corpus_scores(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
+    """BLEU and chrF of sacreBLEU with its default settings, each with its signature."""
+    found = {}
+    for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
+        value = metric.corpus_score(list(hypotheses), [list(references)]).score
+        found[name] = {"score": value, "signature": str(metric.get_signature())}
+    return found
+
+
+def paired_test(
+    hypotheses: Sequence[str],
+    baseline: Sequence[str],
+    references: Sequence[str],
+    num_samples: int = 1000,
+) -> dict[str, Any]:
+    """Paired bootstrap resampling of a system against a baseline.
+
+    Args:
+        hypotheses: the system's.
+        baseline: the baseline's, same sentences.
+        references: one per sentence.
+        num_samples: bootstrap samples.
+
+    Returns:
+        For bleu and chrf: `score`, `baseline`, `difference`, `p_value`, half-widths of the 95%
+        intervals (`interval`, `baseline_interval`) and the test's `signature`.
+
+    Source: Koehn (2004), as sacrebleu.significance does it.
+    """
+    systems = [("baseline", list(baseline)), ("system", list(hypotheses))]
+    metrics = {
+        "bleu": BLEU(references=[list(references)]),
+        "chrf": CHRF(references=[list(references)]),
+    }
+    test = PairedTest(systems, metrics, None, test_type="bs", n_samples=num_samples)
+    signatures, scores = test()
+    found = {}
+    for name in signatures:
+        base, system = scores[name]
+        found["chrf" if name.lower().startswith("chrf") else name.lower()] = {
+            "score": float(system.score),
+            "baseline": float(base.score),
+            "difference": float(system.score - base.score),
+            "p_value": float(system.p_value),
+            "interval": float(system.ci),
+            "baseline_interval": float(base.ci),
+            "signature": str(signatures[name]),
+        }
+    return found
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Parameters in all, shared ones once, and those that are no embedding or output matrix."""
+    embeddings = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+    }
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if output is not None:
+        embeddings.add(id(output.weight))
+    sizes = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    rest = sum(size for key, size in sizes.items() if key not in embeddings)
+    return {"total": sum(sizes.values()), "without_embeddings": rest}
+
+
+def load_model(path: Path, section: EvaluateSection) -> tuple[Any, Any, Path]:
+    """Model on its device in float32, its tokenizer, and the directory both came from.
+
+    Raises:
+        ModelError: the directory holds no model, or the run no such checkpoint.
+    """
+    import transformers
+
+    directory = path
+    if _is_run(path):
+        directory = path / section.checkpoint
+        if not (directory / "config.json").is_file():
+            there = [name for name in ("best", "averaged", "last") if (path / name).is_dir()]
+            raise ModelError(
+                f"{path}: no checkpoint {section.checkpoint!r}; it has "
+                f"{', '.join(there) or 'none yet'}: finish `kdcache train`, or set "
+                "evaluate.checkpoint"
+            )
+    elif not (path / "config.json").is_file():
+        raise ModelError(f"{path}: neither a run of `kdcache train` nor a transformers model")
+    try:
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+            directory, dtype="float32", use_safetensors=True, trust_remote_code=False
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{directory}: {str(error).splitlines()[0]}") from None
+    return model.to(resolve_device(section.device)).eval(), tokenizer, directory
+
+
+def read_evaluation(path: str | Path) -> dict[str, Any]:
+    """What an earlier evaluation wrote.
+
+    Raises:
+        ModelError: the run was not evaluated.
+    """
+    try:
+        found: dict[str, Any] = json.loads((Path(path) / RESULT).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"{path}: not evaluated yet; run `kdcache evaluate {path}` first"
+        ) from None
+    return found
+
+
+def write_evaluation(out: Path, result: dict[str, Any], hypotheses: Sequence[str]) -> None:
+    """Write both files of an evaluation, the result last: it stands for the whole.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _replace(out / HYPOTHESES, "".join(line + "\n" for line in hypotheses))
+        _replace(out / RESULT, json.dumps(result, indent=1, sort_keys=True) + "\n")
+    except OSError as error:
+        raise StorageError(f"{out}: cannot write the evaluation: {error.strerror}") from None
+
+
+def _is_run(path: Path) -> bool:
+    """A run holds its resolved recipe."""
+    return (path / "recipe.yaml").is_file()
+
+
+def _recipe_of(path: Path) -> Recipe | None:
+    """The resolved recipe of a run; None for a plain model directory."""
+    return load_recipe(str(path / "recipe.yaml")) if _is_run(path) else None
+
+
+def _read_pairs(corpus: CorpusSection, recipe: Recipe | None) -> tuple[list[str], list[str]]:
+    """Sources and references, under the names of fields that the run trained on."""
+    names = ["src", "tgt"]
+    if recipe is not None:
+        streams = recipe.dump.streams
+        for side, stream in enumerate((recipe.train.source, recipe.train.target)):
+            if stream in streams:
+                names[side] = streams[stream].field
+    missing = [name for name in names if name not in corpus.fields]
+    if missing:
+        raise RecipeError(
+            f"evaluate.corpus.fields has {sorted(corpus.fields)}; scoring needs {names}"
+        )
+    sides: tuple[list[str], list[str]] = ([], [])
+    for batch in read_corpus(corpus):
+        for side, name in zip(sides, names, strict=True):
+            side.extend(batch.fields[name])
+    if not sides[0]:
+        raise CorpusError("evaluate.corpus has no row to score; check its files and limit")
+    return sides
+
+
+def _search(
+    model: Any,
+    tokenizer: Any,
+    src: Sequence[str],
+    section: EvaluateSection,
+    description: str | None,
+) -> list[str]:
+    """Hypotheses as single lines: a line break inside one would shift all that follow."""
+    found = translate(
+        model,
+        tokenizer,
+        src,
+        num_beams=section.num_beams,
+        length_penalty=section.length_penalty,
+        max_length_ratio=section.max_length_ratio,
+        batch_tokens=section.batch_tokens,
+        description=description,
+    )
+    return [" ".join(text.split("\n")) for text in found]
+
+
+def _latency(
+    model: Any, tokenizer: Any, src: Sequence[str], section: EvaluateSection
+) -> dict[str, float] | None:
+    """Median and p90 seconds of one sentence at a time, tokens to text, over spread sentences."""
+    count = min(section.latency_sentences, len(src))
+    if count == 0:
+        return None
+    chosen = [src[len(src) * n // count] for n in range(count)]
+    seconds = []
+    for text in [chosen[0], *chosen]:  # the first one warms up and is not counted
+        began = time.perf_counter()
+        _search(model, tokenizer, [text], section, None)
+        seconds.append(time.perf_counter() - began)
+    del seconds[0]
+    deciles = statistics.quantiles(seconds, n=10, method="inclusive") if count > 1 else seconds
+    return {"median": statistics.median(seconds), "p90": deciles[-1], "num_sentences": count}
+
+
+def _read_baseline(against: Path, path: Path, digest: str) -> list[str]:
+    """Hypotheses of an evaluated run, once its references are known to be these."""
+    other = read_evaluation(against)
+    if other["references_digest"] != digest:
+        raise IdentityError(
+            f"{against} was scored on other text than {path} "
+            f"({other['num_sentences']} sentences, digest {other['references_digest'][:8]}; "
+            f"here {digest[:8]}): evaluate both on one corpus"
+        )
+    text = (against / HYPOTHESES).read_text(encoding="utf-8")
+    lines = text.split("\n")[:-1]
+    if len(lines) != other["num_sentences"]:
+        raise IdentityError(
+            f"{against / HYPOTHESES} has {len(lines)} lines, its evaluation "
+            f"{other['num_sentences']}: evaluate {against} again"
+        )
+    return lines
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a whole file or leave the old one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(temporary, path)

@@ -1,0 +1,307 @@
+"""Labels: coded soft labels as they lie on disk, and their decoding on the device."""
+
+# N positions, E entries, V vocabulary, n stored temperatures
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.errors import RecipeError
+from kdcache.formats.codec import Codec
+from kdcache.formats.codes import code_log_probs, entropy_step
+from kdcache.formats.knots import interpolation_weights
+from kdcache.formats.ragged import Ragged
+from kdcache.formats.schema import join_ids
+from kdcache.train.losses import SparseTarget
+
+Tail = Literal["auto", "sampled", "uniform", "bucket", "renormalise"]
+
+
+@dataclass(frozen=True)
+class LogitsSpec:
+    """What a logits signal's record says about its labels.
+
+    Attributes:
+        codec: how the distributions were made sparse.
+        vocab_size: V, the teacher's.
+        temperatures: where the tail is stored, ascending.
+    """
+
+    codec: Codec
+    vocab_size: int
+    temperatures: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class CodedLabels:
+    """Soft labels of N positions, coded, position after position.
+
+    Attributes:
+        spec: how to read them.
+        num_exact: [N] int64, or None where the codec has no exact entries; V for `full`.
+        num_drawn: [N] int64, or None where the codec draws nothing.
+        gold: [N] uint8 code of the teacher's log-prob of the target.
+        entropy: [N] uint8 code of the teacher's entropy.
+        tail: [N, n] float16 nats, or None where the codec has no tail.
+        exact_id: [E] int32, or None for `full`, whose ids are 0..V-1.
+        exact_code: [E] uint8, float16 or float32, or None without exact entries.
+        drawn_id: [D] int32, or None without drawn entries.
+        drawn_code: [D] int32 number of draws, or None where every id was drawn once.
+    """
+
+    spec: LogitsSpec
+    num_exact: Tensor | None
+    num_drawn: Tensor | None
+    gold: Tensor
+    entropy: Tensor
+    tail: Tensor | None
+    exact_id: Tensor | None
+    exact_code: Tensor | None
+    drawn_id: Tensor | None
+    drawn_code: Tensor | None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> CodedLabels:
+        """The same labels on a device."""
+        moved = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                moved[field.name] = value.to(device, non_blocking=non_blocking)
+        return replace(self, **moved)
+
+
+def coded_labels(spec: LogitsSpec, columns: Mapping[str, Ragged]) -> CodedLabels:
+    """Labels of some samples, all their positions one after another, in host memory.
+
+    Args:
+        spec: of the signal.
+        columns: the signal's columns for these samples, in fresh (writable) arrays.
+    """
+    codec = spec.codec
+    tokens = columns["tokens"].fields
+    num_positions = len(tokens["gold"])
+    num_exact = num_drawn = tail = exact_id = exact_code = drawn_id = drawn_code = None
+    if codec.name == "full":
+        num_exact = torch.full((num_positions,), spec.vocab_size, dtype=torch.int64)
+    elif codec.has_exact:
+        num_exact = torch.from_numpy(tokens["num_exact"].astype(np.int64))
+        exact_id = torch.from_numpy(join_ids(columns["exact"].fields))
+    if codec.has_exact:
+        exact_code = torch.from_numpy(columns["exact"].fields["code"])
+    if codec.has_drawn:
+        num_drawn = torch.from_numpy(tokens["num_drawn"].astype(np.int64))
+        drawn_id = torch.from_numpy(join_ids(columns["drawn"].fields))
+        if "code" in columns["drawn"].fields:
+            drawn_code = torch.from_numpy(columns["drawn"].fields["code"].astype(np.int32))
+    if codec.has_tail:
+        knots = [tokens[f"tail_{i}"] for i in range(len(spec.temperatures))]
+        tail = torch.from_numpy(np.stack(knots, axis=1))
+    return CodedLabels(
+        spec=spec,
+        num_exact=num_exact,
+        num_drawn=num_drawn,
+        gold=torch.from_numpy(tokens["gold"]),
+        entropy=torch.from_numpy(tokens["entropy"]),
+        tail=tail,
+        exact_id=exact_id,
+        exact_code=exact_code,
+        drawn_id=drawn_id,
+        drawn_code=drawn_code,
+    )
+
+
+def resolve_tail(
+    codec: Codec, temperatures: Sequence[float], temperature: float, tail: Tail
+) -> Tail:
+    """The tail that `auto` stands for, after checking that the codec can serve it.
+
+    Args:
+        codec: of the signal.
+        temperatures: where the signal stores its tail.
+        temperature: of the loss.
+        tail: what the recipe asks for.
+
+    Raises:
+        RecipeError: the codec cannot serve this tail at this temperature.
+    """
+    drawn_fits = codec.has_drawn and temperature == 1
+    if tail == "auto":
+        tail = "sampled" if drawn_fits or codec.name == "sampled" else "uniform"
+    if tail == "sampled" and not codec.has_drawn:
+        raise RecipeError(
+            f"tail 'sampled': codec {codec.name!r} draws no entries; use auto, uniform, "
+            f"bucket or renormalise"
+        )
+    if tail == "sampled" and not drawn_fits:
+        other = "" if codec.name == "sampled" else ", tail uniform"
+        raise RecipeError(
+            f"temperature {temperature:g} with tail 'sampled': drawn entries serve temperature 1 "
+            f"only; use temperature 1{other} or a signal of another codec"
+        )
+    if tail != "sampled" and not codec.has_exact:
+        raise RecipeError(
+            f"tail {tail!r}: codec {codec.name!r} has no exact entries; use auto or sampled"
+        )
+    if tail in ("uniform", "bucket") and codec.has_tail:
+        interpolation_weights(temperatures, temperature)
+    return tail
+
+
+def decode(coded: CodedLabels, temperature: float = 1.0, tail: Tail = "auto") -> SparseTarget:
+    """Soft labels at a temperature, on the device the codes are on.
+
+    Args:
+        coded: the labels.
+        temperature: of the teacher's distribution.
+        tail: what stands for the ids that are not exact entries. `sampled`: the drawn
+            entries, as they are, whose sum is 1 in the mean; `uniform`: the tail's mass at
+            this temperature, spread evenly; `bucket`: the same mass on one extra class;
+            `renormalise`: nothing, the exact entries are scaled to the sum 1 (a position
+            without any gets no label). `auto`: sampled where entries were drawn and the
+            temperature is 1, else uniform. `full` leaves nothing out, so these agree.
+
+    Returns:
+        The target; its constant makes the loss a divergence, which for drawn entries holds
+        in the mean.
+
+    Raises:
+        RecipeError: the codec cannot serve this tail at this temperature.
+    """
+    spec = coded.spec
+    tail = resolve_tail(spec.codec, spec.temperatures, temperature, tail)
+    if tail == "sampled":
+        return _decode_drawn(coded)
+    assert coded.num_exact is not None
+    scaled = _exact_log_probs(coded) / temperature  # [E]
+    rows = _rows_of(coded.num_exact, len(scaled))
+    ids = _exact_ids(coded, len(scaled))
+    head = _log_sum_exp(scaled, rows, coded.num_exact)  # [N]
+    if tail == "renormalise" or coded.tail is None:
+        log_values = scaled - head[rows]
+        values = log_values.exp()
+        constant = torch.zeros_like(head).index_add_(0, rows, _times(values, log_values))
+        return SparseTarget(rows, ids, values, None, None, constant)
+
+    rest = _tail_log_sum(coded, temperature)  # [N]
+    total = torch.logaddexp(head, rest)
+    log_values = scaled - total[rows]
+    values = log_values.exp()
+    constant = torch.zeros_like(head).index_add_(0, rows, _times(values, log_values))
+    log_mass = rest - total
+    mass = log_mass.exp()
+    if tail == "bucket":
+        return SparseTarget(rows, ids, values, None, mass, constant + _times(mass, log_mass))
+    num_tail = (spec.vocab_size - coded.num_exact).clamp(min=1).to(mass.dtype)
+    uniform = mass / num_tail
+    constant = constant + _times(mass, log_mass - num_tail.log())
+    # The density of an exact entry is its own value: what the uniform part adds is taken off.
+    return SparseTarget(rows, ids, values - uniform[rows], uniform, None, constant)
+
+
+def densify(target: SparseTarget, vocab_size: int) -> Tensor:
+    """[N, V] density over the ids that a target describes; a bucket's mass is not in it."""
+    dense = target.values.new_zeros(len(target.constant), vocab_size)
+    if target.uniform is not None:
+        dense += target.uniform[:, None]
+    return dense.index_put_((target.rows, target.ids), target.values, accumulate=True)
+
+
+def entropy_nats(coded: CodedLabels) -> Tensor:
+    """[N] float32 teacher entropy in nats."""
+    return coded.entropy.to(torch.float32) * entropy_step(coded.spec.vocab_size)
+
+
+def _decode_drawn(coded: CodedLabels) -> SparseTarget:
+    """Exact and drawn entries at temperature 1, the drawn with their weight."""
+    assert coded.num_drawn is not None
+    assert coded.drawn_id is not None
+    device = coded.gold.device
+    drawn_rows = _rows_of(coded.num_drawn, len(coded.drawn_id))
+    weight = coded.spec.codec.drawn_weight
+    if coded.drawn_code is None:
+        drawn_values = torch.full(drawn_rows.shape, weight, device=device)
+    else:
+        drawn_values = coded.drawn_code.to(torch.float32) * weight
+    constant = -entropy_nats(coded)
+    drawn_ids = coded.drawn_id.to(torch.int64)
+    if coded.num_exact is None:
+        return SparseTarget(drawn_rows, drawn_ids, drawn_values, None, None, constant)
+
+    values = _exact_log_probs(coded).exp()
+    exact_rows = _rows_of(coded.num_exact, len(values))
+    # Entries of a position: exact ones first. Each moves down by what comes before it.
+    before_exact = coded.num_drawn.cumsum(0) - coded.num_drawn
+    before_drawn = coded.num_exact.cumsum(0)
+    exact_to = torch.arange(len(values), device=device) + before_exact[exact_rows]
+    drawn_to = torch.arange(len(drawn_rows), device=device) + before_drawn[drawn_rows]
+
+    def merge(exact: Tensor, drawn: Tensor) -> Tensor:
+        merged = exact.new_empty(len(exact) + len(drawn))
+        merged[exact_to] = exact
+        merged[drawn_to] = drawn
+        return merged
+
+    return SparseTarget(
+        merge(exact_rows, drawn_rows),
+        merge(_exact_ids(coded, len(values)), drawn_ids),
+        merge(values, drawn_values),
+        None,
+        None,
+        constant,
+    )
+
+
+def _rows_of(counts: Tensor, num_entries: int) -> Tensor:
+    """[E] int64 position of each entry, from [N] counts."""
+    rows = torch.arange(len(counts), device=counts.device)
+    return rows.repeat_interleave(counts, output_size=num_entries)
+
+
+def _exact_ids(coded: CodedLabels, num_entries: int) -> Tensor:
+    """[E] int64 ids of the exact entries."""
+    if coded.exact_id is not None:
+        return coded.exact_id.to(torch.int64)
+    return torch.arange(num_entries, device=coded.gold.device) % coded.spec.vocab_size
+
+
+def _exact_log_probs(coded: CodedLabels) -> Tensor:
+    """[E] float32 nats at temperature 1."""
+    assert coded.exact_code is not None
+    codec = coded.spec.codec
+    if codec.values != "uint8":
+        return coded.exact_code.to(torch.float32)
+    table = torch.from_numpy(code_log_probs(codec.range_nats).astype(np.float32))
+    return table.to(coded.exact_code.device)[coded.exact_code.to(torch.int64)]
+
+
+def _log_sum_exp(values: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
+    """[N] log-sum-exp of [E] entries by position; -inf for a position without any."""
+    peak = values.new_full(counts.shape, -torch.inf).scatter_reduce_(0, rows, values, "amax")
+    shift = peak.clamp(min=torch.finfo(values.dtype).min)
+    total = torch.zeros_like(peak).index_add_(0, rows, (values - shift[rows]).exp())
+    return total.log() + shift
+
+
+def _tail_log_sum(coded: CodedLabels, temperature: float) -> Tensor:
+    """[N] float32 f(1/temperature) in nats; -inf where no mass is in the tail."""
+    assert coded.num_exact is not None
+    assert coded.tail is not None
+    weights = interpolation_weights(coded.spec.temperatures, temperature)
+    knots = coded.tail.to(torch.float32)  # [N, n]
+    num_tail = (coded.spec.vocab_size - coded.num_exact).to(torch.float32)
+    empty = knots.isneginf().any(dim=1) | (num_tail == 0)
+    knots = torch.cat([num_tail.clamp(min=1).log()[:, None], knots], dim=1)
+    knots = knots.masked_fill(empty[:, None], 0)
+    w = torch.from_numpy(weights).to(knots)
+    return (knots * w).sum(dim=1).masked_fill(empty, -torch.inf)
+
+
+def _times(probs: Tensor, log_probs: Tensor) -> Tensor:
+    """Products p ln p, 0 at p = 0."""
+    return torch.where(probs > 0, probs * log_probs, 0)

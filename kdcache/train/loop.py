@@ -1,0 +1,177 @@
+"""Training: a recipe, a cache and a student become a run."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from contextlib import closing
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from kdcache import __version__
+from kdcache.errors import RecipeError
+from kdcache.formats.cache import open_cache
+from kdcache.progress import progress
+from kdcache.recipe import Recipe
+from kdcache.train.canary import check_batch
+from kdcache.train.checkpoint import (
+    average_weights,
+    checkpoints,
+    load_checkpoint,
+    load_weights,
+    recover,
+    save_checkpoint,
+)
+from kdcache.train.run import RunDirectory, locked
+from kdcache.train.schedule import learning_rate
+from kdcache.train.stream import GlobalBatch
+from kdcache.train.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+#: Global batches at the start of every process that the canary looks at.
+CANARY_BATCHES = 3
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy")
+
+
+def train(recipe: Recipe, cache_path: str | Path, out: str | Path) -> dict[str, Any]:
+    """Train a student from a cache; go on where an interrupted run stopped.
+
+    Args:
+        recipe: what to train; its `train` section is used.
+        cache_path: the cache.
+        out: the run directory.
+
+    Returns:
+        run, steps, epochs (begun), tokens, parameters, loss (mean of the last line of metrics),
+        best_step, best_dev_loss, of the last validation dev_loss, dev_loss_shuffled and
+        dev_accuracy, and seconds (of the process that finished the run).
+
+    Raises:
+        RecipeError: the recipe does not fit the cache.
+        IdentityError: `out` holds another run.
+        TrainingError: the loss is not finite, or labels do not belong to their targets.
+    """
+    cache, run = open_cache(cache_path), Path(out)
+    if recipe.train.student is None:
+        raise RecipeError("train.student is not set; give train.student.config or .path")
+    trainer = Trainer(recipe.train, cache)
+    versions = {name: version(name) for name in LIBRARIES}
+    versions |= {"kdcache": __version__, "python": platform.python_version()}
+    with locked(run):
+        directory = RunDirectory(run, recipe, trainer.identity(), versions)
+        if directory.summary is None:
+            recover(run)
+            directory.finish(Loop(trainer, directory).fit())
+        assert directory.summary is not None
+        return directory.summary
+
+
+class Loop:
+    """Steps of a trainer, with their metrics and checkpoints in a run directory."""
+
+    def __init__(self, trainer: Trainer, run: RunDirectory) -> None:
+        self.trainer, self.run = trainer, run
+        self.section = trainer.section
+        self._since = (0.0, 0)
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end, from the newest checkpoint of the run if it has one."""
+        trainer = self.trainer
+        self._resume()
+        began = time.perf_counter()
+        self._since = (began, trainer.state.tokens)
+        seen = 0
+        with (
+            progress(trainer.total_steps, "train", "step") as bar,
+            closing(iter(trainer.stream)) as batches,
+        ):
+            bar.update(trainer.state.step)
+            while trainer.state.step < trainer.total_steps:
+                batch = next(batches)
+                if seen < CANARY_BATCHES:
+                    for micro in batch.micro:
+                        check_batch(micro)
+                trainer.step(batch)
+                seen += 1
+                self._after(batch)
+                bar.update()
+        self._export()
+        return self._summary(time.perf_counter() - began)
+
+    def _after(self, batch: GlobalBatch) -> None:
+        """Log, validate and save where that is due."""
+        section, trainer, state = self.section, self.trainer, self.trainer.state
+        last = state.step == trainer.total_steps
+        if last or state.step % section.log_every == 0:
+            self._log(batch.epoch)
+        if trainer.dev is not None and (last or state.step % section.validation.every_steps == 0):
+            scores = trainer.validate()
+            self.run.log({"step": state.step} | scores)
+            if state.best_loss is None or scores["dev_loss"] < state.best_loss:
+                state.best_step, state.best_loss = state.step, scores["dev_loss"]
+                trainer.save_model(self.run.path / "best")
+        if last or state.step % section.checkpoints.every_steps == 0:
+            trainer.settle()
+            keep = max(1, section.checkpoints.average_last)
+            save_checkpoint(self.run.path, state, trainer.model, trainer.optimizer, keep)
+
+    def _log(self, epoch: int) -> None:
+        """A line of metrics: means over the steps since the last one."""
+        trainer, state, section = self.trainer, self.trainer.state, self.section
+        trainer.settle()
+        now, (then, tokens) = time.perf_counter(), self._since
+        means = [total / state.num_summed for total in state.sums]
+        peak, total_steps = section.optimizer.lr, trainer.total_steps
+        self.run.log(
+            {
+                "step": state.step,
+                "epoch": epoch,
+                "loss": means[0],
+                "terms": dict(zip(trainer.objective.names, means[1:-1], strict=True)),
+                "lr": learning_rate(section.schedule, peak, state.step, total_steps),
+                "grad_norm": means[-1],
+                "tokens": state.tokens,
+                "tokens_per_second": (state.tokens - tokens) / max(now - then, 1e-9),
+            }
+        )
+        state.sums, state.num_summed = [], 0
+        self._since = (now, state.tokens)
+
+    def _resume(self) -> None:
+        """Go back to the newest checkpoint, if there is one."""
+        trainer, folders = self.trainer, checkpoints(self.run.path)
+        if folders:
+            state = load_checkpoint(folders[-1], trainer.model, trainer.optimizer)
+            state.order.check(trainer.stream.state.digest, self.section.seed)
+            trainer.state, trainer.stream.state = state, state.order
+            logger.info("%s: going on after step %d", self.run.path, state.step)
+        self.run.rewind(trainer.state.step)
+
+    def _export(self) -> None:
+        """Write the last weights, the best if no validation chose them, and the averaged ones."""
+        trainer, run = self.trainer, self.run.path
+        trainer.save_model(run / "last")
+        if trainer.dev is None:
+            trainer.save_model(run / "best")
+        if self.section.checkpoints.average_last:
+            load_weights(trainer.model, average_weights(checkpoints(run)))
+            trainer.save_model(run / "averaged")
+
+    def _summary(self, seconds: float) -> dict[str, Any]:
+        """What `train` returns."""
+        state, last = self.trainer.state, self.run.last_values()
+        return {
+            "run": str(self.run.path),
+            "steps": state.step,
+            "epochs": last.pop("epoch", -1) + 1,
+            "tokens": state.tokens,
+            "parameters": sum(p.numel() for p in self.trainer.model.parameters()),
+            "loss": last.get("loss"),
+            "best_step": state.step if state.best_step is None else state.best_step,
+            "best_dev_loss": state.best_loss,
+            **{key: value for key, value in last.items() if key.startswith("dev_")},
+            "seconds": seconds,
+        }

@@ -1,0 +1,185 @@
+"""The order of training: which samples stand in which global batch, as a pure function.
+
+    order = f(corpus digest and shard plan, seed, epoch, algorithm version)
+
+Shards are permuted and grouped into windows, samples are permuted inside a window, similar
+lengths are brought together inside a pool of that permutation, batches are filled up to a
+token budget, and the batches of a window are permuted. Every permutation is keyed by a hash
+of what it is for, so seeds and epochs never alias and no library version enters.
+"""
+
+# M samples of a window, B samples of a batch
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+
+from kdcache.errors import IdentityError, TrainingError
+from kdcache.formats.keyed import permutation, text_key
+
+#: Raised by every change after which the same inputs give another order.
+ORDER_VERSION = 1
+
+#: Token budgets in one pool of similar lengths: small enough that batches stay well mixed
+#: over an epoch, large enough that little is padded.
+POOL_BATCHES = 64
+
+
+@dataclass(frozen=True)
+class OrderState:
+    """Where training stands: the whole of what a resumed stream needs.
+
+    Attributes:
+        digest: of all that fixes the batches (`batching_digest`).
+        version: `ORDER_VERSION` of the code that wrote it.
+        seed: recipe seed.
+        epoch: epoch of the next batch, from 0.
+        window: window of the next batch within its epoch.
+        batch: number of the next batch within its window.
+    """
+
+    digest: str
+    version: int
+    seed: int
+    epoch: int = 0
+    window: int = 0
+    batch: int = 0
+
+    def to_json(self) -> str:
+        """One line of JSON, under 300 bytes."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> OrderState:
+        """The state that `to_json` wrote.
+
+        Raises:
+            TrainingError: if the text is no such state.
+        """
+        try:
+            tree = json.loads(text)
+            return cls(digest=str(tree.pop("digest")), **{k: int(v) for k, v in tree.items()})
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise TrainingError(
+                f"order state: not a state of this version: {text[:80]!r}"
+            ) from None
+
+    def check(self, digest: str, seed: int) -> None:
+        """Refuse to go on in another order.
+
+        Raises:
+            IdentityError: if digest, seed or version differ, with both sides.
+        """
+        here = OrderState(digest=digest, version=ORDER_VERSION, seed=seed)
+        for key in ("digest", "version", "seed"):
+            found, expected = getattr(self, key), getattr(here, key)
+            if found != expected:
+                raise IdentityError(
+                    f"order state: {key} is {found}, this cache and recipe give {expected}; "
+                    "resume with the same corpus, batch size, window and seed, or start a new run"
+                )
+
+    def advanced(self, num_batches: int, num_windows: int) -> OrderState:
+        """The state after this batch of a window with `num_batches`, of `num_windows`."""
+        if self.batch + 1 < num_batches:
+            return replace(self, batch=self.batch + 1)
+        if self.window + 1 < num_windows:
+            return replace(self, window=self.window + 1, batch=0)
+        return replace(self, epoch=self.epoch + 1, window=0, batch=0)
+
+
+def plan_digest(corpus_digest: str, shards: Sequence[tuple[int, int]]) -> str:
+    """16 hex digits that name a corpus and its shard plan; signals and codecs do not enter."""
+    flat = [bound for shard in shards for bound in shard]
+    return f"{text_key('shard plan', corpus_digest, *flat):016x}"
+
+
+def batching_digest(
+    plan: str, stream_digests: Sequence[str], batch_tokens: int, window_shards: int
+) -> str:
+    """16 hex digits that name the batches of a plan: a state of others is not to be resumed."""
+    return f"{text_key('batching', plan, *stream_digests, batch_tokens, window_shards):016x}"
+
+
+def epoch_windows(
+    digest: str, num_shards: int, window_shards: int, seed: int, epoch: int
+) -> list[list[int]]:
+    """Shards of each window of one epoch: every shard exactly once.
+
+    Args:
+        digest: from `plan_digest`.
+        num_shards: shards of the cache.
+        window_shards: shards shuffled together; the last window may have fewer.
+        seed: recipe seed.
+        epoch: from 0.
+    """
+    shards = permutation(num_shards, _key(digest, seed, epoch, "shards")).tolist()
+    return [shards[i : i + window_shards] for i in range(0, num_shards, window_shards)]
+
+
+def window_batches(
+    digest: str,
+    seed: int,
+    epoch: int,
+    window: int,
+    src_lengths: np.ndarray,
+    tgt_lengths: np.ndarray,
+    batch_tokens: int,
+) -> list[np.ndarray]:
+    """Global batches of one window: every sample exactly once.
+
+    Args:
+        digest: from `plan_digest`.
+        seed: recipe seed.
+        epoch: from 0.
+        window: from 0.
+        src_lengths: [M] int64 tokens.
+        tgt_lengths: [M] int64 tokens.
+        batch_tokens: most samples x longest target of a batch, and likewise of its sources.
+            A longer sample is a batch of its own.
+
+    Returns:
+        int64 arrays [B] of sample numbers within the window, in training order.
+    """
+    num_samples = len(tgt_lengths)
+    order = permutation(num_samples, _key(digest, seed, epoch, "samples", window))
+    # An empty stream still takes a place, or a batch could hold any number of them.
+    tgt = np.maximum(tgt_lengths, 1)
+    longest = np.maximum(src_lengths, tgt)
+    ends = np.cumsum(longest[order])
+    pool_tokens = POOL_BATCHES * batch_tokens
+    num_pools = int(ends[-1]) // pool_tokens + 1 if num_samples else 0
+    cuts = np.searchsorted(ends, pool_tokens * np.arange(1, num_pools))
+    batches: list[np.ndarray] = []
+    for pool in np.split(order, cuts):
+        # Longest first; lexsort is stable, so equal lengths stay in permuted order.
+        pool = pool[np.lexsort((-tgt[pool], -longest[pool]))]
+        batches.extend(_fill(pool, longest[pool], batch_tokens))
+    shuffled = permutation(len(batches), _key(digest, seed, epoch, "batches", window))
+    return [batches[i] for i in shuffled]
+
+
+def micro_batches(batch: np.ndarray, accumulate: int) -> list[np.ndarray]:
+    """Cut a global batch into at most `accumulate` slices, none empty."""
+    return [part for part in np.array_split(batch, accumulate) if len(part)]
+
+
+def _key(digest: str, seed: int, epoch: int, purpose: str, window: int = 0) -> int:
+    """Key of one permutation."""
+    return text_key("order", ORDER_VERSION, digest, seed, epoch, purpose, window)
+
+
+def _fill(samples: np.ndarray, longest: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
+    """Cut samples, longest first, into batches within the budget."""
+    batches = []
+    start = 0
+    while start < len(samples):
+        # The first sample is the longest of its batch on either side.
+        stop = start + max(1, batch_tokens // int(longest[start]))
+        batches.append(samples[start:stop])
+        start = stop
+    return batches

@@ -1,0 +1,185 @@
+"""The run directory: what a run is of, its metrics, and its right to be resumed.
+
+RUN/recipe.yaml     the resolved recipe
+    run.json        cache, signals, student and versions; the summary once it is finished
+    metrics.jsonl   a line every some steps
+    checkpoint/     where it can go on
+    best/ last/ averaged/   transformers directories
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kdcache.errors import IdentityError, StorageError
+from kdcache.formats.commit import storage_errors, write_data
+from kdcache.recipe import Recipe, dump_recipe, load_recipe
+
+RECIPE, IDENTITY, METRICS, LOCK = "recipe.yaml", "run.json", "metrics.jsonl", ".lock"
+
+#: What may differ between a run and its resumption: where and under what name it runs.
+_FREE_KEYS = ("device",)
+
+
+class RunDirectory:
+    """A run directory whose recipe and identity are checked.
+
+    Args:
+        path: the directory; made if it is not there.
+        recipe: the resolved recipe.
+        identity: what the run is of, as plain values: a resumed run's must be the same.
+        versions: library names to versions, for the record.
+
+    Raises:
+        IdentityError: another run stands there; the first differing key is shown.
+        StorageError: something else stands there, or the disk refused.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        recipe: Recipe,
+        identity: Mapping[str, Any],
+        versions: Mapping[str, str],
+    ) -> None:
+        self.path = path
+        if (path / IDENTITY).is_file():
+            self._check(recipe, identity)
+            return
+        left = [p.name for p in path.iterdir()] if path.is_dir() else []
+        # A kill between the first files of a run leaves these; all else is somebody's.
+        if other := sorted(n for n in left if n not in (RECIPE, LOCK) and n[:5] != ".tmp-"):
+            raise StorageError(
+                f"{path}: output already holds other files ({', '.join(other[:3])}); choose an "
+                "empty directory"
+            )
+        _write(path / RECIPE, dump_recipe(recipe))
+        self._record = {"identity": dict(identity), "versions": dict(versions), "summary": None}
+        _write(path / IDENTITY, _json(self._record))
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """What the run came to; None until it is finished."""
+        found: dict[str, Any] | None = self._record["summary"]
+        return found
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Record that the run is done."""
+        self._record["summary"] = dict(summary)
+        _write(self.path / IDENTITY, _json(self._record))
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Append a line to the metrics."""
+        with storage_errors(self.path), (self.path / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Take back the metrics after a step; they will be made again."""
+        path = self.path / METRICS
+        if not path.is_file():
+            return
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if _until(line, step)]
+        _write(path, "".join(line + "\n" for line in kept))
+
+    def last_values(self) -> dict[str, Any]:
+        """The last value of everything in the metrics."""
+        values: dict[str, Any] = {}
+        path = self.path / METRICS
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                values |= json.loads(line)
+        return values
+
+    def _check(self, recipe: Recipe, identity: Mapping[str, Any]) -> None:
+        """Refuse to go on with what another recipe or cache began."""
+        try:
+            self._record = json.loads((self.path / IDENTITY).read_text(encoding="utf-8"))
+            found: dict[str, Any] = {
+                "identity": self._record["identity"],
+                "train": load_recipe(str(self.path / RECIPE)).model_dump(mode="json")["train"],
+            }
+        except (ValueError, KeyError, OSError) as error:
+            raise StorageError(
+                f"{self.path / IDENTITY}: not the record of a run ({error}); choose another output"
+            ) from None
+        here = {
+            "identity": json.loads(json.dumps(identity)),
+            "train": recipe.model_dump(mode="json")["train"],
+        }
+        for key in _FREE_KEYS:
+            found["train"].pop(key, None)
+            here["train"].pop(key, None)
+        if difference := _first_difference(found, here):
+            key, there, now = difference
+            raise IdentityError(
+                f"{self.path}: holds another run: {key.removeprefix('identity.')} is {there!r} "
+                f"there and {now!r} here; choose another output, or set it back to resume"
+            )
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a run directory, made if it is not there, against a second trainer.
+
+    Raises:
+        StorageError: somebody else trains there, or the disk refused.
+    """
+    with storage_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StorageError(
+                f"{path}: another run is training here; wait for it to end, or choose another "
+                "output"
+            ) from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def _first_difference(left: Any, right: Any, at: str = "") -> tuple[str, Any, Any] | None:
+    """Dotted key and both values of the first thing in which two trees differ."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        pairs = [(key, left.get(key), right.get(key)) for key in [*left, *right]]
+    elif isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
+        pairs = [(str(n), *both) for n, both in enumerate(zip(left, right, strict=True))]
+    else:
+        return None if left == right else (at, left, right)
+    for key, here, there in pairs:
+        found = _first_difference(here, there, f"{at}.{key}" if at else key)
+        if found:
+            return found
+    return None
+
+
+def _until(line: str, step: int) -> bool:
+    """Whether a metrics line is whole and not after a step; a kill can cut the last one."""
+    try:
+        return bool(json.loads(line)["step"] <= step)
+    except ValueError:
+        return False
+
+
+def _json(tree: Any) -> str:
+    """Readable JSON."""
+    return json.dumps(tree, indent=1, sort_keys=True) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file whole."""
+
+    def write(stream: Any) -> Path:
+        stream.write(text.encode())
+        return path
+
+    write_data(path, write)

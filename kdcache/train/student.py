@@ -1,0 +1,228 @@
+"""Students: built from a transformers config or loaded, and written back."""
+
+# B batch, S source positions, T target positions, N target tokens, D hidden, V vocabulary
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.errors import ModelError
+from kdcache.formats.keyed import text_key
+from kdcache.formats.manifest import TokenizerRecord
+from kdcache.models import project_only, quiet_transformers, shift_right
+from kdcache.recipe import StudentSection
+
+#: A cache's own list of token strings; no file of a tokenizer.
+TOKENS_FILE = "tokens.json"
+
+
+def build_student(
+    section: StudentSection,
+    tokenizer: TokenizerRecord,
+    num_ids: int,
+    vocab_size: int,
+    seed: int,
+) -> Any:
+    """The student of a recipe, in float32 on the CPU, in training mode.
+
+    Args:
+        section: the recipe's student.
+        tokenizer: the cache's record of the tokenizer whose ids the student predicts.
+        num_ids: ids of the streams it reads and predicts; a loaded student has at least as many.
+        vocab_size: V, rows of a new student's output projection, at least `num_ids`.
+        seed: recipe seed; a student from a config is a function of it.
+
+    Raises:
+        ModelError: the config or the directory gives no encoder-decoder, or its vocabulary is
+            too small.
+    """
+    quiet_transformers()
+    if section.path is not None:
+        model = _load(Path(section.path).expanduser())
+    else:
+        with _keyed_generator(text_key(seed, "student")):
+            model = _from_config(dict(section.config or {}), tokenizer, vocab_size)
+            if section.init == "glorot":
+                initialise(model)
+    rows = output_rows(model)
+    if rows < num_ids:
+        raise ModelError(
+            f"student: {rows} rows in its output projection, the cache's streams have {num_ids} "
+            "ids; use a student of the same tokenizer"
+        )
+    return model.train()
+
+
+def output_rows(model: Any) -> int:
+    """V, rows of a model's output projection; 0 without one."""
+    projection = model.get_output_embeddings()
+    return 0 if projection is None else int(projection.weight.shape[0])
+
+
+def student_logits(
+    model: Any, src: Tensor, src_mask: Tensor, labels: Tensor, label_mask: Tensor
+) -> Tensor:
+    """[N, V] logits of the positions in `label_mask`, row by row; no other is projected.
+
+    Args:
+        model: a transformers encoder-decoder.
+        src: [B, S] int64.
+        src_mask: [B, S] bool, true on tokens.
+        labels: [B, T] int64; what stands outside the mask does not matter.
+        label_mask: [B, T] bool, true on tokens, which stand before all padding.
+    """
+    decoder_input_ids = shift_right(labels, pad=0, start=decoder_start(model))
+    with project_only(model, label_mask):
+        # Padding stands last and attention is causal, so the decoder needs no mask.
+        out = model(
+            input_ids=src,
+            attention_mask=src_mask.long(),
+            decoder_input_ids=decoder_input_ids,
+            use_cache=False,
+        )
+    logits: Tensor = out.logits
+    return logits
+
+
+def decoder_start(model: Any) -> int:
+    """Id that the decoder starts from.
+
+    Raises:
+        ModelError: the model names none.
+    """
+    for config in (model.config, model.generation_config):
+        for name in ("decoder_start_token_id", "pad_token_id"):
+            found = getattr(config, name, None)
+            if found is not None:
+                return int(found)
+    raise ModelError(f"{type(model).__name__}: its config has no decoder_start_token_id")
+
+
+def initialise(model: Any) -> None:
+    """Glorot-uniform matrices, embeddings N(0, 1/sqrt(D)), biases zero, norms as they are.
+
+    Fixed (sinusoidal) position tables stay, tied matrices count as embeddings, and the row of
+    a padding id is zero.
+
+    Source: Glorot & Bengio 2010; Vaswani et al. 2017, section 3.4.
+    """
+    width = getattr(model.config, "d_model", None) or model.config.hidden_size
+    done: set[int] = set()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                done.add(id(module.weight))
+                if module.weight.requires_grad:
+                    module.weight.normal_(0.0, width**-0.5)
+                    if module.padding_idx is not None:
+                        module.weight[module.padding_idx].zero_()
+        for name, parameter in model.named_parameters():
+            if id(parameter) in done or not parameter.requires_grad:
+                continue
+            if parameter.dim() >= 2:
+                nn.init.xavier_uniform_(parameter)
+            elif name.endswith("bias"):
+                parameter.zero_()
+
+
+def save_student(model: Any, tokenizer_dir: Path, out: Path) -> None:
+    """Write a transformers directory, tokenizer included, that `from_pretrained` loads.
+
+    Args:
+        model: the student.
+        tokenizer_dir: the cache's tokenizer directory.
+        out: a directory that is there and empty.
+    """
+    model.save_pretrained(out)
+    for file in sorted(tokenizer_dir.iterdir()):
+        if file.name != TOKENS_FILE and not (out / file.name).exists():
+            shutil.copyfile(file, out / file.name)
+
+
+def max_positions(model: Any) -> int | None:
+    """Longest sequence the student takes; None where its positions are relative."""
+    found = getattr(model.config, "max_position_embeddings", None)
+    return int(found) if found else None
+
+
+def _load(path: Path) -> Any:
+    """A student from a transformers directory."""
+    import transformers
+
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path}: no transformers model there; train.student.path needs one")
+    try:
+        return transformers.AutoModelForSeq2SeqLM.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path}: {_first_line(error)}") from None
+
+
+def _from_config(keys: dict[str, Any], tokenizer: TokenizerRecord, vocab_size: int) -> Any:
+    """A student with transformers' initialisation."""
+    import transformers
+
+    model_type = keys.pop("model_type", None)
+    if not isinstance(model_type, str):
+        raise ModelError("train.student.config needs model_type, such as marian, t5 or bart")
+    try:
+        default = transformers.AutoConfig.for_model(model_type)
+    except ValueError:
+        raise ModelError(
+            f"train.student.config.model_type {model_type!r}: transformers knows no such model"
+        ) from None
+    known = set(default.to_dict()) | set(default.attribute_map)
+    unknown = sorted(set(keys) - known)
+    if unknown:
+        raise ModelError(
+            f"train.student.config: a {model_type} config has no {', '.join(unknown)}; "
+            "see transformers' documentation of its config"
+        )
+    filled = _special_ids(default, tokenizer) | {"vocab_size": vocab_size}
+    if hasattr(default, "decoder_vocab_size"):
+        filled["decoder_vocab_size"] = vocab_size
+    try:
+        config = transformers.AutoConfig.for_model(model_type, **(filled | keys))
+        model = transformers.AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32)
+    except (ValueError, TypeError, KeyError, AssertionError, RuntimeError) as error:
+        raise ModelError(f"train.student.config: {model_type}: {_first_line(error)}") from None
+    return model
+
+
+def _special_ids(default: Any, tokenizer: TokenizerRecord) -> dict[str, int | None]:
+    """Special ids of the cache's tokenizer, in the roles the model's family gives them."""
+    pad = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
+    eos = tokenizer.eos_id
+    start = getattr(default, "decoder_start_token_id", None)
+    # BART's decoder starts from eos; Marian's and T5's from padding.
+    from_eos = start is not None and start == default.eos_token_id != default.pad_token_id
+    found = {
+        "pad_token_id": pad,
+        "eos_token_id": eos,
+        "bos_token_id": tokenizer.bos_id,
+        "decoder_start_token_id": eos if from_eos and eos is not None else pad,
+    }
+    if hasattr(default, "forced_eos_token_id"):
+        found["forced_eos_token_id"] = eos
+    return found
+
+
+@contextmanager
+def _keyed_generator(key: int) -> Iterator[None]:
+    """Set torch's generator from a key, and put it back afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key >> 1)
+        yield
+
+
+def _first_line(error: BaseException) -> str:
+    """First line of a library's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

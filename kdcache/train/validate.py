@@ -1,0 +1,181 @@
+"""Scores of a student on text: teacher-forced loss and accuracy, sources right and shuffled."""
+
+# B batch, S source positions, T target positions, N target tokens, V vocabulary
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.errors import CorpusError
+from kdcache.formats.keyed import permutation, text_key
+from kdcache.train.student import max_positions, student_logits
+
+
+@dataclass(frozen=True)
+class Score:
+    """Teacher-forced scores over the tokens of a set.
+
+    Attributes:
+        loss_nats: mean negative log-prob of a target token, in nats.
+        accuracy: share of target tokens that are the student's first choice.
+        num_tokens: N, tokens scored (those the tokenizer adds, such as eos, included).
+    """
+
+    loss_nats: float
+    accuracy: float
+    num_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """The loss, exponentiated; per token of this tokenizer."""
+        return math.exp(self.loss_nats) if self.loss_nats < 700 else math.inf
+
+
+@dataclass(frozen=True)
+class TokenPairs:
+    """Pairs of token lists, each [length] int64."""
+
+    src: list[np.ndarray]
+    tgt: list[np.ndarray]
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.tgt)
+
+    def limited(self, num_tokens: int) -> TokenPairs:
+        """The first pairs with at most this many target tokens, at least one pair."""
+        ends = np.cumsum([len(ids) for ids in self.tgt])
+        count = max(1, int(np.searchsorted(ends, num_tokens, side="right")))
+        return TokenPairs(self.src[:count], self.tgt[:count])
+
+    def within(self, positions: int | None) -> TokenPairs:
+        """The pairs whose both sides have at most this many tokens."""
+        if positions is None:
+            return self
+        sides = zip(self.src, self.tgt, strict=True)
+        kept = [pair for pair in sides if max(map(len, pair)) <= positions]
+        return TokenPairs([src for src, _ in kept], [tgt for _, tgt in kept])
+
+    def shuffled(self) -> TokenPairs:
+        """Every target beside the source of another pair (of itself if there is but one)."""
+        order = permutation(len(self), text_key("shuffled sources", len(self)))
+        # A step along one cycle through all pairs leaves none in its place.
+        other = np.empty(len(self), dtype=np.int64)
+        other[order] = np.roll(order, 1)
+        return replace(self, src=[self.src[i] for i in other])
+
+
+def encode(tokenizer: Any, texts: Sequence[str], target: bool) -> list[np.ndarray]:
+    """Token ids of texts as a dump makes them, special tokens included.
+
+    Args:
+        tokenizer: of transformers.
+        texts: to encode.
+        target: with the target side of a tokenizer that has two.
+    """
+    if not texts:
+        return []
+    side = {"text_target" if target else "text": list(texts)}
+    found = tokenizer(**side, return_attention_mask=False, verbose=False)
+    return [np.asarray(ids, dtype=np.int64) for ids in found["input_ids"]]
+
+
+def score(
+    model: Any,
+    tokenizer: Any,
+    src: Sequence[str],
+    tgt: Sequence[str],
+    device: torch.device,
+    batch_tokens: int = 4096,
+) -> Score:
+    """Score target texts given their sources.
+
+    Args:
+        model: a transformers encoder-decoder on `device`.
+        tokenizer: its tokenizer.
+        src: source texts.
+        tgt: as many target texts.
+        device: of the model.
+        batch_tokens: padded tokens of one forward on the longer side.
+
+    Raises:
+        CorpusError: no pair fits the model's positions.
+    """
+    return score_tokens(model, _pairs(tokenizer, src, tgt), device, batch_tokens)
+
+
+def score_shuffled(
+    model: Any,
+    tokenizer: Any,
+    src: Sequence[str],
+    tgt: Sequence[str],
+    device: torch.device,
+    batch_tokens: int = 4096,
+) -> Score:
+    """`score` with every target beside another target's source.
+
+    A model that ignores its source scores the same both times.
+    """
+    return score_tokens(model, _pairs(tokenizer, src, tgt).shuffled(), device, batch_tokens)
+
+
+def score_tokens(model: Any, pairs: TokenPairs, device: torch.device, batch_tokens: int) -> Score:
+    """Score encoded pairs; those longer than the model's positions are left out.
+
+    Raises:
+        CorpusError: none is left.
+    """
+    pairs = pairs.within(max_positions(model))
+    if not len(pairs):
+        raise CorpusError("nothing to score: no pair of texts fits the model's positions")
+    longest = np.array(
+        [max(1, len(s), len(t)) for s, t in zip(pairs.src, pairs.tgt, strict=True)], dtype=np.int64
+    )
+    order = np.argsort(longest, kind="stable")[::-1]
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64)
+    start = 0
+    with torch.inference_mode():
+        while start < len(order):
+            stop = start + max(1, batch_tokens // int(longest[order[start]]))
+            rows = order[start:stop]
+            src, src_mask = _padded([pairs.src[i] for i in rows], device)
+            labels, label_mask = _padded([pairs.tgt[i] for i in rows], device)
+            sums += _sums(model, src, src_mask, labels, label_mask)
+            start = stop
+    model.train(was_training)
+    num_tokens = sum(len(ids) for ids in pairs.tgt)
+    loss, hits = (sums / max(1, num_tokens)).tolist()
+    return Score(loss_nats=loss, accuracy=hits, num_tokens=num_tokens)
+
+
+def _pairs(tokenizer: Any, src: Sequence[str], tgt: Sequence[str]) -> TokenPairs:
+    """Encode both sides."""
+    return TokenPairs(encode(tokenizer, src, False), encode(tokenizer, tgt, True))
+
+
+def _sums(model: Any, src: Tensor, src_mask: Tensor, labels: Tensor, label_mask: Tensor) -> Tensor:
+    """[2] float64: summed negative log-prob and number of first choices."""
+    logits = student_logits(model, src, src_mask, labels, label_mask).float()  # [N, V]
+    targets = labels[label_mask]  # [N]
+    log_sums = torch.logsumexp(logits, dim=-1)  # [N]
+    losses = log_sums - logits.gather(1, targets[:, None])[:, 0]  # [N]
+    hits = logits.argmax(dim=-1) == targets
+    return torch.stack([losses.sum(), hits.sum().float()]).cpu().double()
+
+
+def _padded(ids: list[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids [B, L] padded with 0 at the end, which the mask [B, L] leaves out."""
+    lengths = np.array([len(row) for row in ids])
+    mask = np.arange(max(1, int(lengths.max()))) < lengths[:, None]
+    out = np.zeros(mask.shape, dtype=np.int64)
+    out[mask] = np.concatenate(ids)
+    return torch.from_numpy(out).to(device), torch.from_numpy(mask).to(device)

@@ -1,0 +1,59 @@
+"""Digests: golden values, independence of chunks, and what a difference looks like."""
+
+import numpy as np
+import xxhash
+
+from kdcache.formats.identity import CorpusDigest, StreamDigest, differences, sample_id
+
+
+def test_sample_id_is_the_hash_of_length_prefixed_values() -> None:
+    data = b"".join(
+        len(v).to_bytes(8, "little") + v for v in ("grüße".encode(), b"hi", b"task", b"")
+    )
+    assert sample_id(["grüße", "hi"], task="task") == xxhash.xxh3_128_digest(data)
+    assert sample_id(["ab", "c"]).hex() == "d540562305f27db827ab5ce674821453"
+
+
+def test_sample_id_tells_fields_apart() -> None:
+    ids = {sample_id(["ab", "c"]), sample_id(["a", "bc"]), sample_id(["ab", "c"], label="1")}
+    assert len(ids | {sample_id(["ab"], task="c"), sample_id(["ab", "c", ""])}) == 5
+
+
+def test_corpus_digest_does_not_see_chunks() -> None:
+    ids = np.arange(80, dtype=np.uint8).reshape(5, 16)
+    rows = np.array([0, 2, 3, 8, 9])
+    whole, pieces = CorpusDigest(), CorpusDigest()
+    whole.update(ids, rows)
+    pieces.update(ids[:2], rows[:2])
+    pieces.update(ids[2:], rows[2:])
+    raw = b"".join(
+        i.tobytes() + int(r).to_bytes(8, "little") for i, r in zip(ids, rows, strict=True)
+    )
+    assert whole.hexdigest() == pieces.hexdigest() == xxhash.xxh3_128_hexdigest(raw)
+
+
+def test_stream_digest_sees_tokens_lengths_and_tokenizer() -> None:
+    def digest(tokenizer: str, chunks: list[tuple[list[int], list[int]]]) -> str:
+        stream = StreamDigest(tokenizer)
+        for lengths, ids in chunks:
+            stream.update(np.array(lengths), np.array(ids, dtype=np.uint16))
+        return stream.hexdigest()
+
+    whole = digest("t", [([2, 1], [5, 6, 7])])
+    assert digest("t", [([2], [5, 6]), ([1], [7])]) == whole
+    others = [
+        digest("u", [([2, 1], [5, 6, 7])]),
+        digest("t", [([1, 2], [5, 6, 7])]),
+        digest("t", [([2, 1], [5, 6, 8])]),
+    ]
+    assert whole not in others
+
+
+def test_differences_name_keys_and_both_sides() -> None:
+    standing = {"codec": {"name": "topk", "k": 8}, "versions": {"a": "1"}, "files": [1, 2]}
+    given = {"codec": {"name": "topk", "k": 12}, "versions": {"a": "2"}, "files": [1]}
+    assert differences(standing, given, ignore=["versions"]) == [
+        "codec.k: 8 in the cache, 12 given",
+        "files.1: 2 in the cache, absent given",
+    ]
+    assert differences(standing, standing) == []

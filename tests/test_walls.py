@@ -1,0 +1,93 @@
+"""The walls between the rooms, each in a fresh interpreter."""
+
+from __future__ import annotations
+
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import kdcache
+import kdcache.dump
+import kdcache.formats
+import kdcache.train
+
+HEAVY = ("torch", "transformers")
+
+
+def modules(package: object) -> list[str]:
+    path, name = package.__path__, package.__name__  # type: ignore[attr-defined]
+    return [name, *(m.name for m in pkgutil.walk_packages(path, f"{name}."))]
+
+
+def loaded_after(code: str) -> set[str]:
+    """Names in sys.modules after some code ran in a new interpreter."""
+    program = f"import sys\n{code}\nprint('LOADED', *sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.rstrip().split("\n")[-1].split()
+    assert last[0] == "LOADED"
+    return set(last[1:])
+
+
+def importing(names: list[str]) -> str:
+    return "\n".join(f"import {name}" for name in names)
+
+
+def running(*words: str) -> str:
+    return (
+        "from kdcache.cli import main\n"
+        f"try:\n    code = main({list(words)!r})\n"
+        "except SystemExit as exit:\n    code = exit.code\n"
+        "assert code == 0, code"
+    )
+
+
+def test_formats_stand_without_torch() -> None:
+    names = modules(kdcache.formats)
+    assert "kdcache.formats.cache" in names
+    loaded = loaded_after(importing(names))
+    assert not loaded & {*HEAVY, "kdcache.dump", "kdcache.train"}
+
+
+def test_train_never_imports_dump() -> None:
+    names = modules(kdcache.train)
+    assert "kdcache.train.losses" in names
+    loaded = loaded_after(importing(names))
+    assert "kdcache.train.losses" in loaded
+    assert not {name for name in loaded if name.startswith("kdcache.dump")}
+
+
+def test_dump_never_imports_train() -> None:
+    loaded = loaded_after(importing(modules(kdcache.dump)))
+    assert not {name for name in loaded if name.startswith("kdcache.train")}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--help",), ("--version",), ("dump", "--help"), ("train", "--help"), ("recipes",)],
+    ids=" ".join,
+)
+def test_the_face_starts_without_torch(words: tuple[str, ...]) -> None:
+    assert not loaded_after(running(*words)) & set(HEAVY)
+
+
+def test_inspect_and_verify_run_without_torch(tiny_cache: object) -> None:
+    for words in (("inspect",), ("inspect", "--json"), ("verify",), ("verify", "--json")):
+        loaded = loaded_after(running(words[0], str(tiny_cache), *words[1:]))
+        assert not loaded & set(HEAVY), words
+
+
+def test_print_recipe_runs_without_torch() -> None:
+    loaded = loaded_after(running("train", "word-level", "--print-recipe"))
+    assert not loaded & set(HEAVY)
+
+
+def test_the_package_opens_caches_lazily() -> None:
+    assert kdcache.open_cache.__module__ == "kdcache.formats.cache"
+    assert "kdcache.formats.cache" not in loaded_after("import kdcache")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        kdcache.nothing  # noqa: B018
