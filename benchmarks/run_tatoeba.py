@@ -6,9 +6,10 @@ Steps, every one a `kdcache` command that is printed before it runs:
 
 1. `dump` the teacher over the first --pairs training pairs (design default: threshold 1/16).
 2. Tune the student without a cache (recipe `no-kd`) on the development set, over every
-   combination of --lrs and --dropouts, at the full number of steps; the best development loss wins.
-3. Train the student with the cache (recipe `word-level`) once, with the winner's settings
-   and nothing else changed.
+   combination of --lrs and --dropouts, for --tune-epochs; the best development loss wins. The
+   schedule (warm-up, then inverse square root) does not depend on the length of a run.
+3. Train the student without (`no-kd`) and with the cache (`word-level`) for --epochs with the
+   winner's settings; the objective is all that differs.
 4. Read the test set once: `evaluate` both, with a paired bootstrap between them.
 
 A killed run goes on where it stopped when the same command is given again.
@@ -49,14 +50,17 @@ def kdcache(*arguments: str) -> None:
     )
 
 
-def train_arguments(setting: Setting, args: argparse.Namespace, lr: float, dropout: float) -> list:
+def train_arguments(
+    setting: Setting, args: argparse.Namespace, lr: float, dropout: float, epochs: int
+) -> list[str]:
     """What both students share."""
     pairs = {
         "train.validation.corpus.fields.src": setting.dev[0],
         "train.validation.corpus.fields.tgt": setting.dev[1],
         "train.validation.every_steps": args.every_steps,
         "train.checkpoints.every_steps": args.every_steps,
-        "train.max_epochs": args.epochs,
+        "train.validation.limit_tokens": args.dev_tokens,
+        "train.max_epochs": epochs,
         "train.max_steps": 1_000_000,
         "train.batch_tokens": args.batch_tokens,
         "train.schedule.warmup_steps": args.warmup_steps,
@@ -78,7 +82,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for cache and runs")
     parser.add_argument("--pairs", type=int, default=40_000)
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--tune-epochs", type=int, default=2)
+    parser.add_argument("--dev-tokens", type=int, default=10_000)
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--warmup-steps", type=int, default=400)
     parser.add_argument("--every-steps", type=int, default=200)
@@ -90,6 +96,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.pairs, args.epochs, args.warmup_steps, args.every_steps = 600, 1, 20, 20
+        args.tune_epochs = 1
         args.lrs, args.dropouts = [1.4e-3], [0.1]
     args.out.mkdir(parents=True, exist_ok=True)
     setting = find_setting(args.out / "data")
@@ -102,32 +109,32 @@ def main() -> None:
         "--dump.teacher.path", str(setting.teacher),
     )  # fmt: skip
 
-    grid = list(itertools.product(args.lrs, args.dropouts))
-    runs = {cell: args.out / f"no-kd-lr{cell[0]:g}-dropout{cell[1]:g}" for cell in grid}
-
-    def train(recipe: str, run: Path, cell: tuple[float, float]) -> None:
-        shared = train_arguments(setting, args, *cell)
+    def train(recipe: str, run: Path, cell: tuple[float, float], epochs: int) -> None:
+        shared = train_arguments(setting, args, *cell, epochs)
         kdcache("train", recipe, "--cache", str(cache), "--out", str(run), *shared)
 
+    grid = list(itertools.product(args.lrs, args.dropouts))
+    trials = {cell: args.out / f"tune-lr{cell[0]:g}-dropout{cell[1]:g}" for cell in grid}
+    no_kd, word_level = args.out / "no-kd", args.out / "word-level"
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda cell: train("no-kd", runs[cell], cell), grid))
-    tuned = {cell: best_dev_loss(run) for cell, run in runs.items()}
-    winner = min(tuned, key=lambda cell: tuned[cell])
-    log(f"no-kd tuned on dev: {tuned}; the best is lr, dropout = {winner}")
-    student = args.out / "word-level"
-    train("word-level", student, winner)
+        list(pool.map(lambda cell: train("no-kd", trials[cell], cell, args.tune_epochs), grid))
+        tuned = {cell: best_dev_loss(run) for cell, run in trials.items()}
+        winner = min(tuned, key=lambda cell: tuned[cell])
+        log(f"no-kd tuned on dev: {tuned}; the best is lr, dropout = {winner}")
+        students = {"no-kd": no_kd, "word-level": word_level}
+        list(pool.map(lambda it: train(*it, winner, args.epochs), students.items()))
 
     test = ["--evaluate.corpus.fields.src", str(setting.test[0])]
     test += ["--evaluate.corpus.fields.tgt", str(setting.test[1])]
     kdcache("evaluate", str(setting.teacher), "--out", str(args.out / "teacher"), *test)
-    kdcache("evaluate", str(runs[winner]), *test)
-    kdcache("evaluate", str(student), "--against", str(runs[winner]), *test)
+    kdcache("evaluate", str(no_kd), *test)
+    kdcache("evaluate", str(word_level), "--against", str(no_kd), *test)
     scores = {
         name: json.loads((run / "evaluation.json").read_text())
         for name, run in [
             ("teacher", args.out / "teacher"),
-            ("no_kd", runs[winner]),
-            ("word_level", student),
+            ("no_kd", no_kd),
+            ("word_level", word_level),
         ]
     }
     result = {
@@ -138,7 +145,8 @@ def main() -> None:
         "epochs": args.epochs,
         "student": STUDENT,
         "tuned_dev_loss": {f"lr {c[0]:g}, dropout {c[1]:g}": v for c, v in tuned.items()},
-        "word_level_dev_loss": best_dev_loss(student),
+        "tune_epochs": args.tune_epochs,
+        "dev_loss": {"no_kd": best_dev_loss(no_kd), "word_level": best_dev_loss(word_level)},
         "scores": scores,
     }
     report(result, "run_tatoeba", save=args.save)

@@ -336,9 +336,15 @@ def _verify(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def _quickstart(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    from kdcache.quickstart.outcome import summary_text
     from kdcache.quickstart.story import run
 
-    return _print_summary(arguments, run(arguments.out))
+    result = run(arguments.out)
+    if arguments.json:
+        _print_json(result)
+    else:
+        print(summary_text(result))
+    return 0
 
 
 def _recipes(arguments: argparse.Namespace, overrides: Overrides) -> int:

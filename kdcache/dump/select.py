@@ -13,9 +13,8 @@ estimation of arbitrary subset sums"; Madow 1949 for the systematic draw).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,11 +138,12 @@ def encode_logits(
     block_rows = max(1, min(block_rows, num_positions, MAX_BLOCK_ROWS))
     blocks = []
     with torch.no_grad():
-        scratch = torch.empty(2, block_rows, vocab_size, dtype=torch.float32, device=device)
+        probs = torch.empty(block_rows, vocab_size, dtype=torch.float32, device=device)
+        scratch = torch.zeros(block_rows, -(-vocab_size // GROUP) * GROUP, device=device)
         # An empty batch is one block without rows.
         for start in range(0, max(num_positions, 1), block_rows):
             rows = slice(start, start + block_rows)
-            block = _Block(logits[rows], scratch, start)
+            block = _Block(logits[rows], probs, scratch, start)
             blocks.append(
                 _encode_block(block, draw_hash[rows], round_hash[rows], codec, temperatures)
             )
@@ -153,12 +153,13 @@ def encode_logits(
 class _Block:
     """The dense quantities of R rows of logits that every codec needs."""
 
-    def __init__(self, logits: Tensor, scratch: Tensor, start: int) -> None:
+    def __init__(self, logits: Tensor, probs: Tensor, scratch: Tensor, start: int) -> None:
         self.start = start
         self.logits = logits.to(torch.float32)  # [R, V]
-        self.scratch = scratch[1, : len(logits)]  # [R, V]
-        self.probs = torch.softmax(self.logits, dim=-1, out=scratch[0, : len(logits)])  # [R, V]
-        self.peaks = _by_group(self.probs, torch.amax)  # [R, G]
+        self.grouped = scratch[: len(logits)]  # [R, G x GROUP], zeros after the last id
+        self.scratch = self.grouped[:, : logits.shape[1]]  # [R, V]
+        self.probs = torch.softmax(self.logits, dim=-1, out=probs[: len(logits)])  # [R, V]
+        self.peaks = _group_peaks(self.probs)  # [R, G]
         top = self.peaks.amax(dim=-1)  # [R]
         if not bool(torch.isfinite(top).all()):
             first = start + int((~torch.isfinite(top)).nonzero()[0])
@@ -168,7 +169,7 @@ class _Block:
             )
         # One softmax serves all: its peak gives the log-sum-exp back.
         self.log_sum = self.logits.amax(dim=-1) - top.log()  # [R]
-        mean = torch.linalg.vecdot(self.probs, self.logits)
+        mean = torch.mul(self.probs, self.logits, out=self.scratch).sum(dim=-1)
         if bool(mean.isnan().any()):  # 0 x -inf of an id that cannot come
             mean = torch.where(self.probs > 0, self.probs * self.logits, 0).sum(dim=-1)
         self.entropy = self.log_sum - mean  # [R] nats
@@ -276,29 +277,30 @@ def _threshold(
     # Sums stay below 2^52, so that float64 adds them exactly.
     bits = min(FIXED_BITS, 52 + math.floor(math.log2(codec.c)))
     one, unit = 1 << bits, codec.c / (1 << bits)
-    fixed = torch.div(block.probs, unit, rounding_mode="trunc", out=block.scratch)  # [R, V]
-    rows, groups = (torch.div(block.peaks, unit, rounding_mode="trunc") >= one).nonzero(
-        as_tuple=True
-    )
-    hit, offset = (_take_groups(fixed, rows, groups) >= one).nonzero(as_tuple=True)
-    head = block.exact(rows[hit], groups[hit] * GROUP + offset)
-    fixed[head.rows, head.ids] = 0
+    torch.div(block.probs, unit, rounding_mode="trunc", out=block.scratch)
+    peaks = torch.div(block.peaks, unit, rounding_mode="trunc")  # [R, G]
+    groups = (peaks >= one).flatten().nonzero()[:, 0]
+    hit, member = (block.grouped.view(-1, GROUP)[groups] >= one).nonzero(as_tuple=True)
+    at = groups[hit] * GROUP + member
+    rows = at // block.grouped.shape[1]
+    head = block.exact(rows, at - rows * block.grouped.shape[1])
+    block.grouped.view(-1)[at] = 0
 
-    sums = _group_sums(fixed)  # [R, G]
+    sums = _group_sums(block.grouped)  # [R, G]
     start = shift_right(draw_hash, 64 - bits)  # [R], u in [0, 1) as fixed point
     num_draws = (sums.sum(dim=-1) + start) >> bits
     rows = torch.arange(len(start), device=start.device).repeat_interleave(num_draws)
     first = num_draws.cumsum(0) - num_draws
     turn = torch.arange(len(rows), device=rows.device) - first[rows] + 1
-    ids = _locate(fixed, sums, rows, (turn << bits) - start[rows])
+    ids = _locate(block.grouped, sums, rows, (turn << bits) - start[rows])
     return head, _Entries(rows, ids, torch.ones_like(ids))
 
 
 def _sampled(block: _Block, codec: SampledCodec, draw_hash: Tensor) -> _Entries:
     """Independent draws with replacement, as distinct ids with counts."""
     one = 1 << FIXED_BITS
-    fixed = torch.div(block.probs, 1 / one, rounding_mode="trunc", out=block.scratch)  # [R, V]
-    sums = _group_sums(fixed)  # [R, G]
+    torch.div(block.probs, 1 / one, rounding_mode="trunc", out=block.scratch)
+    sums = _group_sums(block.grouped)  # [R, G]
     device = draw_hash.device
     turn = torch.arange(1, codec.n + 1, device=device)
     hashed = mix64(draw_hash[:, None] + turn * signed64(GOLDEN))  # [R, n]
@@ -308,7 +310,7 @@ def _sampled(block: _Block, codec: SampledCodec, draw_hash: Tensor) -> _Entries:
     point += ((point >> FIXED_BITS // 2) * excess) >> FIXED_BITS // 2
     point = point.sort(dim=-1).values + 1
     rows = torch.arange(len(point), device=device).repeat_interleave(codec.n)
-    ids = _locate(fixed, sums, rows, point.flatten())  # [R x n], ascending in a row
+    ids = _locate(block.grouped, sums, rows, point.flatten())  # [R x n], ascending in a row
     new = torch.ones_like(ids, dtype=torch.bool)
     new[1:] = (ids[1:] != ids[:-1]) | (rows[1:] != rows[:-1])
     at = new.nonzero()[:, 0]
@@ -364,42 +366,35 @@ def _tail(block: _Block, head: _Entries, temperatures: Sequence[float]) -> Tenso
     return tail
 
 
-def _by_group(x: Tensor, reduce: Callable[..., Tensor], **options: Any) -> Tensor:
-    """[R, V] reduced over groups of GROUP ids to [R, G]; the last group may be smaller."""
+def _group_peaks(x: Tensor) -> Tensor:
+    """[R, G] largest of each group of [R, V]; the last group may be smaller."""
     whole = x.shape[1] // GROUP
-    parts = []
+    peaks = []
     if whole:
-        parts.append(reduce(x[:, : whole * GROUP].unflatten(1, (whole, GROUP)), dim=-1, **options))
+        peaks.append(x[:, : whole * GROUP].unflatten(1, (whole, GROUP)).amax(dim=-1))
     if x.shape[1] % GROUP:
-        parts.append(reduce(x[:, whole * GROUP :], dim=-1, keepdim=True, **options))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        peaks.append(x[:, whole * GROUP :].amax(dim=-1, keepdim=True))
+    return peaks[0] if len(peaks) == 1 else torch.cat(peaks, dim=1)
 
 
-def _group_sums(fixed: Tensor) -> Tensor:
+def _group_sums(grouped: Tensor) -> Tensor:
     """[R, G] int64 sums of whole numbers in float32, exact in any order."""
     # float64 is the faster, and exact below 2^53; not every device has it.
-    wide = torch.float64 if fixed.device.type == "cpu" else torch.int64
-    return _by_group(fixed, torch.sum, dtype=wide).to(torch.int64)
+    wide = torch.float64 if grouped.device.type == "cpu" else torch.int64
+    return grouped.unflatten(1, (-1, GROUP)).sum(dim=-1, dtype=wide).to(torch.int64)
 
 
-def _take_groups(x: Tensor, rows: Tensor, groups: Tensor) -> Tensor:
-    """[D, GROUP] members of some groups of [R, V]; 0 beyond the last id."""
-    ids = groups[:, None] * GROUP + torch.arange(GROUP, device=x.device)
-    inside = ids < x.shape[1]
-    return x[rows[:, None], ids.clamp(max=x.shape[1] - 1)].masked_fill(~inside, 0)
-
-
-def _locate(fixed: Tensor, sums: Tensor, rows: Tensor, points: Tensor) -> Tensor:
+def _locate(grouped: Tensor, sums: Tensor, rows: Tensor, points: Tensor) -> Tensor:
     """[D] ids at which the running sum of a row first reaches each point, which is at least 1.
 
     Found in two steps, group and member: no running sum over the vocabulary is ever built.
     """
-    ends = sums.flatten().cumsum(0)  # [R x G], on from row to row, so one search serves all
-    num_groups = sums.shape[1]
     totals = sums.sum(dim=-1)
     points = points + (totals.cumsum(0) - totals)[rows]
+    sums = sums.flatten()  # [R x G]
+    ends = sums.cumsum(0)  # on from row to row, so that one search serves all
     at = torch.searchsorted(ends, points)
-    groups = at - rows * num_groups
-    before = ends[at] - sums.flatten()[at]
-    running = _take_groups(fixed, rows, groups).to(torch.int64).cumsum(dim=-1)
-    return groups * GROUP + torch.searchsorted(running, (points - before)[:, None])[:, 0]
+    members = grouped.view(-1, GROUP)[at].to(torch.int64)  # [D, GROUP]
+    running = members.cumsum(dim=-1)
+    member = torch.searchsorted(running, (points - ends[at] + sums[at])[:, None])[:, 0]
+    return at * GROUP + member - rows * grouped.shape[1]

@@ -149,6 +149,24 @@ class Lock:
                 os.close(handle)
                 raise
             self._handle = handle
+            if not self._stands():
+                self.release()
+                raise StorageError(
+                    f"{self._path.parent}: another dump has just left here; run the same "
+                    "command again"
+                )
+
+    def _stands(self) -> bool:
+        """Whether the file that is locked is the one that others would find."""
+        assert self._handle is not None
+        try:
+            return os.path.samestat(os.fstat(self._handle), self._path.stat())
+        except FileNotFoundError:
+            return False
+
+    def remove(self) -> None:
+        """Take the lock's file away while it is held."""
+        self._path.unlink(missing_ok=True)
 
     def release(self) -> None:
         """Give the lock back, if it is held."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -9,7 +10,7 @@ from typing import Any, BinaryIO, Self, TypeVar
 
 import pyarrow as pa
 
-from kdcache.errors import FormatError, IdentityError, StorageError
+from kdcache.errors import FormatError, IdentityError, KDCacheError, StorageError
 from kdcache.formats.commit import (
     LOCK_NAME,
     Lock,
@@ -20,7 +21,7 @@ from kdcache.formats.commit import (
 )
 from kdcache.formats.identity import differences
 from kdcache.formats.integrity import CHUNK_BYTES, Digester, check_file, digest_bytes
-from kdcache.formats.listing import leftovers, list_commits, read_commit
+from kdcache.formats.listing import leftovers, list_commits, names_in, read_commit
 from kdcache.formats.manifest import (
     MANIFEST_NAME,
     RESERVED,
@@ -49,8 +50,8 @@ class CacheWriter:
     """Writes a cache, one process at a time.
 
     Used as a context manager: entering takes the lock and sweeps what an interrupted dump left
-    behind; leaving, by an exception or not, only gives the lock back. What was not committed
-    by then was never written, as far as any reader can tell.
+    behind; leaving, by an exception or not, commits nothing. What was not committed by then was
+    never written, as far as any reader can tell, and where nothing was, nothing stays.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -62,6 +63,7 @@ class CacheWriter:
         self.path = Path(path)
         self.manifest: Manifest | None = None
         self._lock = Lock(self.path)
+        self._made = False
 
     def __enter__(self) -> Self:
         """Take the lock, read what stands and sweep what no record names.
@@ -73,6 +75,7 @@ class CacheWriter:
         """
         with storage_errors(self.path):
             try:
+                self._made = not self.path.exists()
                 self.path.mkdir(parents=True, exist_ok=True)
             except FileExistsError:
                 raise StorageError(
@@ -94,8 +97,26 @@ class CacheWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Give the lock back; commit nothing."""
-        self._lock.release()
+        """Give the lock back; commit nothing; take away a cache that holds no commit."""
+        try:
+            # What led here matters more than a tidy end.
+            with contextlib.suppress(KDCacheError, OSError):
+                if self.manifest is None and not list_commits(self.path):
+                    self._discard()
+        finally:
+            self._lock.release()
+
+    def _discard(self) -> None:
+        """Remove what a dump that committed nothing wrote."""
+        self.sweep()
+        _empty(self.path / "tokenizers")
+        for name in RESERVED:
+            with contextlib.suppress(OSError):
+                (self.path / name).rmdir()
+        if set(names_in(self.path)) == {LOCK_NAME}:
+            self._lock.remove()
+            if self._made:
+                self.path.rmdir()
 
     def _refuse_others(self) -> None:
         """A directory is ours if it is empty, has a manifest, or a dump that began left a lock."""
@@ -191,11 +212,7 @@ class CacheWriter:
             return list(self.manifest.tokenizers[name].files)
         folder = self.path / "tokenizers" / name
         with storage_errors(folder):
-            for stale in sorted(folder.rglob("*"), reverse=True):
-                if stale.is_dir():
-                    stale.rmdir()
-                else:
-                    stale.unlink()
+            _empty(folder)
         records = []
         for file, data in sorted(files.items()):
             try:
@@ -284,6 +301,15 @@ class CacheWriter:
                 "another output"
             )
         return standing
+
+
+def _empty(folder: Path) -> None:
+    """Remove everything in a folder."""
+    for item in sorted(folder.rglob("*"), reverse=True):
+        if item.is_dir() and not item.is_symlink():
+            item.rmdir()
+        else:
+            item.unlink()
 
 
 def _tree(record: Record) -> dict[str, Any]:

@@ -30,9 +30,10 @@ NOUNS = {
     "singer": "1a+", "stranger": "2a+", "weaver": "1b+", "goat": "1b+", "horse": "0b+",
     "crow": "2b+", "wolf": "0b+", "bear": "2c+", "bee": "1c+", "boat": "1c-", "river": "0c-",
     "stone": "2c-", "bread": "2a-", "house": "2b-", "tower": "0b-", "lamp": "1a-", "rope": "0a-",
-    "song": "1c-", "letter": "0a-", "field": "2b-", "apple": "1a-", "knife": "0b-", "cloak": "0c-",
-    "bridge": "1b-", "forest": "0c-", "market": "2c-", "well": "2a-", "coin": "1b-", "mirror": "0c-",
-    "winter": "0a-", "storm": "1c-", "salt": "2a-", "iron": "2b-", "wool": "1a-", "gate": "0b-",
+    "song": "1c-", "letter": "0a-", "field": "2b-", "apple": "1a-", "knife": "0b-",
+    "cloak": "0c-", "bridge": "1b-", "forest": "0c-", "market": "2c-", "well": "2a-", "coin": "1b-",
+    "mirror": "0c-", "winter": "0a-", "storm": "1c-", "salt": "2a-", "iron": "2b-", "wool": "1a-",
+    "gate": "0b-",
 }  # fmt: skip
 PLACES = ("river", "house", "tower", "field", "bridge", "forest", "market", "well", "gate")
 MATERIALS = (
@@ -67,8 +68,9 @@ SYNONYMS = {
     "sleep": "plural", "fall": "past", "give": "plural", "send": "animate", "follow": "animate",
     "old": "animate", "small": "plural", "bright": "past", "heavy": "plural", "strange": "animate",
     "boat": "adjective", "stone": "adjective", "child": "adjective", "house": "plural",
-    "river": "past", "song": "past", "stranger": "adjective", "wolf": "plural", "tower": "adjective",
-    "today": "negative", "often": "negative", "again": "past", "soon": "animate",
+    "river": "past", "song": "past", "stranger": "adjective", "wolf": "plural",
+    "tower": "adjective", "today": "negative", "often": "negative", "again": "past",
+    "soon": "animate",
 }  # fmt: skip
 SYNONYM_IF, SYNONYM_ELSE = 0.85, 0.2  # probability of the second word
 

@@ -79,6 +79,8 @@ def report_page(paths: Paths, result: Mapping[str, Any]) -> str:
 def _verdict(result: Mapping[str, Any]) -> str:
     """The paired test of the two students in one sentence."""
     test = result["paired_test"]["bleu"]
+    if test["difference"] == 0:
+        return "Both students have the same BLEU."
     return (
         f"The cache is worth {test['difference']:+.1f} BLEU to the student "
         f"(paired bootstrap, p = {test['p_value']:.3f})."
@@ -170,7 +172,7 @@ def _tuning(result: Mapping[str, Any]) -> str:
     return page.section(
         "A fair start",
         "The learning rate was tuned for the student without the cache; the student with it "
-        "took the best one over untuned.",
+        "took the best of them as it is.",
         page.table(["peak learning rate", "best dev loss, no cache"], rows, strong=best),
     )
 
@@ -200,7 +202,7 @@ def _sample(samples: Sequence[Mapping[str, Any]]) -> str:
 
 def _telling(sample: Mapping[str, Any]) -> float:
     """How much a sample's labels say beyond its reference; a page has room for some tokens."""
-    entropies = [position["entropy_nats"] for position in sample["labels"]["logits"]]
+    entropies = [float(position["entropy_nats"]) for position in sample["labels"]["logits"]]
     if not 8 <= len(entropies) <= 18:
         return -1.0
     # Several words in doubt tell more than one that is wide open.

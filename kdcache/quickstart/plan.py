@@ -65,7 +65,7 @@ FULL = Size(
     teacher_lr=2e-3,
     student=_marian(64, 1, 4, 128),
     student_steps=600,
-    student_lrs=(2e-3, 4e-3, 8e-3),
+    student_lrs=(4e-3, 8e-3, 1.6e-2),
     batch_tokens=1536,
     validations=10,
 )

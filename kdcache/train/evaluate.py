@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
-from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.significance import PairedTest
 from torch import nn
 
 from kdcache.corpus import read_corpus
-from kdcache.errors import CorpusError, IdentityError, ModelError, RecipeError, StorageError
+from kdcache.errors import CorpusError, IdentityError, ModelError, RecipeError
+from kdcache.formats.commit import storage_errors, write_data
 from kdcache.formats.identity import sample_id
 from kdcache.models import resolve_device
 from kdcache.recipe import CorpusSection, EvaluateSection, Recipe, load_recipe
@@ -139,17 +140,21 @@ def paired_test(
 
     Source: Koehn (2004), as sacrebleu.significance does it.
     """
-    systems = [("baseline", list(baseline)), ("system", list(hypotheses))]
+    systems: list[tuple[str, Sequence[str]]] = [
+        ("baseline", list(baseline)),
+        ("system", list(hypotheses)),
+    ]
     metrics = {
         "bleu": BLEU(references=[list(references)]),
         "chrf": CHRF(references=[list(references)]),
     }
     test = PairedTest(systems, metrics, None, test_type="bs", n_samples=num_samples)
     signatures, scores = test()
-    found = {}
-    for name in signatures:
-        base, system = scores[name]
-        found["chrf" if name.lower().startswith("chrf") else name.lower()] = {
+    found: dict[str, Any] = {}
+    for key, name in zip(metrics, signatures, strict=True):
+        # Results, but typed as strings too: the list of the systems' names is one of them.
+        base, system = cast("list[Any]", scores[name])
+        found[key] = {
             "score": float(system.score),
             "baseline": float(base.score),
             "difference": float(system.score - base.score),
@@ -161,12 +166,12 @@ def paired_test(
     return found
 
 
-def count_parameters(model: nn.Module) -> dict[str, int]:
+def count_parameters(model: Any) -> dict[str, int]:
     """Parameters in all, shared ones once, and those that are no embedding or output matrix."""
     embeddings = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
     }
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output = model.get_output_embeddings()
     if output is not None:
         embeddings.add(id(output.weight))
     sizes = {id(parameter): parameter.numel() for parameter in model.parameters()}
@@ -225,12 +230,10 @@ def write_evaluation(out: Path, result: dict[str, Any], hypotheses: Sequence[str
     Raises:
         StorageError: the disk refused.
     """
-    try:
+    with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        _replace(out / HYPOTHESES, "".join(line + "\n" for line in hypotheses))
-        _replace(out / RESULT, json.dumps(result, indent=1, sort_keys=True) + "\n")
-    except OSError as error:
-        raise StorageError(f"{out}: cannot write the evaluation: {error.strerror}") from None
+    _write(out / HYPOTHESES, "".join(line + "\n" for line in hypotheses))
+    _write(out / RESULT, json.dumps(result, indent=1, sort_keys=True) + "\n")
 
 
 def _is_run(path: Path) -> bool:
@@ -256,13 +259,11 @@ def _read_pairs(corpus: CorpusSection, recipe: Recipe | None) -> tuple[list[str]
         raise RecipeError(
             f"evaluate.corpus.fields has {sorted(corpus.fields)}; scoring needs {names}"
         )
-    sides: tuple[list[str], list[str]] = ([], [])
-    for batch in read_corpus(corpus):
-        for side, name in zip(sides, names, strict=True):
-            side.extend(batch.fields[name])
-    if not sides[0]:
+    batches = list(read_corpus(corpus))
+    src, tgt = ([text for batch in batches for text in batch.fields[name]] for name in names)
+    if not src:
         raise CorpusError("evaluate.corpus has no row to score; check its files and limit")
-    return sides
+    return src, tgt
 
 
 def _search(
@@ -323,8 +324,11 @@ def _read_baseline(against: Path, path: Path, digest: str) -> list[str]:
     return lines
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a whole file or leave the old one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
+def _write(path: Path, text: str) -> None:
+    """Replace a file whole."""
+
+    def write(stream: IO[bytes]) -> Path:
+        stream.write(text.encode())
+        return path
+
+    write_data(path, write)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import IdentityError, StorageError
-from kdcache.formats.commit import storage_errors, write_data
+from kdcache.formats.commit import is_temporary, storage_errors, write_data
 from kdcache.recipe import Recipe, dump_recipe, load_recipe
 
 RECIPE, IDENTITY, METRICS, LOCK = "recipe.yaml", "run.json", "metrics.jsonl", ".lock"
@@ -38,7 +38,7 @@ class RunDirectory:
 
     Raises:
         IdentityError: another run stands there; the first differing key is shown.
-        StorageError: something else stands there, or the disk refused.
+        StorageError: its record is damaged, or the disk refused.
     """
 
     def __init__(
@@ -52,13 +52,6 @@ class RunDirectory:
         if (path / IDENTITY).is_file():
             self._check(recipe, identity)
             return
-        left = [p.name for p in path.iterdir()] if path.is_dir() else []
-        # A kill between the first files of a run leaves these; all else is somebody's.
-        if other := sorted(n for n in left if n not in (RECIPE, LOCK) and n[:5] != ".tmp-"):
-            raise StorageError(
-                f"{path}: output already holds other files ({', '.join(other[:3])}); choose an "
-                "empty directory"
-            )
         _write(path / RECIPE, dump_recipe(recipe))
         self._record = {"identity": dict(identity), "versions": dict(versions), "summary": None}
         _write(path / IDENTITY, _json(self._record))
@@ -102,16 +95,16 @@ class RunDirectory:
         try:
             self._record = json.loads((self.path / IDENTITY).read_text(encoding="utf-8"))
             found: dict[str, Any] = {
-                "identity": self._record["identity"],
                 "train": load_recipe(str(self.path / RECIPE)).model_dump(mode="json")["train"],
+                "cache": self._record["identity"],
             }
         except (ValueError, KeyError, OSError) as error:
             raise StorageError(
                 f"{self.path / IDENTITY}: not the record of a run ({error}); choose another output"
             ) from None
         here = {
-            "identity": json.loads(json.dumps(identity)),
             "train": recipe.model_dump(mode="json")["train"],
+            "cache": json.loads(json.dumps(identity)),
         }
         for key in _FREE_KEYS:
             found["train"].pop(key, None)
@@ -119,7 +112,7 @@ class RunDirectory:
         if difference := _first_difference(found, here):
             key, there, now = difference
             raise IdentityError(
-                f"{self.path}: holds another run: {key.removeprefix('identity.')} is {there!r} "
+                f"{self.path}: holds another run: {key} is {there!r} "
                 f"there and {now!r} here; choose another output, or set it back to resume"
             )
 
@@ -129,8 +122,10 @@ def locked(path: Path) -> Iterator[None]:
     """Hold a run directory, made if it is not there, against a second trainer.
 
     Raises:
-        StorageError: somebody else trains there, or the disk refused.
+        StorageError: somebody else trains there, something else stands there, or the disk
+            refused.
     """
+    _refuse_other_files(path)
     with storage_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -145,6 +140,21 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _refuse_other_files(path: Path) -> None:
+    """Refuse a directory that is neither a run nor empty, before anything is put there."""
+    if path.exists() and not path.is_dir():
+        raise StorageError(f"{path}: output is a file; choose a directory")
+    if not path.is_dir() or (path / IDENTITY).is_file():
+        return
+    # A kill between the first files of a run leaves these; all else is somebody's.
+    names = [entry.name for entry in path.iterdir() if entry.name not in (RECIPE, LOCK)]
+    if other := sorted(name for name in names if not is_temporary(name)):
+        raise StorageError(
+            f"{path}: output already holds other files ({', '.join(other[:3])}); choose an "
+            "empty directory"
+        )
 
 
 def _first_difference(left: Any, right: Any, at: str = "") -> tuple[str, Any, Any] | None:

@@ -47,11 +47,13 @@ def test_logits_are_those_of_the_plain_forward(world, family, attention):
 def test_the_hook_is_gone_afterwards(world, family):
     teacher = load(world, family)
     ids = torch.tensor([[5, 6, 1]])
-    everything = torch.ones_like(ids, dtype=torch.bool)
-    with pytest.raises(IndexError):
-        teacher.logits(ids, everything, ids, everything[:, :2])
+    two = torch.tensor([[True, True, False]])
     with torch.no_grad():
-        assert teacher.model(input_ids=ids, labels=ids).logits.dim() == 3
+        with models.project_only(teacher.model, two):
+            assert len(teacher.model(input_ids=ids, decoder_input_ids=ids).logits) == 2
+        with pytest.raises(IndexError), models.project_only(teacher.model, two[:, :2]):
+            teacher.model(input_ids=ids, decoder_input_ids=ids)
+        assert teacher.model(input_ids=ids, decoder_input_ids=ids).logits.dim() == 3
 
 
 def test_shift_right():

@@ -4,7 +4,6 @@ import errno
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -25,31 +24,6 @@ def test_create_file_creates_once(tmp_path: Path) -> None:
         create_file(target, b"two")
     assert target.read_bytes() == b"one"
     assert names(target.parent) == ["a.json"]
-
-
-def test_of_racing_claimants_one_wins(tmp_path: Path) -> None:
-    barrier, won = threading.Barrier(8), []
-
-    def claim(number: int) -> None:
-        folder = tmp_path / "commits"
-        barrier.wait()
-        # Threads share a process id, so each prepares its own temporary, as processes do.
-        source = tmp_path / f"prepared-{number}"
-        source.write_bytes(b"%d" % number)
-        try:
-            os.link(source, folder / "record")
-        except FileExistsError:
-            return
-        won.append(number)
-
-    (tmp_path / "commits").mkdir()
-    threads = [threading.Thread(target=claim, args=(n,)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (tmp_path / "commits" / "record").read_bytes() == b"%d" % won[0]
-    assert len(won) == 1
 
 
 RACER = """
@@ -137,4 +111,24 @@ def test_lock_is_exclusive_and_given_back(tmp_path: Path) -> None:
     first.release()
     second.acquire()
     second.release()
+    second.release()
+
+
+def test_a_lock_whose_file_was_taken_away_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = Lock(tmp_path), Lock(tmp_path)
+    first.acquire()
+    real = commit.fcntl.flock
+
+    def leave_first(handle: int, how: int) -> None:
+        first.remove()
+        first.release()
+        real(handle, how)
+
+    monkeypatch.setattr(commit.fcntl, "flock", leave_first)
+    with pytest.raises(StorageError, match="has just left here"):
+        second.acquire()
+    monkeypatch.undo()
+    second.acquire()
     second.release()

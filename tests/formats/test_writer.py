@@ -61,19 +61,42 @@ def test_a_killed_and_resumed_dump_equals_one_that_was_not(tmp_path: Path) -> No
     assert tree(resumed) == tree(whole)
 
 
+def begin_and_die(root: Path, commit: bool) -> None:
+    with CacheWriter(root) as writer:
+        writer.put_tokenizer("teacher", tokenizer_files(5))
+        if commit:
+            writer.commit(
+                commit_of(writer.write_part("samples", 0, 0, 0, 1, batch(1)), signal="samples")
+            )
+        writer.write_part("samples", 1, 0, 1, 3, batch(2, 3))
+        raise RuntimeError("teacher died")
+
+
 def test_leaving_by_an_exception_commits_nothing_and_the_next_sweeps(tmp_path: Path) -> None:
     root = tmp_path / "cache"
-    with pytest.raises(RuntimeError, match="teacher died"), CacheWriter(root) as writer:
-        writer.write_part("logits", 0, 0, 0, 2, batch(1, 2))
-        raise RuntimeError("teacher died")
-    assert not (root / "commits").exists()
-    assert len(list((root / "logits").iterdir())) == 1
-    (root / "logits" / ".tmp-1-x").write_bytes(b"half")
+    with pytest.raises(RuntimeError, match="teacher died"):
+        begin_and_die(root, commit=True)
+    assert os.listdir(root / "commits") == ["samples.00000.json"]
+    assert len(os.listdir(root / "samples")) == 2
+    (root / "samples" / ".tmp-1-x").write_bytes(b"half")
     (root / ".tmp-1-kdcache.json").write_bytes(b"half")
-    (root / "logits" / "notes.txt").write_bytes(b"the user's own")
+    (root / "samples" / "notes.txt").write_bytes(b"the user's own")
     with CacheWriter(root) as writer:
-        assert writer.committed("logits") == set()
-    assert sorted(tree(root)) == [".lock", "logits/notes.txt"]
+        assert writer.committed("samples") == {0}
+        assert len(os.listdir(root / "samples")) == 2
+        assert (root / "samples" / "notes.txt").exists()
+        assert not list(root.rglob(".tmp-*"))
+
+
+@pytest.mark.parametrize("made", [False, True], ids=["made by us", "there before"])
+def test_a_dump_that_committed_nothing_leaves_nothing(tmp_path: Path, made: bool) -> None:
+    root = tmp_path / "cache"
+    if made:
+        root.mkdir()
+    with pytest.raises(RuntimeError, match="teacher died"):
+        begin_and_die(root, commit=False)
+    assert os.listdir(tmp_path) == (["cache"] if made else [])
+    assert not made or os.listdir(root) == []
 
 
 def test_sweep_keeps_what_a_commit_names(tmp_path: Path) -> None:
@@ -142,7 +165,7 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("other", ["notes.txt", "samples"])
 def test_a_directory_of_other_things_is_refused_and_left_alone(tmp_path: Path, other: str) -> None:
     (tmp_path / other).mkdir()
-    with pytest.raises(StorageError, match=f"already holds other files \\({other}\\)"):
+    with pytest.raises(StorageError, match=rf"already holds other files \({other}\)"):
         CacheWriter(tmp_path).__enter__()
     assert [path.name for path in tmp_path.iterdir()] == [other]
 
@@ -241,7 +264,7 @@ def test_another_corpus_or_tokenizer_is_refused(tiny_cache: Path) -> None:
     other = standing.model_copy(update={"tokenizers": {"teacher": tokenizer}})
     with CacheWriter(tiny_cache) as writer:
         assert writer.manifest == standing
-        with pytest.raises(IdentityError, match="tokenizers.teacher.digest: 'abab"):
+        with pytest.raises(IdentityError, match=r"tokenizers\.teacher\.digest: 'abab"):
             writer.write_manifest(other)
         given = standing.model_copy(update={"versions": {"numpy": "9"}, "recipe": {"a": 1}})
         assert writer.write_manifest(given) == standing
@@ -268,11 +291,11 @@ def test_tokenizer_files_of_a_dump_that_died_are_replaced(tmp_path: Path) -> Non
 def test_data_files_are_named_by_their_content(tmp_path: Path) -> None:
     with CacheWriter(tmp_path / "cache") as writer:
         part = writer.write_part("logits", 3, 1, 5, 7, batch(1, 2))
-    file = tmp_path / "cache" / part.file.path
-    assert part.file.path == f"logits/00003.1-{part.file.xxh3}.arrow"
-    assert part.file.bytes == file.stat().st_size
-    with pa.ipc.open_file(file.read_bytes()) as reader:
-        assert reader.get_batch(0) == batch(1, 2)
+        file = tmp_path / "cache" / part.file.path
+        assert part.file.path == f"logits/00003.1-{part.file.xxh3}.arrow"
+        assert part.file.bytes == file.stat().st_size
+        with pa.ipc.open_file(file.read_bytes()) as reader:
+            assert reader.get_batch(0) == batch(1, 2)
 
 
 def test_a_manifest_is_kept_after_its_shards(tmp_path: Path) -> None:
