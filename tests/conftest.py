@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.formats.labels import make_cache
+
+# Before torch is imported, here and in child processes: on tiny tensors threads cost time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The same examples everywhere, and no clock.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture

@@ -371,7 +371,8 @@ def _group_peaks(x: Tensor) -> Tensor:
     whole = x.shape[1] // GROUP
     peaks = []
     if whole:
-        peaks.append(x[:, : whole * GROUP].unflatten(1, (whole, GROUP)).amax(dim=-1))
+        groups = x[:, : whole * GROUP].view(len(x), whole, GROUP)
+        peaks.append(groups.amax(dim=-1))
     if x.shape[1] % GROUP:
         peaks.append(x[:, whole * GROUP :].amax(dim=-1, keepdim=True))
     return peaks[0] if len(peaks) == 1 else torch.cat(peaks, dim=1)
@@ -381,16 +382,20 @@ def _group_sums(grouped: Tensor) -> Tensor:
     """[R, G] int64 sums of whole numbers in float32, exact in any order."""
     # float64 is the faster, and exact below 2^53; not every device has it.
     wide = torch.float64 if grouped.device.type == "cpu" else torch.int64
-    return grouped.unflatten(1, (-1, GROUP)).sum(dim=-1, dtype=wide).to(torch.int64)
+    members = grouped.view(len(grouped), grouped.shape[1] // GROUP, GROUP)
+    return members.sum(dim=-1, dtype=wide).to(torch.int64)
 
 
 def _locate(grouped: Tensor, sums: Tensor, rows: Tensor, points: Tensor) -> Tensor:
     """[D] ids at which the running sum of a row first reaches each point, which is at least 1.
 
-    Found in two steps, group and member: no running sum over the vocabulary is ever built.
+    Few points are found in two steps, group and member, without a running sum over all ids.
     """
     totals = sums.sum(dim=-1)
     points = points + (totals.cumsum(0) - totals)[rows]
+    if len(points) * GROUP > grouped.numel():  # so many that the whole running sum is less work
+        running = grouped.to(torch.int64).flatten().cumsum(0)
+        return torch.searchsorted(running, points) - rows * grouped.shape[1]
     sums = sums.flatten()  # [R x G]
     ends = sums.cumsum(0)  # on from row to row, so that one search serves all
     at = torch.searchsorted(ends, points)

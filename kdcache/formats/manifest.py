@@ -338,7 +338,8 @@ def decode_record(kind: type[R], data: bytes, where: str) -> R:
     except (RecursionError, ArithmeticError) as error:
         faults = [f"cannot be read: {type(error).__name__}"]
     shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
-    raise FormatError(f"{where}: {shown}")
+    # A hostile key may hold line breaks or terminal escapes.
+    raise FormatError(f"{where}: " + "".join(c if c.isprintable() else "?" for c in shown))
 
 
 def _check_version(tree: dict[str, Any], where: str) -> None:

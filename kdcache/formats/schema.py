@@ -89,13 +89,13 @@ def samples_schema(fields: Sequence[str], streams: Mapping[str, int]) -> pa.Sche
 
     Args:
         fields: names of the raw text fields, in manifest order.
-        streams: name to vocabulary size, in manifest order.
+        streams: name to vocabulary size, in any order; the columns are sorted by name.
     """
     columns = [_field("sample_id", pa.binary(16)), _field("row", pa.int64())]
     columns += [_field(FIELD_PREFIX + name, pa.string()) for name in fields]
     columns += [
         _ragged_field(STREAM_PREFIX + name, id_fields(vocab_size))
-        for name, vocab_size in streams.items()
+        for name, vocab_size in sorted(streams.items())
     ]
     return pa.schema(columns)
 

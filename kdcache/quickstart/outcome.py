@@ -97,7 +97,7 @@ def _scores(result: Mapping[str, Any]) -> str:
     return page.section(
         "Scores on the test set",
         _verdict(result),
-        page.table(["model", *COLUMNS.values()], rows, strong=2),
+        page.table(["model", *COLUMNS.values()], rows),
         f"Dev loss in nats per token on the references. BLEU: sacreBLEU, {signature}.",
     )
 

@@ -167,7 +167,8 @@ def _samples(cache: Cache, num_samples: int) -> list[dict[str, Any]]:
     )
     plan = [(n, s) for n, s in enumerate(cache.manifest.shards) if n in shared]
     total = sum(shard.stop - shard.start for _, shard in plan)
-    chosen = sorted({total * n // num_samples for n in range(min(num_samples, total))})
+    count = min(num_samples, total)
+    chosen = [total * n // count for n in range(count)]
     vocabularies = {
         name: cache.tokens(stream.tokenizer) for name, stream in cache.manifest.streams.items()
     }

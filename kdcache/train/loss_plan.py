@@ -13,8 +13,9 @@ from torch import Tensor
 
 from kdcache.errors import TrainingError
 
-# A block and its softmax, one each per thread, fit in the 1 to 2 MiB of a core's own cache.
-_CPU_BLOCK = 2**18
+# Floats of a block, per thread. It and its softmax, 2 MiB each, stay about in a core's cache; half
+# as many measured 4% slower (more calls), twice as many 1%, four times 15% (see bench_loss).
+_CPU_BLOCK = 2**19
 # Large enough to hide the kernel launches, small enough for a data centre card's cache.
 _CUDA_BLOCK = 2**22
 
@@ -63,6 +64,9 @@ class LossTerm:
     row_weight: Tensor | None = None
 
 
+Blocks = Sequence[Tensor]  # one tensor per block of rows
+
+
 def compute_dtype(logits: Tensor) -> torch.dtype:
     """Half types are too coarse for a sum over the vocabulary."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -74,16 +78,18 @@ class TermPlan:
 
     term: LossTerm
     softmax: int  # which of the plan's temperatures
+    vocab_size: int
     row_weight: Tensor  # [N]
     mass: Tensor  # [N] W, with the uniform part and the bucket
     rows: Tensor  # [E]
     ids: Tensor  # [E]
     values: Tensor  # [E]
-    slopes: Tensor  # [E] what each entry adds to the gradient
     uniform: Tensor | None  # [N]
     bucket: Tensor | None  # [N]
-    bucket_slope: Tensor | None  # [N, 1] the factor of the bucket's softmax in the gradient
-    bounds: list[int]  # the entries of block k are bounds[k] to bounds[k + 1]
+    entries: Blocks  # [e] each: places of the entries among the block's R * V
+    slopes: Blocks  # [e] each: what each entry adds to the gradient
+    bucket_entries: Blocks | None  # [e] each: places that the bucket does not stand for
+    bucket_slopes: Blocks | None  # [R, 1] each: factor of the bucket's softmax in the gradient
 
 
 @dataclass(frozen=True)
@@ -92,8 +98,8 @@ class LossPlan:
 
     terms: list[TermPlan]
     temperatures: list[float]
-    mass: list[Tensor]  # per temperature [N, 1], the factor of its softmax in the gradient
-    floor: Tensor | None  # [N, 1] what the uniform parts take off the gradient everywhere
+    mass: list[Blocks]  # per temperature, [R, 1] each: factor of its softmax in the gradient
+    floor: Blocks | None  # [R, 1] each: what the uniform parts take off the gradient everywhere
     ignored: Tensor | None  # rows without weight in any term
     unit: Tensor | None  # what a float16 gradient is divided by, lest it underflow
     block_rows: int
@@ -150,8 +156,8 @@ def plan_terms(logits: Tensor, terms: Sequence[LossTerm], block_rows: int | None
     return LossPlan(
         terms=planned,
         temperatures=temperatures,
-        mass=[one.unsqueeze(1) for one in mass],
-        floor=None if floor is None else floor.unsqueeze(1),
+        mass=[torch.split(one.unsqueeze(1), rows) for one in mass],
+        floor=None if floor is None else torch.split(floor.unsqueeze(1), rows),
         ignored=(reach == 0).nonzero().flatten() if weighted else None,
         unit=unit,
         block_rows=rows,
@@ -198,20 +204,32 @@ def _plan_term(
         mass += uniform * vocab_size
     if bucket is not None:
         mass += bucket
+    ids = target.ids.to(logits.device)
     starts = torch.arange(0, num_rows + block_rows, block_rows, device=logits.device)
+    flat = rows % block_rows * vocab_size + ids
+    sizes = torch.searchsorted(rows, starts).diff().tolist()
+    bucket_entries = bucket_slopes = None
+    if bucket is not None:
+        # Where the bucket is empty nothing is left out: all ids may be listed, none would remain.
+        left_out = bucket[rows] > 0
+        bucket_sizes = torch.searchsorted(rows[left_out], starts).diff().tolist()
+        bucket_entries = torch.split(flat[left_out], bucket_sizes)
+        bucket_slopes = torch.split((bucket * -scale).unsqueeze(1), block_rows)
     return TermPlan(
         term=term,
         softmax=softmax,
+        vocab_size=vocab_size,
         row_weight=row_weight,
         mass=mass,
         rows=rows,
-        ids=target.ids.to(logits.device),
+        ids=ids,
         values=values,
-        slopes=values * -scale[rows],
         uniform=uniform,
         bucket=bucket,
-        bucket_slope=None if bucket is None else (bucket * -scale).unsqueeze(1),
-        bounds=torch.searchsorted(rows, starts).tolist(),
+        entries=torch.split(flat, sizes),
+        slopes=torch.split(values * -scale[rows], sizes),
+        bucket_entries=bucket_entries,
+        bucket_slopes=bucket_slopes,
     )
 
 

@@ -218,9 +218,24 @@ class _RowSums:
     """What the walk finds out about each position; every value of the loss follows from it."""
 
     peak: Tensor  # [N] largest logit
-    log_sum: Tensor  # [temperatures, N] log sum exp((z - peak) / T)
     logit_sum: Tensor  # [N] sum of z, filled where a target has a uniform part
-    unlisted: Tensor  # [terms, N] log_sum over the ids not listed, filled where there is a bucket
+    largest: Tensor  # [temperatures, N] largest probability: 1 / sum exp((z - peak) / T)
+    rest_peak: Tensor  # [terms, N] largest z / T of an id not listed, filled for a bucket
+    rest_largest: Tensor  # [terms, N] its probability among those not listed, likewise
+
+    def blocks(self, rows: int) -> list[_RowSums]:
+        """The same, cut into views of each block."""
+        cuts = [
+            torch.split(tensor, rows, dim=-1)
+            for tensor in (
+                self.peak,
+                self.logit_sum,
+                self.largest,
+                self.rest_peak,
+                self.rest_largest,
+            )
+        ]
+        return [_RowSums(*block) for block in zip(*cuts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -236,41 +251,46 @@ class _Work:
 def _walk(logits: Tensor, plan: LossPlan, gradient: Tensor | None) -> tuple[Tensor, Tensor]:
     """Total and values; fills the [N, V] gradient if one is given, which may be the logits."""
     dtype = compute_dtype(logits)
-    num_rows, vocab_size = logits.shape
+    num_rows = len(logits)
     # Gathered first: in place, the walk leaves no logits behind.
     listed = [logits[one.rows, one.ids].to(dtype) for one in plan.terms]
     sums = _RowSums(
         peak=logits.new_zeros(num_rows, dtype=dtype),
-        log_sum=logits.new_zeros(len(plan.temperatures), num_rows, dtype=dtype),
         logit_sum=logits.new_zeros(num_rows, dtype=dtype),
-        unlisted=logits.new_zeros(len(plan.terms), num_rows, dtype=dtype),
+        largest=logits.new_zeros(len(plan.temperatures), num_rows, dtype=dtype),
+        rest_peak=logits.new_zeros(len(plan.terms), num_rows, dtype=dtype),
+        rest_largest=logits.new_zeros(len(plan.terms), num_rows, dtype=dtype),
     )
-    work = _work(logits, plan, gradient is not None)
-    for block, first in enumerate(range(0, num_rows, plan.block_rows)):
-        part = slice(first, min(first + plan.block_rows, num_rows))
-        grown = None if gradient is None else gradient[part]
-        _walk_block(logits[part], plan, block, part, sums, work, grown)
+    # Cut once, not in the loop: over a small vocabulary its overhead is what a block costs.
+    blocks = torch.split(logits, plan.block_rows)
+    block_sums = sums.blocks(plan.block_rows)
+    grown = [None] * len(blocks) if gradient is None else torch.split(gradient, plan.block_rows)
+    work = _work(logits, plan, plan.block_rows, gradient is not None)
+    for number in range(len(blocks) if num_rows else 0):
+        if len(blocks[number]) < len(work.probs):
+            work = _work(logits, plan, len(blocks[number]), gradient is not None)
+        _walk_block(blocks[number], plan, number, block_sums[number], work, grown[number])
     if gradient is not None and plan.ignored is not None:
         gradient.index_fill_(0, plan.ignored, 0.0)
     values = torch.stack(
-        [_value(one, sums, j, listed[j], vocab_size) for j, one in enumerate(plan.terms)]
+        [_value(one, sums, number, listed[number]) for number, one in enumerate(plan.terms)]
     )
     weights = values.new_tensor([one.term.weight for one in plan.terms])
     return (values * weights).sum(), values
 
 
-def _work(logits: Tensor, plan: LossPlan, has_gradient: bool) -> _Work:
-    """Allocates the buffers that this plan needs."""
+def _work(logits: Tensor, plan: LossPlan, rows: int, has_gradient: bool) -> _Work:
+    """The room that this plan needs for blocks of so many rows."""
     dtype = compute_dtype(logits)
-    rows = min(plan.block_rows, len(logits))
+    shape = (min(rows, len(logits)), logits.shape[1])
 
     def room(needed: bool) -> Tensor | None:
-        return logits.new_empty(rows, logits.shape[1], dtype=dtype) if needed else None
+        return logits.new_empty(shape, dtype=dtype) if needed else None
 
     half = logits.dtype != dtype
     once = len(plan.temperatures) == 1 and not plan.has_bucket
     return _Work(
-        probs=logits.new_empty(rows, logits.shape[1], dtype=dtype),
+        probs=logits.new_empty(shape, dtype=dtype),
         scaled=room(plan.has_bucket or plan.temperatures != [1.0]),
         upcast=room(half),
         gradient=room(has_gradient and (half or not once)),
@@ -281,82 +301,59 @@ def _walk_block(
     logits: Tensor,
     plan: LossPlan,
     block: int,
-    part: slice,
     sums: _RowSums,
     work: _Work,
     gradient: Tensor | None,
 ) -> None:
     """Sums and gradient of one block of rows [R, V], all of it while the block is in the cache."""
-    rows = slice(0, len(logits))
-    # `out=` and `copy_` all through, or the block would leave the cache for fresh memory.
-    z = logits if work.upcast is None else work.upcast[rows].copy_(logits)
-    grown = gradient if work.gradient is None else work.gradient[rows]
-    probs = work.probs[rows]
-    torch.amax(z, 1, out=sums.peak[part])
+    z = logits if work.upcast is None else work.upcast.copy_(logits)
+    grown = gradient if work.gradient is None else work.gradient
+    torch.amax(z, 1, out=sums.peak)
     if plan.floor is not None:
-        torch.sum(z, 1, out=sums.logit_sum[part])
+        torch.sum(z, 1, out=sums.logit_sum)
     for number, temperature in enumerate(plan.temperatures):
         scaled = z
         if temperature != 1.0:
             assert work.scaled is not None
-            scaled = torch.mul(z, 1.0 / temperature, out=work.scaled[rows])
-        torch.softmax(scaled, 1, out=probs)
-        # The largest logit's own probability is 1 / sum exp((z - peak) / T).
-        torch.neg(probs.amax(1).log_(), out=sums.log_sum[number, part])
+            scaled = torch.mul(z, 1.0 / temperature, out=work.scaled)
+        torch.softmax(scaled, 1, out=work.probs)
+        torch.amax(work.probs, 1, out=sums.largest[number])
         if grown is not None and number == 0:
-            torch.mul(probs, plan.mass[number][part], out=grown)
+            torch.mul(work.probs, plan.mass[number][block], out=grown)
         elif grown is not None:
-            grown.addcmul_(probs, plan.mass[number][part])
+            grown.addcmul_(work.probs, plan.mass[number][block])
     for number, one in enumerate(plan.terms):
-        if one.bucket_slope is not None:
-            _walk_bucket(z, one, block, part, sums.unlisted[number, part], sums.peak[part], work)
-            if grown is not None:
-                grown.addcmul_(probs, one.bucket_slope[part])
+        if one.bucket_entries is None or one.bucket_slopes is None:
+            continue
+        # A sum of its own, never log(1 - sum): of a confident student only noise would be left.
+        assert work.scaled is not None
+        rest = torch.mul(z, 1.0 / one.term.temperature, out=work.scaled)
+        rest.view(-1).index_fill_(0, one.bucket_entries[block], -torch.inf)
+        torch.softmax(rest, 1, out=work.probs)
+        torch.amax(rest, 1, out=sums.rest_peak[number])
+        torch.amax(work.probs, 1, out=sums.rest_largest[number])
+        if grown is not None:
+            grown.addcmul_(work.probs, one.bucket_slopes[block])
     if gradient is None or grown is None:
         return
     if plan.floor is not None:
-        grown.sub_(plan.floor[part])
+        grown.sub_(plan.floor[block])
+    flat = grown.view(-1)
     for one in plan.terms:
-        flat, entries = _block_entries(one, block, part, z.shape[1])
-        grown.view(-1).index_add_(0, flat, one.slopes[entries])
+        flat.index_add_(0, one.entries[block], one.slopes[block])
     if work.gradient is not None:
         gradient.copy_(grown)
 
 
-def _block_entries(one: TermPlan, block: int, part: slice, vocab_size: int) -> tuple[Tensor, slice]:
-    """[e] flat places of a term's entries in a block [R * V], and which entries they are."""
-    entries = slice(one.bounds[block], one.bounds[block + 1])
-    return (one.rows[entries] - part.start) * vocab_size + one.ids[entries], entries
-
-
-def _walk_bucket(
-    z: Tensor, one: TermPlan, block: int, part: slice, unlisted: Tensor, peak: Tensor, work: _Work
-) -> None:
-    """Softmax over the ids a bucket stands for, into `work.probs`, and its log-sum-exp.
-
-    A sum of its own, never log(1 - sum): what is left of a confident student would be noise.
-    """
-    assert work.scaled is not None
-    assert one.bucket is not None
-    rows = slice(0, len(z))
-    temperature = one.term.temperature
-    scaled = torch.mul(z, 1.0 / temperature, out=work.scaled[rows])
-    flat, entries = _block_entries(one, block, part, z.shape[1])
-    # Where the bucket is empty nothing is masked: all ids may be listed, and none would be left.
-    masked = flat[one.bucket[one.rows[entries]] > 0]
-    scaled.view(-1).index_fill_(0, masked, -torch.inf)
-    probs = torch.softmax(scaled, 1, out=work.probs[rows])
-    torch.sub(scaled.amax(1) - probs.amax(1).log_(), peak, alpha=1.0 / temperature, out=unlisted)
-
-
-def _value(one: TermPlan, sums: _RowSums, number: int, listed: Tensor, vocab_size: int) -> Tensor:
+def _value(one: TermPlan, sums: _RowSums, number: int, listed: Tensor) -> Tensor:
     """Weighted sum of one term's losses; logits count from each row's peak, for accuracy."""
     step = 1.0 / one.term.temperature
-    loss = one.mass * sums.log_sum[one.softmax] + one.term.target.constant.to(one.mass)  # [N]
+    loss = one.term.target.constant.to(one.mass) - one.mass * sums.largest[one.softmax].log()  # [N]
     loss.index_add_(0, one.rows, one.values * (listed - sums.peak[one.rows]), alpha=-step)
     if one.uniform is not None:
-        loss -= one.uniform * (sums.logit_sum - sums.peak * vocab_size) * step
+        loss -= one.uniform * (sums.logit_sum - sums.peak * one.vocab_size) * step
     if one.bucket is not None:
-        loss -= one.bucket * sums.unlisted[number]
+        rest = sums.rest_peak[number] - sums.rest_largest[number].log()
+        loss -= one.bucket * (rest - sums.peak * step)
     # An ignored position may hold anything, also logits that are not finite.
     return torch.where(one.row_weight == 0, 0.0, one.row_weight * loss).sum()

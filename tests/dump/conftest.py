@@ -18,7 +18,6 @@ from transformers import (
 from kdcache.dump.tokenize import train_sentencepiece
 from kdcache.recipe import SentencePieceTokenizer, parse_recipe
 
-FAMILIES = ["marian", "t5", "bart"]
 NOUNS = ["cat", "dog", "bird", "fish", "horse", "mouse", "crow"]
 VERBS = ["sees", "hears", "likes", "hunts"]
 

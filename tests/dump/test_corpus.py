@@ -24,15 +24,16 @@ def write_text(root, src=SRC, tgt=TGT, suffix="", compress=lambda data: data, ne
 
 
 def write_tsv(root):
-    lines = ["id\tde\ten", *(f"{i}\t{s}\t{t}" for i, (s, t) in enumerate(zip(SRC, TGT)))]
+    lines = [
+        "id\tde\ten",
+        *(f"{i}\t{s}\t{t}" for i, (s, t) in enumerate(zip(SRC, TGT, strict=True))),
+    ]
     (root / "c.tsv").write_text("\n".join(lines) + "\n")
-    return CorpusSection(
-        format="tsv", path=str(root / "c.tsv"), fields={"src": "de", "tgt": "en"}
-    )
+    return CorpusSection(format="tsv", path=str(root / "c.tsv"), fields={"src": "de", "tgt": "en"})
 
 
 def write_jsonl(root):
-    lines = [json.dumps({"de": s or None, "en": t, "n": 1}) for s, t in zip(SRC, TGT)]
+    lines = [json.dumps({"de": s or None, "en": t, "n": 1}) for s, t in zip(SRC, TGT, strict=True)]
     (root / "c.jsonl").write_text("\n".join(lines))
     return CorpusSection(
         format="jsonl", path=str(root / "c.jsonl"), fields={"src": "de", "tgt": "en"}
@@ -63,8 +64,7 @@ def read(section):
     batches = list(read_corpus(section))
     rows = np.concatenate([batch.rows for batch in batches]).tolist()
     fields = {
-        name: [text for batch in batches for text in batch.fields[name]]
-        for name in section.fields
+        name: [text for batch in batches for text in batch.fields[name]] for name in section.fields
     }
     read, dropped = (sum(getattr(b, k) for b in batches) for k in ("num_read", "dropped"))
     return rows, fields, read, dropped
@@ -159,8 +159,10 @@ FAULTS = {
     "json_key": (lambda r: jsonl(r, '{"en": "x"}\n'), r"line 1: found no column 'de'.*\['en'\]"),
     "json_type": (lambda r: jsonl(r, '{"de": 3}\n'), "'de' should be text, found int"),
     "json_surrogate": (lambda r: jsonl(r, '{"de": "\\ud800"}\n'), "lone surrogate"),
-    "parquet": (lambda r: raw(r, b"x").model_copy(
-        update={"format": "parquet", "path": str(r / "c")}), "cannot be read as Parquet"),
+    "parquet": (
+        lambda r: raw(r, b"x").model_copy(update={"format": "parquet", "path": str(r / "c")}),
+        "cannot be read as Parquet",
+    ),
     "parquet_column": (
         lambda r: parquet(r, ["x"]).model_copy(update={"fields": {"src": "fr"}}),
         r"no column 'fr'; it has \['de'\]",

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from kdcache.formats.codec import Codec, ThresholdCodec
 from kdcache.formats.identity import CorpusDigest, StreamDigest, sample_id
@@ -29,6 +30,7 @@ from kdcache.formats.plan import plan_parts, plan_shards
 from kdcache.formats.ragged import Ragged, offsets_of
 from kdcache.formats.schema import (
     count_dtype,
+    join_ids,
     logits_schema,
     ragged_batch,
     samples_batch,
@@ -59,12 +61,62 @@ def ragged_ids(sentences: Sequence[list[int]], vocab_size: int) -> Ragged:
 def teacher_log_probs(num_positions: int, vocab_size: int, seed: int = 0) -> np.ndarray:
     """[N, V] float64 log-probs of a made-up teacher."""
     logits = np.random.default_rng(seed).normal(size=(num_positions, vocab_size)) * 2
+    if vocab_size > 100:
+        logits[:, -VOCAB:] += 12  # a few ids, the highest, hold nearly everything
     return logits - np.log(np.exp(logits).sum(1, keepdims=True))
 
 
 def sqrt_code(log_probs: np.ndarray, range_nats: float) -> np.ndarray:
     code = np.rint(255 * np.sqrt(np.clip(-log_probs, 0, range_nats) / range_nats))
     return code.astype(np.uint8)
+
+
+def select_ids(log_probs: np.ndarray, codec: Codec) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Exact and drawn ids of every position."""
+    vocab_size = log_probs.shape[1]
+    exact_ids, drawn_ids = [], []
+    for row in log_probs:
+        order = np.argsort(-row)
+        if codec.name == "threshold":
+            keep = np.flatnonzero(row >= math.log(codec.c))
+        elif codec.name == "full":
+            keep = np.arange(vocab_size)
+        else:
+            keep = np.sort(order[: codec.max_exact(vocab_size)])
+        exact_ids.append(keep)
+        rest = order[~np.isin(order, keep)][:1]
+        drawn_ids.append(rest if codec.has_drawn else rest[:0])
+    return exact_ids, drawn_ids
+
+
+def code_tokens(
+    log_probs: np.ndarray,
+    gold: np.ndarray,
+    exact_ids: list[np.ndarray],
+    num_drawn: np.ndarray,
+    codec: Codec,
+    temperatures: Sequence[float],
+) -> dict[str, np.ndarray]:
+    """Fields of the tokens column."""
+    num_positions, vocab_size = log_probs.shape
+    tokens: dict[str, np.ndarray] = {}
+    num_exact = np.array([len(ids) for ids in exact_ids])
+    if codec.has_exact and codec.name != "full":
+        tokens["num_exact"] = num_exact.astype(count_dtype(codec.max_exact(vocab_size)))
+    if codec.has_drawn:
+        tokens["num_drawn"] = num_drawn.astype(count_dtype(codec.max_drawn(vocab_size)))
+    tokens["gold"] = sqrt_code(log_probs[np.arange(num_positions), gold], 25.0)
+    entropy = -(np.exp(log_probs) * log_probs).sum(1)
+    tokens["entropy"] = np.rint(255 * entropy / math.log(vocab_size)).astype(np.uint8)
+    if codec.has_tail:
+        for i, temperature in enumerate(temperatures):
+            sums = [
+                np.exp(np.delete(row, ids) / temperature).sum()
+                for row, ids in zip(log_probs, exact_ids, strict=True)
+            ]
+            with np.errstate(divide="ignore"):
+                tokens[f"tail_{i}"] = np.log(sums).astype(np.float16)
+    return tokens
 
 
 def code_labels(
@@ -83,37 +135,11 @@ def code_labels(
         codec: selects the exact ids, simply.
         temperatures: knots of the tail.
     """
-    num_positions, vocab_size = log_probs.shape
-    exact_ids, drawn_ids = [], []
-    for row in log_probs:
-        order = np.argsort(-row)
-        if codec.name == "threshold":
-            keep = np.flatnonzero(row >= math.log(codec.c))
-        elif codec.name == "full":
-            keep = np.arange(vocab_size)
-        else:
-            keep = np.sort(order[: codec.max_exact(vocab_size)])
-        exact_ids.append(keep)
-        rest = np.array([i for i in order if i not in keep][:1], dtype=np.int64)
-        drawn_ids.append(rest if codec.has_drawn else rest[:0])
-    tokens: dict[str, np.ndarray] = {}
+    vocab_size = log_probs.shape[1]
+    exact_ids, drawn_ids = select_ids(log_probs, codec)
     num_exact = np.array([len(ids) for ids in exact_ids])
     num_drawn = np.array([len(ids) for ids in drawn_ids])
-    if codec.has_exact and codec.name != "full":
-        tokens["num_exact"] = num_exact.astype(count_dtype(codec.max_exact(vocab_size)))
-    if codec.has_drawn:
-        tokens["num_drawn"] = num_drawn.astype(count_dtype(codec.max_drawn(vocab_size)))
-    tokens["gold"] = sqrt_code(log_probs[np.arange(num_positions), gold], 25.0)
-    entropy = -(np.exp(log_probs) * log_probs).sum(1)
-    tokens["entropy"] = np.rint(255 * entropy / math.log(vocab_size)).astype(np.uint8)
-    if codec.has_tail:
-        for i, temperature in enumerate(temperatures):
-            sums = [
-                np.exp(np.delete(row, ids) / temperature).sum()
-                for row, ids in zip(log_probs, exact_ids, strict=True)
-            ]
-            with np.errstate(divide="ignore"):
-                tokens[f"tail_{i}"] = np.log(sums).astype(np.float16)
+    tokens = code_tokens(log_probs, gold, exact_ids, num_drawn, codec, temperatures)
     columns = {"tokens": Ragged(offsets_of(lengths), tokens)}
     position_starts = offsets_of(lengths)
 
@@ -194,25 +220,43 @@ def make_cache(
                 writer.commit(_commit("samples", shard, [part], [batch], counts[start:stop]))
         manifest = _manifest(writer, texts, sample_ids, rows, streams, plan, shard_tokens)
         writer.write_manifest(manifest)
-        lengths = streams["tgt"].lengths
-        gold = streams["tgt"].fields["id"].astype(np.int64)
-        log_probs = teacher_log_probs(len(gold), vocab_size)
         for name, codec in codecs.items():
             writer.write_signal(_signal(name, codec, manifest, temperatures))
-            columns = code_labels(log_probs, gold, lengths, codec, temperatures)
-            label_schema = logits_schema(codec, vocab_size, temperatures)
+            columns = code_labels(*made_up(streams["tgt"], vocab_size), codec, temperatures)
+            schema = logits_schema(codec, vocab_size, temperatures)
             for shard, (start, stop) in enumerate(plan):
-                parts, batches = [], []
-                for number, (a, b) in enumerate(
-                    plan_parts(lengths[start:stop], 100, limit=part_bytes)
-                ):
-                    a, b = a + start, b + start
-                    mine = {key: rows_of(column, a, b) for key, column in columns.items()}
-                    batches.append(ragged_batch(label_schema, mine))
-                    parts.append(writer.write_part(name, shard, number, a, b, batches[-1]))
+                record = _write_labels(
+                    writer, name, shard, columns, schema, start, stop, part_bytes
+                )
                 if (name, shard) not in skip_commits:
-                    writer.commit(_commit(name, shard, parts, batches, lengths[start:stop]))
+                    writer.commit(record)
     return path
+
+
+def made_up(stream: Ragged, vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Teacher log-probs [N, V], target ids [N] and lengths [M] of a target stream."""
+    gold = join_ids(stream.fields)
+    return teacher_log_probs(len(gold), vocab_size), gold, stream.lengths
+
+
+def _write_labels(
+    writer: CacheWriter,
+    name: str,
+    shard: int,
+    columns: dict[str, Ragged],
+    schema: pa.Schema,
+    start: int,
+    stop: int,
+    part_bytes: int,
+) -> CommitRecord:
+    lengths = columns["tokens"].lengths[start:stop]
+    parts, batches = [], []
+    for number, (a, b) in enumerate(plan_parts(lengths, 100, limit=part_bytes)):
+        a, b = a + start, b + start
+        mine = {key: rows_of(column, a, b) for key, column in columns.items()}
+        batches.append(ragged_batch(schema, mine))
+        parts.append(writer.write_part(name, shard, number, a, b, batches[-1]))
+    return _commit(name, shard, parts, batches, lengths)
 
 
 def _commit(

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,43 +16,34 @@ from tests.formats.labels import SENTENCES, THRESHOLD, VOCAB, encode, make_cache
 def stranger_reads(root: Path, signal: str) -> list[tuple[list[int], list[dict[int, float]]]]:
     """(target ids, {id: weight} of every position) of every sample of a cache."""
 
+    def record(path: str) -> dict:
+        return json.loads((root / path).read_text())
+
     def lists(file: str, column: str) -> list[list[dict]]:
-        return pa.ipc.open_file(pa.OSFile(str(root / file))).read_all()[column].to_pylist()
+        table = pa.ipc.open_file(pa.OSFile(str(root / file))).read_all()
+        return table[column].to_pylist() if column in table.column_names else [[]] * len(table)
 
     def ids(entries: list[dict]) -> list[int]:
         return [entry["id"] + (entry.get("id_high", 0) << 16) for entry in entries]
 
-    manifest = json.loads((root / "kdcache.json").read_text())
-    record = json.loads((root / f"signals/{signal}.json").read_text())
-    codec, samples = record["codec"], []
+    about, samples = record(f"signals/{signal}.json"), []
+    codec, vocab_size = about["codec"], about["vocab_size"]
     span = -math.log(codec["c"]) if codec["name"] == "threshold" else 25.0
-    for shard in range(len(manifest["shards"])):
-        commits = [
-            json.loads((root / f"commits/{kind}.{shard:05d}.json").read_text())
-            for kind in ("samples", signal)
-        ]
-        stream = lists(commits[0]["parts"][0]["file"]["path"], f"stream.{record['stream']}")
-        targets = iter([ids(tokens) for tokens in stream])
-        for part in commits[1]["parts"]:
-            file = part["file"]["path"]
-            rows = [lists(file, "tokens"), lists(file, "exact")]
-            rows.append(
-                lists(file, "drawn") if codec["name"] == "threshold" else [[]] * len(rows[0])
-            )
-            for tokens, exact, drawn in zip(*rows, strict=True):
-                labels, exact, drawn = [], iter(exact), iter(drawn)
+    for shard in range(len(record("kdcache.json")["shards"])):
+        texts = record(f"commits/samples.{shard:05d}.json")["parts"][0]["file"]["path"]
+        targets = iter(lists(texts, f"stream.{about['stream']}"))
+        for part in record(f"commits/{signal}.{shard:05d}.json")["parts"]:
+            columns = [lists(part["file"]["path"], name) for name in ("tokens", "exact", "drawn")]
+            for tokens, exact, drawn in zip(*columns, strict=True):
+                labels, kept, picked = [], iter(exact), iter(drawn)
                 for token in tokens:
-                    kept = [
-                        next(exact) for _ in range(token.get("num_exact", record["vocab_size"]))
-                    ]
-                    names = range(len(kept)) if codec["name"] == "full" else ids(kept)
-                    label = {
-                        i: math.exp(-span * (entry["code"] / 255) ** 2)
-                        for i, entry in zip(names, kept, strict=True)
-                    }
-                    picked = [next(drawn) for _ in range(token.get("num_drawn", 0))]
-                    labels.append(label | dict.fromkeys(ids(picked), codec.get("c")))
-                samples.append((next(targets), labels))
+                    head = list(islice(kept, token.get("num_exact", vocab_size)))
+                    weights = [math.exp(-span * (entry["code"] / 255) ** 2) for entry in head]
+                    names = range(vocab_size) if codec["name"] == "full" else ids(head)
+                    tail = ids(list(islice(picked, token.get("num_drawn", 0))))
+                    label = dict(zip(names, weights, strict=True))
+                    labels.append(label | dict.fromkeys(tail, codec.get("c")))
+                samples.append((ids(next(targets)), labels))
     return samples
 
 

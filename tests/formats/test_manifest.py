@@ -201,7 +201,7 @@ JSON = st.recursive(
 
 
 @given(st.sampled_from([COMMIT, SIGNAL, MANIFEST]), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_any_json_anywhere_is_a_record_or_a_format_error(record: Record, data) -> None:
     tree = record.model_dump(mode="json")
     node = tree

@@ -220,3 +220,18 @@ def test_ragged_batch_refuses_what_is_not_the_schema(change, message: str) -> No
     change(columns)
     with pytest.raises(FormatError, match=message):
         ragged_batch(logits_schema(TopKCodec(k=2), 100, (1.0,)), columns)
+
+
+def test_streams_are_sorted_by_name() -> None:
+    # A record's keys are sorted, so this is the one order that writer and reader both know.
+    assert samples_schema(["b", "a"], {"tgt": 5, "src": 5}) == samples_schema(
+        ["b", "a"], {"src": 5, "tgt": 5}
+    )
+    assert samples_schema(["b", "a"], {"tgt": 5, "src": 5}).names == [
+        "sample_id",
+        "row",
+        "field.b",
+        "field.a",
+        "stream.src",
+        "stream.tgt",
+    ]

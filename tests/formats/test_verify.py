@@ -127,7 +127,7 @@ def test_an_unfinished_signal_is_a_fault_and_its_data_a_leftover(tmp_path: Path)
     ("path", "kind", "keys", "message"),
     [
         ("kdcache.json", Manifest, ("corpus", "digest"), "corpus digest: "),
-        ("kdcache.json", Manifest, ("streams", "tgt", "num_tokens"), "tokens of stream 'tgt': 27"),
+        ("kdcache.json", Manifest, ("streams", "tgt", "num_tokens"), "tokens of stream 'tgt': "),
         ("kdcache.json", Manifest, ("shards", 1, "tokens"), "tokens of shard 1: 19, expected"),
         ("kdcache.json", Manifest, ("tokenizers", "teacher", "digest"), "digest of stream 'src'"),
         ("commits/logits.00001.json", CommitRecord, ("tokens",), "tokens in the commit of"),

@@ -1,0 +1,186 @@
+"""The part of a recipe that says what to train and how to score it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StrictBool, StrictInt, model_validator
+
+from kdcache.recipe_dump import (
+    CorpusSection,
+    Device,
+    Identifier,
+    Number,
+    PositiveInt,
+    Rate,
+    Section,
+)
+
+
+class StudentSection(Section):
+    """The model that is trained."""
+
+    path: str | None = Field(None, description="Start from this transformers directory.")
+    config: dict[str, Any] | None = Field(
+        None,
+        description="Or build from a transformers config: model_type and its own keys. Vocabulary "
+        "size and special ids are filled in from the cache's tokenizer.",
+    )
+    init: Literal["glorot", "transformers"] = Field(
+        "glorot",
+        description="How a student from a config starts: Glorot-uniform matrices and embeddings "
+        "N(0, 1/sqrt(d)), as the Transformer papers do, or transformers' own default.",
+    )
+
+    @model_validator(mode="after")
+    def _one_of(self) -> StudentSection:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give exactly one of path and config")
+        return self
+
+
+WEIGHT = "Factor of the term in the sum; a term of weight 0 is not built."
+
+
+class CrossEntropyTerm(Section):
+    """Mean cross-entropy with the reference tokens."""
+
+    loss: Literal["cross_entropy"] = Field("cross_entropy", description="Which term this is.")
+    weight: Number = Field(1.0, ge=0, description=WEIGHT)
+    label_smoothing: Number = Field(
+        0.0, ge=0, lt=1, description="Share of the target spread evenly over all ids."
+    )
+
+
+class ForwardKLTerm(Section):
+    """Mean KL(teacher || student) with the cached labels of one signal."""
+
+    loss: Literal["forward_kl"] = Field("forward_kl", description="Which term this is.")
+    weight: Number = Field(1.0, ge=0, description=WEIGHT)
+    signal: Identifier = Field("logits", description="Name of a logits signal in the cache.")
+    temperature: Number = Field(
+        1.0, gt=0, description="Both distributions are softmax(logits / temperature)."
+    )
+    temperature_squared: StrictBool = Field(
+        True, description="Multiply by the temperature squared (Hinton); the NeMo slides do not."
+    )
+    tail: Literal["auto", "sampled", "uniform", "bucket", "renormalise"] = Field(
+        "auto",
+        description="What stands for the ids the cache left out. auto: sampled where entries were "
+        "drawn and the temperature is 1, else uniform.",
+    )
+
+
+Term = Annotated[CrossEntropyTerm | ForwardKLTerm, Field(discriminator="loss")]
+
+
+class OptimizerSection(Section):
+    """Adam, or AdamW with decoupled weight decay."""
+
+    name: Literal["adam", "adamw"] = Field(
+        "adam", description="adam adds weight decay to the gradient, adamw to the update."
+    )
+    lr: Number = Field(7e-4, gt=0, description="Peak learning rate.")
+    betas: tuple[Rate, Rate] = Field(
+        (0.9, 0.98), description="Decay of the running means of gradient and square."
+    )
+    eps: Number = Field(1e-9, gt=0, description="Added to the root of the mean square.")
+    weight_decay: Number = Field(0.0, ge=0, description="Pull of the weights towards zero.")
+
+
+class ScheduleSection(Section):
+    """Learning rate over steps: linear warm-up, then the named decay."""
+
+    name: Literal["inverse_sqrt", "cosine", "constant"] = Field(
+        "inverse_sqrt", description="Decay after the warm-up."
+    )
+    warmup_steps: StrictInt = Field(500, ge=0, description="Steps of linear rise to the peak rate.")
+    final_ratio: Number = Field(
+        0.0, ge=0, le=1, description="Cosine ends at this share of the peak rate."
+    )
+
+
+class ValidationSection(Section):
+    """Development set scored during training."""
+
+    corpus: CorpusSection | None = Field(
+        None, description="The development set; no validation without it."
+    )
+    every_steps: PositiveInt = Field(500, description="Optimiser steps between scorings.")
+    limit_tokens: PositiveInt = Field(
+        100_000, description="Score at most this many target tokens each time."
+    )
+
+
+class CheckpointSection(Section):
+    """What a run keeps."""
+
+    every_steps: PositiveInt = Field(500, description="Resume point and candidate for averaging.")
+    average_last: StrictInt = Field(
+        5, ge=0, description="Write the mean of this many last checkpoints; 0: none."
+    )
+
+
+class TrainSection(Section):
+    """What `kdcache train` does."""
+
+    student: StudentSection | None = Field(None, description="The model that is trained.")
+    source: Identifier = Field("src", description="Stream the student's encoder reads.")
+    target: Identifier = Field("tgt", description="Stream the student predicts.")
+    objective: list[Term] = Field(
+        default_factory=list, description="Terms of the loss, which is their weighted sum."
+    )
+    max_steps: PositiveInt = Field(10_000, description="Optimiser steps.")
+    max_epochs: PositiveInt | None = Field(
+        None, description="Stop after this many passes, if that comes before max_steps."
+    )
+    batch_tokens: PositiveInt = Field(
+        4096, description="Padded target tokens of one optimiser step (global batch)."
+    )
+    accumulate: PositiveInt = Field(
+        1, description="Micro-batches a global batch is computed in; gradients stay exact."
+    )
+    optimizer: OptimizerSection = Field(
+        default_factory=lambda: OptimizerSection(), description="How weights move."
+    )
+    schedule: ScheduleSection = Field(
+        default_factory=lambda: ScheduleSection(), description="How the learning rate moves."
+    )
+    clip_norm: Number | None = Field(1.0, gt=0, description="Gradient norm; none: no clipping.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 autocast on cuda, float32 elsewhere."
+    )
+    device: Device = "auto"
+    seed: StrictInt = Field(1, ge=0, description="Seed of weights, dropout and order.")
+    window_shards: PositiveInt = Field(4, description="Shards shuffled together.")
+    validation: ValidationSection = Field(
+        default_factory=lambda: ValidationSection(), description="Scores during training."
+    )
+    checkpoints: CheckpointSection = Field(
+        default_factory=lambda: CheckpointSection(), description="What a run keeps."
+    )
+    log_every: PositiveInt = Field(50, description="Steps between lines of metrics.jsonl.")
+
+
+class EvaluateSection(Section):
+    """How `kdcache evaluate` scores."""
+
+    corpus: CorpusSection | None = Field(None, description="The test set.")
+    checkpoint: Literal["best", "averaged", "last"] = Field(
+        "best", description="Which weights of a run: best on validation, averaged, or last."
+    )
+    num_beams: PositiveInt = Field(4, description="Beam width; 1 is greedy search.")
+    length_penalty: Number = Field(
+        1.0, description="Exponent of the length that a beam's score is divided by."
+    )
+    max_length_ratio: Number = Field(
+        2.0, gt=0, description="Hypotheses stop at this many times the source tokens, plus 10."
+    )
+    batch_tokens: PositiveInt = Field(4096, description="Padded source tokens x beams per batch.")
+    device: Device = "auto"
+    bootstrap_samples: PositiveInt = Field(
+        1000, description="Resamplings of the paired bootstrap between two runs."
+    )
+    latency_sentences: StrictInt = Field(
+        50, ge=0, description="Sentences timed one at a time; 0: none."
+    )

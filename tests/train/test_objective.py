@@ -1,0 +1,140 @@
+"""Objectives: what is refused, what is built, and the canary."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from kdcache.errors import IdentityError, RecipeError, TrainingError
+from kdcache.formats.cache import open_cache
+from kdcache.recipe import CrossEntropyTerm, ForwardKLTerm
+from kdcache.train.canary import Alignment, alignment, check_batch
+from kdcache.train.labels import decode
+from kdcache.train.losses import fused_loss
+from kdcache.train.objective import Objective
+from kdcache.train.stream import BatchStream
+
+SIGNALS = ["threshold", "sampled", "full"]
+
+
+@pytest.fixture(scope="module")
+def cache(world):
+    return open_cache(world.cache)
+
+
+@pytest.fixture(scope="module")
+def batch(cache):
+    stream = BatchStream(cache, "src", "tgt", SIGNALS, 2000, 1, 9, max_epochs=1)
+    return next(b for b in stream if b.num_tokens > 300).micro[0]
+
+
+def make_objective(cache, *terms) -> Objective:
+    return Objective(terms, cache.signals, "src", "tgt")
+
+
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        ({"signal": "beams"}, r"cache has no signal 'beams'; it has \['full', 'sampled', 'thre"),
+        ({"signal": "sampled", "temperature": 2.0}, "temperature 1"),
+        ({"signal": "threshold", "temperature": 2.0, "tail": "sampled"}, "temperature 1"),
+        ({"signal": "threshold", "temperature": 0.4}, "temperature 0.4"),
+        ({"signal": "full", "tail": "sampled"}, "draws no entries"),
+    ],
+    ids=["missing", "sampled at T 2", "drawn tail at T 2", "below the knots", "full"],
+)
+def test_what_a_signal_cannot_serve_is_refused(cache, term, message):
+    with pytest.raises(RecipeError, match=r"train\.objective\.1.*" + message):
+        make_objective(cache, CrossEntropyTerm(), ForwardKLTerm(**term))
+    unused = ForwardKLTerm(**term, weight=0)
+    assert make_objective(cache, CrossEntropyTerm(), unused).signals == []
+
+
+def test_a_signal_of_other_streams_is_refused(cache):
+    with pytest.raises(IdentityError, match="labels stream 'tgt', the student uses 'src'"):
+        Objective([ForwardKLTerm(signal="full")], cache.signals, "src", "src")
+
+
+def test_the_loss_is_the_mean_over_the_global_batch(cache, batch):
+    objective = make_objective(
+        cache,
+        CrossEntropyTerm(weight=0.3),
+        ForwardKLTerm(signal="full", weight=0.7, temperature=2.0),
+    )
+    num, vocab = len(batch.targets), cache.signals["full"].vocab_size
+    logits = torch.randn(num, vocab, generator=torch.Generator().manual_seed(0))
+    total, values = fused_loss(logits, objective.loss_terms(batch, 2 * num, vocab))
+    nll = torch.nn.functional.cross_entropy(logits, batch.targets)
+    log_probs = torch.log_softmax(
+        batch.labels_of["full"].exact_code.view(num, vocab).float() / 2, dim=-1
+    )
+    kl = torch.nn.functional.kl_div(
+        torch.log_softmax(logits / 2, -1), log_probs, log_target=True, reduction="batchmean"
+    )
+    assert values.tolist() == pytest.approx([nll.item() / 2, kl.item() / 2], rel=1e-4)
+    assert total.item() == pytest.approx((0.3 * nll.item() + 0.7 * 4 * kl.item()) / 2, rel=1e-4)
+
+
+def test_a_student_with_fewer_rows_drops_the_ids_it_lacks(cache, batch):
+    objective = make_objective(cache, ForwardKLTerm(signal="full"))
+    full = decode(batch.labels_of["full"])
+    assert objective.vocab_size(1000) == cache.signals["full"].vocab_size
+    (term,) = objective.loss_terms(batch, 1, 30)
+    assert term.target.ids.max() == 29
+    assert term.target.values.sum() < full.values.sum()
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_the_canary_sings_only_when_labels_fit(batch, signal):
+    coded, targets = batch.labels_of[signal], batch.targets.numpy()
+    lengths = batch.label_mask.sum(1).numpy()
+    found = alignment(coded, targets, lengths)
+    assert found.aligned
+    assert found.checked > 0
+    assert found.disagreeing == 0
+    for shift in (-1, 1, 5):
+        assert not alignment(coded, np.roll(targets, shift), lengths).aligned
+    other_ids = (targets + 7) % coded.spec.vocab_size
+    assert not alignment(coded, other_ids, lengths).aligned
+    mixed = replace(coded, gold=coded.gold.flip(0))
+    if signal != "sampled":  # its gold is compared in the sum, which no order changes
+        assert not alignment(mixed, targets, lengths).aligned
+
+
+@pytest.mark.parametrize(
+    ("hits", "checked", "disagreeing", "aligned"),
+    [
+        ((5, 60, 8), 0, 0, True),
+        ((60, 5, 8), 0, 0, False),
+        ((5, 4, 90), 0, 0, False),
+        ((9, 4, 5), 0, 0, True),
+        ((90, 5, 8), 50, 0, True),
+        ((5, 60, 8), 50, 2, True),
+        ((5, 60, 8), 50, 3, False),
+    ],
+    ids=["fits", "-1", "+1", "chance", "repeats its input", "few", "many"],
+)
+def test_what_counts_as_aligned(hits, checked, disagreeing, aligned):
+    by_shift = dict(zip((-1, 0, 1), hits, strict=True))
+    assert Alignment(100, by_shift, checked, disagreeing).aligned is aligned
+
+
+def test_a_shifted_batch_names_its_signal(batch):
+    shifted = replace(batch, targets=batch.targets.roll(1))
+    check_batch(batch)
+    with pytest.raises(TrainingError, match=r"signal '\w+': labels are shifted"):
+        check_batch(shifted)
+
+
+def test_a_single_position_is_not_enough_to_complain():
+    assert Alignment(1, {-1: 0, 0: 0, 1: 1}, 0, 0).aligned
+
+
+def test_names_tell_terms_apart(cache):
+    terms = [CrossEntropyTerm(), ForwardKLTerm(signal="full"), ForwardKLTerm(signal="sampled")]
+    objective = make_objective(cache, *terms)
+    assert objective.names == ["cross_entropy", "forward_kl.0", "forward_kl.1"]
+    assert objective.signals == ["full", "sampled"]
+    assert SimpleNamespace(**objective.records).full.codec.name == "full"
