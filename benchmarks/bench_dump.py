@@ -25,6 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from kdcache.dump.batches import pad, plan_batches
 from kdcache.dump.runner import dump
 from kdcache.dump.teacher import Teacher

@@ -82,6 +82,26 @@ def model_directory(path: str, revision: str | None = None) -> tuple[Path, str |
     return found, found.name
 
 
+def load_tokenizer(directory: str | Path) -> Any:
+    """The transformers tokenizer of a directory; no code of the directory is run.
+
+    Raises:
+        ModelError: there is none that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    quiet_transformers()
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:
+        # transformers raises whatever the tokenizer's class raises; one line serves for all.
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ModelError(
+            f"{directory}: found no tokenizer that transformers can load ({reason}); expected "
+            f"the files of a tokenizer"
+        ) from None
+
+
 def shift_right(labels: Tensor, pad: int, start: int) -> Tensor:
     """Decoder inputs of some labels: the start id, then all labels but the last.
 

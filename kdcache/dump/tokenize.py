@@ -15,7 +15,7 @@ import xxhash
 
 from kdcache.errors import ModelError
 from kdcache.formats.ragged import Ragged, offsets_of
-from kdcache.models import model_directory, quiet_transformers
+from kdcache.models import load_tokenizer, model_directory
 from kdcache.recipe import SentencePieceTokenizer
 
 #: Files of a tokenizer directory beside those its class names.
@@ -66,20 +66,8 @@ class Tokenizer:
             ModelError: there is no tokenizer that transformers can load without running code
                 of the repository.
         """
-        from transformers import AutoTokenizer
-
-        quiet_transformers()
         directory, _ = model_directory(path, revision)
-        try:
-            backend = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        except Exception as error:
-            # transformers raises whatever the tokenizer's class raises; one line serves for all.
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise ModelError(
-                f"{path}: found no tokenizer that transformers can load ({reason}); expected "
-                f"tokenizer files, or set dump.tokenizers.<name>.path"
-            ) from None
-        return cls(backend, directory, path)
+        return cls(load_tokenizer(directory), directory, path)
 
     @classmethod
     def from_files(cls, files: dict[str, bytes], path: str) -> Tokenizer:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kdcache.errors import TrainingError
 
-# Floats of a block, per thread. It and its softmax, 2 MiB each, stay about in a core's cache; half
-# as many measured 4% slower (more calls), twice as many 1%, four times 15% (see bench_loss).
+# Floats of a block, per thread: it and its softmax, 2 MiB each, stay about in a core's caches.
+# Blocks of a quarter pay in calls, blocks of four times the size in memory traffic.
 _CPU_BLOCK = 2**19
 # Large enough to hide the kernel launches, small enough for a data centre card's cache.
 _CUDA_BLOCK = 2**22
