@@ -29,6 +29,15 @@ from kdcache.dump.coding import (
     shift_right,
     signed64,
 )
+from kdcache.dump.fixed_point import (
+    FIXED_BITS,
+    GROUP,
+    MAX_ROWS,
+    SUM_BITS,
+    group_sums,
+    grouped,
+    locate,
+)
 from kdcache.errors import ModelError
 from kdcache.formats.codec import (
     Codec,
@@ -39,14 +48,8 @@ from kdcache.formats.codec import (
 )
 from kdcache.formats.keyed import GOLDEN
 
-#: Fractional bits of the fixed point; the weight of one draw is 1 in it.
-FIXED_BITS = 40
-
-#: Ids summed in one piece before draws are located.
-GROUP = 64
-
-#: Sums of this many rows, each below 2^52, fit int64.
-MAX_BLOCK_ROWS = 1024
+#: Entries of one float32 block on a CPU: as many as still stay in its last-level cache.
+BLOCK_ENTRIES = 1 << 19
 
 #: A sum of exponentials outside these bounds is taken again with its peak factored out.
 SAFE_SUM = (1e-30, 1e30)
@@ -94,15 +97,6 @@ class EncodedPositions:
         return columns
 
 
-@dataclass
-class _Entries:
-    """Entries of some rows, rows ascending and ids ascending within a row."""
-
-    rows: Tensor  # [E] int64
-    ids: Tensor  # [E] int64
-    values: Tensor  # [E] float32 log-probs of exact entries, int64 counts of drawn ones
-
-
 def encode_logits(
     logits: Tensor,
     gold: Tensor,
@@ -134,272 +128,249 @@ def encode_logits(
     device = logits.device
     if block_rows is None:
         # Two float32 blocks in the last-level cache of a CPU; a GPU wants many rows.
-        block_rows = (1 << 19 if device.type == "cpu" else 1 << 26) // vocab_size
-    block_rows = max(1, min(block_rows, num_positions, MAX_BLOCK_ROWS))
-    blocks = []
-    with torch.no_grad():
-        probs = torch.empty(block_rows, vocab_size, dtype=torch.float32, device=device)
-        scratch = torch.zeros(block_rows, -(-vocab_size // GROUP) * GROUP, device=device)
+        block_rows = (BLOCK_ENTRIES if device.type == "cpu" else 1 << 26) // vocab_size
+    block_rows = max(1, min(block_rows, num_positions, MAX_ROWS))
+    width = -(-vocab_size // GROUP) * GROUP
+    with torch.inference_mode():
+        buffers = torch.zeros(2, block_rows, width, dtype=torch.float32, device=device)
+        pieces = []
         # An empty batch is one block without rows.
         for start in range(0, max(num_positions, 1), block_rows):
             rows = slice(start, start + block_rows)
-            block = _Block(logits[rows], probs, scratch, start)
-            blocks.append(
-                _encode_block(block, draw_hash[rows], round_hash[rows], codec, temperatures)
-            )
-        return _assemble(blocks, logits, gold, round_hash, codec, temperatures)
+            block = _Block(logits[rows], buffers, start)
+            _select(block, draw_hash[rows], codec)
+            if codec.has_tail:
+                block.tail_sums = _tail_sums(block, temperatures)
+            elif codec.name == "full":
+                block.codes = _full_codes(block, round_hash[rows], codec)
+            pieces.append(block.release())
+        return _assemble(pieces, logits, gold, round_hash, codec, temperatures, block_rows)
 
 
 class _Block:
-    """The dense quantities of R rows of logits that every codec needs."""
+    """R rows of logits and what is found in them.
 
-    def __init__(self, logits: Tensor, probs: Tensor, scratch: Tensor, start: int) -> None:
-        self.start = start
+    An entry is named by its place in the block: row x W + id, W the padded width. Whatever can
+    wait is left to `_assemble`, since a small operation costs a block as much as it costs all.
+    """
+
+    def __init__(self, logits: Tensor, buffers: Tensor, start: int) -> None:
+        num_rows, vocab_size = logits.shape
+        self.first = start * buffers.shape[2]
         self.logits = logits.to(torch.float32)  # [R, V]
-        self.grouped = scratch[: len(logits)]  # [R, G x GROUP], zeros after the last id
-        self.scratch = self.grouped[:, : logits.shape[1]]  # [R, V]
-        self.probs = torch.softmax(self.logits, dim=-1, out=probs[: len(logits)])  # [R, V]
-        self.peaks = _group_peaks(self.probs)  # [R, G]
-        top = self.peaks.amax(dim=-1)  # [R]
-        if not bool(torch.isfinite(top).all()):
-            first = start + int((~torch.isfinite(top)).nonzero()[0])
+        self.padded_probs, self.padded_scratch = buffers[:, :num_rows]  # [R, W], 0 from id V on
+        self.probs = self.padded_probs[:, :vocab_size]  # [R, V]
+        self.scratch = self.padded_scratch[:, :vocab_size]  # [R, V]
+        torch.softmax(self.logits, dim=-1, out=self.probs)
+        self.peaks = grouped(self.padded_probs).amax(dim=-1)  # [R, G]
+        self.peak = self.peaks.amax(dim=-1)  # [R]
+        if not math.isfinite(float(self.peak.sum())):
             raise ModelError(
-                f"teacher logits: position {first} of the batch has a NaN, a +inf or nothing but "
-                f"-inf where finite numbers were expected; try dump.teacher.dtype float32"
+                f"teacher logits: position {start + int(self.peak.isnan().nonzero()[0])} of the "
+                f"batch has a NaN, a +inf or nothing but -inf where finite numbers were "
+                f"expected; try dump.teacher.dtype float32"
             )
-        # One softmax serves all: its peak gives the log-sum-exp back.
-        self.log_sum = self.logits.amax(dim=-1) - top.log()  # [R]
-        mean = torch.mul(self.probs, self.logits, out=self.scratch).sum(dim=-1)
-        if bool(mean.isnan().any()):  # 0 x -inf of an id that cannot come
-            mean = torch.where(self.probs > 0, self.probs * self.logits, 0).sum(dim=-1)
-        self.entropy = self.log_sum - mean  # [R] nats
+        self.peak_logit = self.logits.amax(dim=-1)  # [R]
+        self.mean_logit = torch.mul(self.probs, self.logits, out=self.scratch).sum(dim=-1)  # [R]
+        self.exact: Tensor | None = None  # [E] int64 places
+        self.drawn: Tensor | None = None  # [D] int64 places
+        self.counts: Tensor | None = None  # [D] int64
+        self.tail_sums: Tensor | None = None  # [R, n]
+        self.codes: Tensor | None = None  # [R, V]
 
-    def exact(self, rows: Tensor, ids: Tensor) -> _Entries:
-        """Entries with their log-probs."""
-        return _Entries(rows, ids, self.logits[rows, ids] - self.log_sum[rows])
-
-
-@dataclass
-class _Encoded:
-    """What is kept of one block."""
-
-    block_start: int
-    log_sum: Tensor  # [R]
-    entropy: Tensor  # [R]
-    tail: Tensor | None  # [R, n]
-    exact: _Entries | None
-    drawn: _Entries | None
-    full_codes: Tensor | None  # [R x V]
+    def release(self) -> _Block:
+        """Itself without what the next block overwrites."""
+        del self.logits, self.padded_probs, self.padded_scratch, self.probs, self.scratch
+        return self
 
 
-def _encode_block(
-    block: _Block,
-    draw_hash: Tensor,
-    round_hash: Tensor,
-    codec: Codec,
-    temperatures: Sequence[float],
-) -> _Encoded:
-    """Select and, for `full`, code the entries of a block."""
-    encoded = _Encoded(block.start, block.log_sum, block.entropy, None, None, None, None)
+def _select(block: _Block, draw_hash: Tensor, codec: Codec) -> None:
+    """Find a block's entries."""
     if isinstance(codec, ThresholdCodec):
-        encoded.exact, encoded.drawn = _threshold(block, codec, draw_hash)
+        _threshold(block, draw_hash, codec)
     elif isinstance(codec, TopKCodec):
-        encoded.exact = _topk(block, codec)
+        _topk(block, codec)
     elif isinstance(codec, NucleusCodec):
-        encoded.exact = _nucleus(block, codec)
+        _nucleus(block, codec)
     elif isinstance(codec, SampledCodec):
-        encoded.drawn = _sampled(block, codec, draw_hash)
-    else:
-        log_probs = block.logits - block.log_sum[:, None]  # [R, V]
-        ids = torch.arange(log_probs.shape[1], device=log_probs.device)
-        encoded.full_codes = code_values(codec, log_probs, round_hash[:, None], ids).flatten()
-    if codec.has_tail:
-        assert encoded.exact is not None
-        encoded.tail = _tail(block, encoded.exact, temperatures)
-    return encoded
+        _sampled(block, draw_hash, codec)
 
 
-def _assemble(
-    blocks: Sequence[_Encoded],
-    logits: Tensor,
-    gold: Tensor,
-    round_hash: Tensor,
-    codec: Codec,
-    temperatures: Sequence[float],
-) -> EncodedPositions:
-    """All blocks as one, coded."""
-    num_positions, vocab_size = logits.shape
-    gold_logits = logits.gather(1, gold[:, None])[:, 0].to(torch.float32)
-    tokens = {
-        "gold": code_gold(gold_logits - torch.cat([block.log_sum for block in blocks])),
-        "entropy": code_entropy(
-            torch.cat([block.entropy for block in blocks]), vocab_size, round_hash
-        ),
-    }
-    tails = [block.tail for block in blocks if block.tail is not None]
-    if tails:
-        knots = torch.cat(tails).to(torch.float16)  # [N, n]
-        tokens |= {f"tail_{i}": knots[:, i] for i in range(len(temperatures))}
-    exact = drawn = None
-    num_exact = num_drawn = torch.zeros_like(gold)
-    if codec.name == "full":
-        codes = [block.full_codes for block in blocks if block.full_codes is not None]
-        exact = {"code": torch.cat(codes)}
-        num_exact = torch.full_like(gold, vocab_size)
-    elif codec.has_exact:
-        head = _concatenate([(block.block_start, block.exact) for block in blocks])
-        code = code_values(codec, head.values, round_hash[head.rows], head.ids)
-        exact = {"id": head.ids, "code": code}
-        num_exact = torch.bincount(head.rows, minlength=num_positions)
-    if codec.has_drawn:
-        draws = _concatenate([(block.block_start, block.drawn) for block in blocks])
-        drawn = {"id": draws.ids}
-        if isinstance(codec, SampledCodec):
-            drawn["code"] = draws.values
-        num_drawn = torch.bincount(draws.rows, minlength=num_positions)
-    return EncodedPositions(codec, vocab_size, tokens, exact, drawn, num_exact, num_drawn)
-
-
-def _concatenate(pieces: Sequence[tuple[int, _Entries | None]]) -> _Entries:
-    """Entries of all blocks, their rows counted from the first block's first."""
-    entries = [(start, piece) for start, piece in pieces if piece is not None]
-    return _Entries(
-        torch.cat([piece.rows + start for start, piece in entries]),
-        torch.cat([piece.ids for _, piece in entries]),
-        torch.cat([piece.values for _, piece in entries]),
-    )
-
-
-def _threshold(
-    block: _Block, codec: ThresholdCodec, draw_hash: Tensor
-) -> tuple[_Entries, _Entries]:
+def _threshold(block: _Block, draw_hash: Tensor, codec: ThresholdCodec) -> None:
     """Ids of probability c or more; of the others systematic draws of weight c."""
-    # Sums stay below 2^52, so that float64 adds them exactly.
-    bits = min(FIXED_BITS, 52 + math.floor(math.log2(codec.c)))
+    bits = min(FIXED_BITS, SUM_BITS + math.floor(math.log2(codec.c)))
     one, unit = 1 << bits, codec.c / (1 << bits)
     torch.div(block.probs, unit, rounding_mode="trunc", out=block.scratch)
+    fixed = block.padded_scratch
     peaks = torch.div(block.peaks, unit, rounding_mode="trunc")  # [R, G]
-    groups = (peaks >= one).flatten().nonzero()[:, 0]
-    hit, member = (block.grouped.view(-1, GROUP)[groups] >= one).nonzero(as_tuple=True)
-    at = groups[hit] * GROUP + member
-    rows = at // block.grouped.shape[1]
-    head = block.exact(rows, at - rows * block.grouped.shape[1])
-    block.grouped.view(-1)[at] = 0
+    groups = (peaks >= one).view(-1).nonzero()[:, 0]
+    hit, member = (fixed.view(-1, GROUP)[groups] >= one).nonzero(as_tuple=True)
+    block.exact = groups[hit] * GROUP + member
+    fixed.view(-1)[block.exact] = 0
 
-    sums = _group_sums(block.grouped)  # [R, G]
+    sums = group_sums(fixed)  # [R, G]
     start = shift_right(draw_hash, 64 - bits)  # [R], u in [0, 1) as fixed point
     num_draws = (sums.sum(dim=-1) + start) >> bits
     rows = torch.arange(len(start), device=start.device).repeat_interleave(num_draws)
-    first = num_draws.cumsum(0) - num_draws
-    turn = torch.arange(len(rows), device=rows.device) - first[rows] + 1
-    ids = _locate(block.grouped, sums, rows, (turn << bits) - start[rows])
-    return head, _Entries(rows, ids, torch.ones_like(ids))
+    # Turn k of a row, from 1, is drawn where the running sum reaches k - u.
+    turn = torch.arange(1, len(rows) + 1, device=start.device)
+    turn -= (num_draws.cumsum(0) - num_draws)[rows]
+    block.drawn = locate(fixed, sums, rows, (turn << bits) - start[rows])
 
 
-def _sampled(block: _Block, codec: SampledCodec, draw_hash: Tensor) -> _Entries:
+def _sampled(block: _Block, draw_hash: Tensor, codec: SampledCodec) -> None:
     """Independent draws with replacement, as distinct ids with counts."""
     one = 1 << FIXED_BITS
     torch.div(block.probs, 1 / one, rounding_mode="trunc", out=block.scratch)
-    sums = _group_sums(block.grouped)  # [R, G]
-    device = draw_hash.device
-    turn = torch.arange(1, codec.n + 1, device=device)
+    sums = group_sums(block.padded_scratch)  # [R, G]
+    turn = torch.arange(1, codec.n + 1, device=draw_hash.device)
     hashed = mix64(draw_hash[:, None] + turn * signed64(GOLDEN))  # [R, n]
     point = shift_right(hashed, 64 - FIXED_BITS)
     # A row sums to 1 but for rounding; stretch [0, 1) to [0, sum) without leaving 64 bits.
     excess = sums.sum(dim=-1, keepdim=True) - one
     point += ((point >> FIXED_BITS // 2) * excess) >> FIXED_BITS // 2
     point = point.sort(dim=-1).values + 1
-    rows = torch.arange(len(point), device=device).repeat_interleave(codec.n)
-    ids = _locate(block.grouped, sums, rows, point.flatten())  # [R x n], ascending in a row
-    new = torch.ones_like(ids, dtype=torch.bool)
-    new[1:] = (ids[1:] != ids[:-1]) | (rows[1:] != rows[:-1])
-    at = new.nonzero()[:, 0]
-    counts = torch.diff(at, append=at.new_tensor([len(ids)]))
-    return _Entries(rows[at], ids[at], counts)
+    rows = torch.arange(len(point), device=point.device).repeat_interleave(codec.n)
+    places = locate(block.padded_scratch, sums, rows, point.flatten())  # [R x n], ascending
+    block.drawn, block.counts = torch.unique_consecutive(places, return_counts=True)
 
 
-def _topk(block: _Block, codec: TopKCodec) -> _Entries:
+def _topk(block: _Block, codec: TopKCodec) -> None:
     """The k most probable ids."""
     k = codec.max_exact(block.probs.shape[1])
     ids = block.probs.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values  # [R, k]
-    rows = torch.arange(len(ids), device=ids.device).repeat_interleave(k)
-    return block.exact(rows, ids.flatten())
+    block.exact = (ids + _row_places(block)).flatten()
 
 
-def _nucleus(block: _Block, codec: NucleusCodec) -> _Entries:
+def _nucleus(block: _Block, codec: NucleusCodec) -> None:
     """The fewest most probable ids that reach p."""
     vocab_size = block.probs.shape[1]
     probs, ids = block.probs.topk(codec.max_exact(vocab_size), dim=-1)  # [R, k_max]
     before = probs.cumsum(dim=-1) - probs
     ids = ids.masked_fill(before >= codec.p, vocab_size).sort(dim=-1).values
-    rows, rank = (ids < vocab_size).nonzero(as_tuple=True)
-    return block.exact(rows, ids[rows, rank])
+    block.exact = (ids + _row_places(block))[ids < vocab_size]
 
 
-def _tail(block: _Block, head: _Entries, temperatures: Sequence[float]) -> Tensor:
-    """[R, n] log-sum-exp of the ids outside the head, in nats; writes over the block."""
-    probs, at = block.probs, (head.rows, head.ids)
-    probs[at] = 0
-    sums, shifts = [], []
+def _full_codes(block: _Block, round_hash: Tensor, codec: Codec) -> Tensor:
+    """[R, V] codes of all ids."""
+    log_probs = block.logits - (block.peak_logit - block.peak.log())[:, None]
+    ids = torch.arange(log_probs.shape[1], device=log_probs.device)
+    return code_values(codec, log_probs, round_hash[:, None], ids)
+
+
+def _tail_sums(block: _Block, temperatures: Sequence[float]) -> Tensor:
+    """[R, n] sums over the ids that are not exact; writes over the block.
+
+    Of probabilities to the power 1/T at T = 1 and 0.5, of exp(logits/T) otherwise.
+    """
+    assert block.exact is not None
+    block.padded_probs.view(-1)[block.exact] = 0
+    sums = []
     for temperature in temperatures:
         if temperature == 1:
-            sums.append(probs.sum(dim=-1))
+            sums.append(block.probs.sum(dim=-1))
         elif temperature == 0.5:
-            sums.append(torch.linalg.vector_norm(probs, dim=-1).square())
+            sums.append(torch.linalg.vector_norm(block.probs, dim=-1).square())
         else:  # exp2 is the fastest exponential there is
-            scaled = torch.mul(block.logits, 1 / (temperature * math.log(2)), out=block.scratch)
-            scaled[at] = -torch.inf
-            sums.append(scaled.exp2_().sum(dim=-1))
-        shifts.append(0 if temperature in (1, 0.5) else 1 / temperature)
-    total = torch.stack(sums, dim=1)  # [R, n]
-    shift = torch.tensor(shifts, device=total.device) * block.log_sum[:, None]
-    tail = total.log() - shift
+            torch.mul(block.logits, 1 / (temperature * math.log(2)), out=block.scratch)
+            block.padded_scratch.view(-1)[block.exact] = -torch.inf
+            sums.append(block.scratch.exp2_().sum(dim=-1))
+    return torch.stack(sums, dim=1)
 
+
+def _assemble(
+    blocks: Sequence[_Block],
+    logits: Tensor,
+    gold: Tensor,
+    round_hash: Tensor,
+    codec: Codec,
+    temperatures: Sequence[float],
+    block_rows: int,
+) -> EncodedPositions:
+    """All blocks as one, coded."""
+    num_positions, vocab_size = logits.shape
+    # One softmax serves all: its peak gives the log-sum-exp back.
+    peak_logit, peak, mean_logit = (
+        torch.cat([getattr(block, name) for block in blocks])
+        for name in ("peak_logit", "peak", "mean_logit")
+    )
+    log_sum = peak_logit - peak.log()  # [N]
+    unclear = mean_logit.isnan().nonzero()[:, 0]  # 0 x -inf of an id that cannot come
+    for rows in torch.split(unclear, block_rows):
+        some = logits[rows].to(torch.float32)
+        probs = torch.softmax(some, dim=-1)
+        mean_logit[rows] = torch.where(probs > 0, probs * some, 0).sum(dim=-1)
+    gold_logits = logits.gather(1, gold[:, None])[:, 0].to(torch.float32)
+    tokens = {
+        "gold": code_gold(gold_logits - log_sum),
+        "entropy": code_entropy(log_sum - mean_logit, vocab_size, round_hash),
+    }
+    exact = drawn = None
+    num_exact = num_drawn = torch.zeros_like(gold)
+    if codec.name == "full":
+        exact = {"code": torch.cat([_of(block.codes) for block in blocks]).flatten()}
+        num_exact = torch.full_like(gold, vocab_size)
+    elif codec.has_exact:
+        rows, ids = _rows_and_ids([(block.first, _of(block.exact)) for block in blocks], vocab_size)
+        log_probs = logits[rows, ids].to(torch.float32) - log_sum[rows]
+        exact = {"id": ids, "code": code_values(codec, log_probs, round_hash[rows], ids)}
+        num_exact = torch.bincount(rows, minlength=num_positions)
+    if codec.has_tail:
+        sums = torch.cat([_of(block.tail_sums) for block in blocks])
+        tail = _tail(sums, logits, log_sum, (rows, ids), num_exact, temperatures, block_rows)
+        tail = tail.to(torch.float16)  # [N, n]
+        tokens |= {f"tail_{i}": tail[:, i] for i in range(len(temperatures))}
+    if codec.has_drawn:
+        rows, ids = _rows_and_ids([(block.first, _of(block.drawn)) for block in blocks], vocab_size)
+        drawn = {"id": ids}
+        num_drawn = torch.bincount(rows, minlength=num_positions)
+        if isinstance(codec, SampledCodec):
+            drawn["code"] = torch.cat([_of(block.counts) for block in blocks])
+    return EncodedPositions(codec, vocab_size, tokens, exact, drawn, num_exact, num_drawn)
+
+
+def _tail(
+    sums: Tensor,
+    logits: Tensor,
+    log_sum: Tensor,
+    exact: tuple[Tensor, Tensor],
+    num_exact: Tensor,
+    temperatures: Sequence[float],
+    block_rows: int,
+) -> Tensor:
+    """[N, n] log-sum-exp of the log-probs of the ids that are not exact, in nats."""
+    shifts = [0 if t in (1, 0.5) else 1 / t for t in temperatures]
+    tail = sums.log() - log_sum[:, None] * torch.tensor(shifts, device=sums.device)
     smallest, largest = SAFE_SUM
-    unsafe = ((total < smallest) | (total > largest)).any(dim=1).nonzero()[:, 0]
-    if len(unsafe):
-        masked = block.logits.clone()
-        masked[at] = -torch.inf
+    unsafe = ((sums < smallest) | (sums > largest)).any(dim=1) & (num_exact < logits.shape[1])
+    rows, ids = exact
+    for again in torch.split(unsafe.nonzero()[:, 0], block_rows):
+        some = logits[again].to(torch.float32)
+        place = torch.full_like(num_exact, -1)
+        place[again] = torch.arange(len(again), device=again.device)
+        at = place[rows]
+        some[at[at >= 0], ids[at >= 0]] = -torch.inf
         for i, temperature in enumerate(temperatures):
-            exact = torch.logsumexp(masked[unsafe] / temperature, dim=-1)
-            tail[unsafe, i] = exact - block.log_sum[unsafe] / temperature
+            total = torch.logsumexp(some / temperature, dim=-1)
+            tail[again, i] = total - log_sum[again] / temperature
     return tail
 
 
-def _group_peaks(x: Tensor) -> Tensor:
-    """[R, G] largest of each group of [R, V]; the last group may be smaller."""
-    whole = x.shape[1] // GROUP
-    peaks = []
-    if whole:
-        groups = x[:, : whole * GROUP].view(len(x), whole, GROUP)
-        peaks.append(groups.amax(dim=-1))
-    if x.shape[1] % GROUP:
-        peaks.append(x[:, whole * GROUP :].amax(dim=-1, keepdim=True))
-    return peaks[0] if len(peaks) == 1 else torch.cat(peaks, dim=1)
+def _of(found: Tensor | None) -> Tensor:
+    """What the codec promises to have found."""
+    assert found is not None
+    return found
 
 
-def _group_sums(grouped: Tensor) -> Tensor:
-    """[R, G] int64 sums of whole numbers in float32, exact in any order."""
-    # float64 is the faster, and exact below 2^53; not every device has it.
-    wide = torch.float64 if grouped.device.type == "cpu" else torch.int64
-    members = grouped.view(len(grouped), grouped.shape[1] // GROUP, GROUP)
-    return members.sum(dim=-1, dtype=wide).to(torch.int64)
+def _rows_and_ids(pieces: Sequence[tuple[int, Tensor]], vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Positions and ids of all entries from their places in the blocks."""
+    width = -(-vocab_size // GROUP) * GROUP
+    places = torch.cat([piece + first for first, piece in pieces])
+    rows = places.div(width, rounding_mode="floor")
+    return rows, places - rows * width
 
 
-def _locate(grouped: Tensor, sums: Tensor, rows: Tensor, points: Tensor) -> Tensor:
-    """[D] ids at which the running sum of a row first reaches each point, which is at least 1.
-
-    Few points are found in two steps, group and member, without a running sum over all ids.
-    """
-    totals = sums.sum(dim=-1)
-    points = points + (totals.cumsum(0) - totals)[rows]
-    if len(points) * GROUP > grouped.numel():  # so many that the whole running sum is less work
-        running = grouped.to(torch.int64).flatten().cumsum(0)
-        return torch.searchsorted(running, points) - rows * grouped.shape[1]
-    sums = sums.flatten()  # [R x G]
-    ends = sums.cumsum(0)  # on from row to row, so that one search serves all
-    at = torch.searchsorted(ends, points)
-    members = grouped.view(-1, GROUP)[at].to(torch.int64)  # [D, GROUP]
-    running = members.cumsum(dim=-1)
-    member = torch.searchsorted(running, (points - ends[at] + sums[at])[:, None])[:, 0]
-    return at * GROUP + member - rows * grouped.shape[1]
+def _row_places(block: _Block) -> Tensor:
+    """[R, 1] place of the first id of each row."""
+    num_rows, width = block.padded_probs.shape
+    return torch.arange(0, num_rows * width, width, device=block.probs.device)[:, None]

@@ -115,7 +115,12 @@ def _curves(paths: Paths, result: Mapping[str, Any]) -> str:
         "Learning curves",
         "Loss of both students on the references of the dev set.",
         svg.line_chart(
-            lines, "Dev loss of both students over steps", "steps", "nats per token", width=520
+            lines,
+            "Dev loss of both students over steps",
+            "steps",
+            "nats per token",
+            width=460,
+            height=270,
         ),
     )
 
@@ -137,7 +142,7 @@ def _bleu(result: Mapping[str, Any]) -> str:
     return page.section(
         "BLEU",
         "Beam search with four beams on sentences none of the models has seen.",
-        svg.bar_chart(bars, "BLEU of the three models", width=480),
+        svg.bar_chart(bars, "BLEU of the three models", width=450),
         "95% intervals by bootstrap: without cache "
         f"{test['baseline']:.1f} ± {test['baseline_interval']:.1f}, with cache "
         f"{test['score']:.1f} ± {test['interval']:.1f}.",
@@ -160,7 +165,7 @@ def _bytes(cache: Mapping[str, Any]) -> str:
         "Bytes per token",
         f"The cache keeps {entries:.1f} of {signal['vocab_size']} entries per token, drawn so that "
         "the label stays unbiased.",
-        svg.bar_chart(bars, "Bytes per token of the cache and of full logits", width=480),
+        svg.bar_chart(bars, "Bytes per token of the cache and of full logits", width=450),
         "Full logits grow with the vocabulary (64,000 bytes at 32,000 ids), the cache hardly does.",
     )
 

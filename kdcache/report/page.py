@@ -10,12 +10,12 @@ STYLE = """
 :root {
   color-scheme: light dark;
   --page: #f6f7f9; --card: #ffffff; --text: #1c2026; --muted: #626a76; --grid: #dfe2e7;
-  --series-1: #2a6fb0; --series-2: #d0661a; --series-3: #3a8f5c; --accent-soft: #eaf1f9;
+  --series-1: #2a6fb0; --series-2: #d0661a; --series-3: #3a8f5c;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #14171b; --card: #1d2126; --text: #e6e8eb; --muted: #98a1ad; --grid: #343a42;
-    --series-1: #6aa9e4; --series-2: #eb9350; --series-3: #6cc08e; --accent-soft: #23303d;
+    --series-1: #6aa9e4; --series-2: #eb9350; --series-3: #6cc08e;
   }
 }
 * { box-sizing: border-box; }
@@ -31,7 +31,9 @@ section {
   background: var(--card); border: 1px solid var(--grid); border-radius: 12px;
   padding: 22px 24px; margin: 0 0 18px; min-width: 0;
 }
-section > p { margin: 0 0 16px; color: var(--muted); max-width: 76ch; }
+section > p {
+  margin: 0 0 16px; color: var(--muted); max-width: 76ch; overflow-wrap: anywhere;
+}
 section > p:last-child { margin: 14px 0 0; }
 .pair { display: grid; gap: 18px; grid-template-columns: repeat(auto-fit, minmax(400px, 1fr)); }
 .pair section { margin: 0; }
@@ -59,7 +61,9 @@ pre { margin: 0; padding: 14px 16px; background: var(--page); border-radius: 8px
 .entry span { position: relative; white-space: nowrap; overflow: hidden; text-overflow: ellipsis;
   font-family: ui-monospace, Menlo, Consolas, monospace; }
 .entry span + span { text-align: right; color: var(--muted); font-family: inherit; }
-.key { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin: 0 5px 0 12px;
+.key { margin: 0 0 12px; color: var(--muted); font-size: 14px; }
+.key .name { white-space: nowrap; margin-right: 14px; }
+.key i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 6px;
   vertical-align: -1px; }
 footer { color: var(--muted); font-size: 14px; margin-top: 26px; }
 @media (max-width: 520px) {
@@ -144,9 +148,7 @@ def soft_labels(positions: Sequence[tuple[str, Sequence[Entry]]]) -> str:
             )
         cells.append(f'<div class="token"><b>{escape(token)}</b>{"".join(bars)}</div>')
     keys = "".join(
-        f'<span class="key" style="background:var(--series-{series})"></span>{name}'
+        f'<span class="name"><i style="background:var(--series-{series})"></i>{name}</span> '
         for series, name in ((1, "the reference"), (3, "kept exactly"), (2, "drawn from the tail"))
     )
-    return f'<p style="margin:0 0 12px -12px;color:var(--muted);font-size:14px">{keys}</p>' + (
-        f'<div class="tokens">{"".join(cells)}</div>'
-    )
+    return f'<div class="key">{keys}</div><div class="tokens">{"".join(cells)}</div>'

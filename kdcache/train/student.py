@@ -179,16 +179,15 @@ def _from_config(keys: dict[str, Any], tokenizer: TokenizerRecord, vocab_size: i
         raise ModelError(
             f"train.student.config.model_type {model_type!r}: transformers knows no such model"
         ) from None
-    known = set(default.to_dict()) | set(default.attribute_map)
-    unknown = sorted(set(keys) - known)
+    filled = _special_ids(default, tokenizer) | {"vocab_size": vocab_size}
+    if hasattr(default, "decoder_vocab_size"):
+        filled["decoder_vocab_size"] = vocab_size
+    unknown = sorted(set(keys) - set(default.to_dict()) - set(default.attribute_map) - set(filled))
     if unknown:
         raise ModelError(
             f"train.student.config: a {model_type} config has no {', '.join(unknown)}; "
             "see transformers' documentation of its config"
         )
-    filled = _special_ids(default, tokenizer) | {"vocab_size": vocab_size}
-    if hasattr(default, "decoder_vocab_size"):
-        filled["decoder_vocab_size"] = vocab_size
     try:
         config = transformers.AutoConfig.for_model(model_type, **(filled | keys))
         model = transformers.AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32)

@@ -6,8 +6,7 @@ from transformers import AutoTokenizer
 from kdcache.dump.tokenize import Tokenizer, train_sentencepiece
 from kdcache.errors import ModelError
 from kdcache.recipe import SentencePieceTokenizer
-
-FAMILIES = ["marian", "t5", "bart"]
+from tests.dump.world import FAMILIES
 
 SECTION = SentencePieceTokenizer(vocab_size=30)
 
