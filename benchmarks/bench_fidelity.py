@@ -77,8 +77,8 @@ def train_one(args: argparse.Namespace, method: str, seed: int, setting: Setting
     from kdcache.recipe import StudentSection, TeacherSection
     from kdcache.train.labels import decode
     from kdcache.train.losses import LossTerm, SparseTarget, fused_loss
-    from kdcache.train.student import build_student, student_logits
     from kdcache.train.stream import Batch, BatchStream
+    from kdcache.train.student import build_student, student_logits
     from kdcache.train.translate import translate
     from kdcache.train.validate import score
 
@@ -134,9 +134,7 @@ def train_one(args: argparse.Namespace, method: str, seed: int, setting: Setting
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, step / args.warmup_steps)
         (micro,) = batch.micro
-        logits = student_logits(
-            student, micro.src, micro.src_mask, micro.labels, micro.label_mask
-        )
+        logits = student_logits(student, micro.src, micro.src_mask, micro.labels, micro.label_mask)
         loss, _ = fused_loss(logits, [LossTerm(target_of(micro))], inplace=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)

@@ -21,31 +21,24 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from setting import log, report
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kdcache.train.losses import LossTerm, SparseTarget, fused_loss, hard_target
 
 SHAPES = {8_000: 4096, 32_000: 1024, 152_000: 256}  # V -> N: logits of 125 to 148 MiB
 ENTRIES = 6
 VARIANTS = ["cross_entropy", "fused", "fused_t2", "dense"]
-RESULTS = Path(__file__).parent / "results" / "loss.json"
 
 
 class Handoff(torch.autograd.Function):
@@ -106,10 +99,6 @@ class Labels:
         log_probs = F.log_softmax(logits, 1)
         soft_loss = F.kl_div(log_probs, density, reduction="batchmean")
         return 0.5 * F.nll_loss(log_probs, self.labels) + 0.5 * soft_loss
-
-
-def log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def step(labels: Labels, variant: str, logits: Tensor) -> None:
@@ -213,18 +202,11 @@ def worst(rows: dict[str, Any], part: str, variant: str) -> float:
     return max(ratio["median"] if isinstance(ratio, dict) else ratio for ratio in ratios)
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def summary(rows: dict[str, Any], turns: int) -> dict[str, Any]:
     """The result: worst V first, then everything."""
     timing = "kept_pages" if all("kept_pages" in row for row in rows.values()) else "fresh_pages"
     return {
-        "benchmark": "loss",
+        "benchmark": "bench_loss",
         "time_over_cross_entropy": worst(rows, timing, "fused"),
         "memory_over_cross_entropy": worst(rows, "memory", "fused"),
         "goals": {"time_over_cross_entropy": 0.9, "memory_over_cross_entropy": 0.6},
@@ -236,21 +218,14 @@ def summary(rows: dict[str, Any], turns: int) -> dict[str, Any]:
         "timing": timing,
         "turns": turns,
         "rows": rows,
-        "date": date.today().isoformat(),
-        "hardware": {
-            "cpu": cpu_name(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "threads": torch.get_num_threads(),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="3 turns instead of 15")
-    parser.add_argument("--save", action="store_true", help="write results/loss.json beside this")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--vocab", type=int, choices=SHAPES, nargs="*", default=list(SHAPES))
     parser.add_argument("--peak", nargs=2, metavar=("VARIANT", "V"), help=argparse.SUPPRESS)
@@ -278,10 +253,7 @@ def main() -> None:
             rows[str(vocab_size)]["cuda"] = measure_cuda(vocab_size, turns)
             log(f"V={vocab_size} cuda {rows[str(vocab_size)]['cuda']}")
     result = summary(rows, turns)
-    if args.save:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
-    print(json.dumps(result))
+    report(result, "bench_loss", save=args.save)
 
 
 if __name__ == "__main__":

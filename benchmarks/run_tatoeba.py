@@ -1,4 +1,4 @@
-"""The real run: a trained De-En teacher, its cache over Tatoeba pairs, two students, one paired test.
+"""The real run: a De-En teacher, its cache over Tatoeba pairs, two students, a paired test.
 
     KDCACHE_DATA=DIR python benchmarks/run_tatoeba.py --out RUNS [--save]
 

@@ -132,6 +132,15 @@ def test_block_size_changes_no_bit(codec, vocab_size):
 
 
 @pytest.mark.parametrize("codec", CODECS)
+def test_bfloat16_logits_count_as_they_are(codec):
+    logits = teacher(9, 200).to(torch.bfloat16)
+    half, single = encode(logits, codec).to_host(), encode(logits.float(), codec).to_host()
+    for column, fields in single.items():
+        for name, values in fields.items():
+            assert half[column][name].tobytes() == values.tobytes(), (column, name)
+
+
+@pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("num", [0, 1, 9])
 def test_host_columns_fit_the_schema(codec, num):
     encoded = encode(teacher(num, 300), codec)
