@@ -66,7 +66,7 @@ def code_values(codec: Codec, log_probs: Tensor, round_hash: Tensor, ids: Tensor
         [...] uint8, float16 or float32.
     """
     if codec.values != "uint8":
-        return log_probs.to(_VALUE_DTYPES[codec.values])
+        return log_probs.clamp(max=0).to(_VALUE_DTYPES[codec.values])
     rising = np.exp(code_log_probs(codec.range_nats)[::-1]).astype(np.float32)
     table = torch.from_numpy(rising).to(log_probs.device)  # [256], code 255 first
     probs = log_probs.exp()
