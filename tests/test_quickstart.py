@@ -119,8 +119,8 @@ def test_splits_are_disjoint_and_the_same_every_time():
 
 
 GOLDEN = (
-    "loft noftai leiri ni gistulunt .",
-    "na nihaine hu nori naaru nniho chitairai .",
+    "loft noftai leiri ni gistulunt.",
+    "na nihaine hu nori naaru nniho chitairai.",
 )
 
 

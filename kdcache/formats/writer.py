@@ -192,7 +192,8 @@ class CacheWriter:
         Raises:
             IdentityError: a different one stands; the message shows both sides.
         """
-        return self._create(signal_path(record.name), record, _SIGNAL_IGNORES)
+        path = signal_path(record.name)
+        return self._create(path, record, _SIGNAL_IGNORES, "give the signal another name")
 
     def put_tokenizer(self, name: str, files: Mapping[str, bytes]) -> list[FileRecord]:
         """Write the files of a tokenizer, before the manifest that names them.
@@ -286,7 +287,13 @@ class CacheWriter:
             check_file(self.path, part.file)
         return self._create(commit_path(record.signal, record.shard), record, ())
 
-    def _create(self, path: str, record: R, ignore: tuple[str, ...]) -> R:
+    def _create(
+        self,
+        path: str,
+        record: R,
+        ignore: tuple[str, ...],
+        otherwise: str = "choose another output",
+    ) -> R:
         try:
             create_file(self.path / path, encode_record(record))
         except FileExistsError:
@@ -297,8 +304,7 @@ class CacheWriter:
         if faults:
             shown = "; ".join(faults[:4]) + ("; ..." if len(faults) > 4 else "")
             raise IdentityError(
-                f"{self.path / path}: {shown}: use what the cache was made with, or choose "
-                "another output"
+                f"{self.path / path}: {shown}: use what the cache was made with, or {otherwise}"
             )
         return standing
 

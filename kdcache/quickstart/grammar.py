@@ -297,7 +297,7 @@ class Olua:
 
 
 def _sentence(words: Sequence[str]) -> str:
-    return " ".join(words).replace(" ,", ",") + " ."
+    return " ".join(words).replace(" ,", ",") + "."
 
 
 def sentence_pair(seed: int, number: int) -> tuple[str, str]:

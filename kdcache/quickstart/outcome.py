@@ -118,9 +118,10 @@ def _curves(paths: Paths, result: Mapping[str, Any]) -> str:
             lines,
             "Dev loss of both students over steps",
             "steps",
-            "nats per token",
+            "nats per token, logarithmic",
             width=460,
             height=270,
+            log_y=True,
         ),
     )
 

@@ -57,6 +57,23 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [n * step for n in range(first, last + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """Ticks for a logarithmic axis: 1, 2 and 5 times powers of ten that span [low, high].
+
+    Args:
+        low: smallest value to be shown, above 0.
+        high: largest value to be shown.
+
+    Returns:
+        Ascending ticks, at least two, the first at or below low, the last at or above high.
+    """
+    powers = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 2)
+    steps = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+    first = max(n for n, step in enumerate(steps) if step <= low * (1 + 1e-9))
+    last = min(n for n, step in enumerate(steps) if step >= high * (1 - 1e-9))
+    return steps[first : max(last, first + 1) + 1]
+
+
 def bar_chart(bars: Sequence[Bar], title: str, width: int = 560, top: float | None = None) -> str:
     """Horizontal bars, names to the left and values at their ends.
 
@@ -94,6 +111,7 @@ def line_chart(
     y_name: str,
     width: int = 640,
     height: int = 320,
+    log_y: bool = False,
 ) -> str:
     """Lines over a common grid, each named at its end.
 
@@ -104,6 +122,7 @@ def line_chart(
         y_name: what y is, with its unit.
         width: of the drawing's own coordinates; it scales to the space it gets.
         height: likewise.
+        log_y: whether equal ratios of y are equally far apart; y is then above 0.
 
     Returns:
         An `<svg>` element.
@@ -112,14 +131,15 @@ def line_chart(
     if not points:
         return _svg(width, 40, title, [_text(width / 2, 20, "no points", anchor="middle")])
     xs = nice_ticks(0.0, max(x for x, _ in points))
-    ys = nice_ticks(min(y for _, y in points), max(y for _, y in points))
+    ticks, scaled = (log_ticks, math.log10) if log_y else (nice_ticks, float)
+    ys = ticks(min(y for _, y in points), max(y for _, y in points))
     left, top, bottom = 52.0, 30.0, height - 46.0
     right = width - 24.0 - max(_text_width(line.name) for line in lines)
     x_scale = (right - left) / max(x for x, _ in points)
-    y_scale = (bottom - top) / (ys[-1] - ys[0])
+    y_scale = (bottom - top) / (scaled(ys[-1]) - scaled(ys[0]))
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return left + x * x_scale, bottom - (y - ys[0]) * y_scale
+        return left + x * x_scale, bottom - (scaled(y) - scaled(ys[0])) * y_scale
 
     parts = [_text(left - 40, 10, y_name, color=MUTED)]
     for y in ys:

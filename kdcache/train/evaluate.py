@@ -56,6 +56,8 @@ def evaluate(
     """
     path = Path(path)
     recipe = _recipe_of(path)
+    if recipe is None and not (path / "config.json").is_file():
+        raise ModelError(f"{path}: neither a run of `kdcache train` nor a transformers model")
     if section is None:
         section = recipe.evaluate if recipe is not None else EvaluateSection()
     if section.corpus is None:
@@ -197,8 +199,6 @@ def load_model(path: Path, section: EvaluateSection) -> tuple[Any, Any, Path]:
                 f"{', '.join(there) or 'none yet'}: finish `kdcache train`, or set "
                 "evaluate.checkpoint"
             )
-    elif not (path / "config.json").is_file():
-        raise ModelError(f"{path}: neither a run of `kdcache train` nor a transformers model")
     try:
         model = transformers.AutoModelForSeq2SeqLM.from_pretrained(
             directory, dtype="float32", use_safetensors=True, trust_remote_code=False

@@ -27,6 +27,27 @@ def test_ticks_are_round_and_span_the_values(low, high, expected):
     assert svg.nice_ticks(low, high) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        pytest.param(0.45, 2.5, [0.2, 0.5, 1, 2, 5], id="losses"),
+        pytest.param(1, 10, [1, 2, 5, 10], id="a decade"),
+        pytest.param(3, 3, [2, 5], id="a single value"),
+        pytest.param(2, 2, [2, 5], id="a single tick"),
+    ],
+)
+def test_logarithmic_ticks_span_the_values(low, high, expected):
+    assert svg.log_ticks(low, high) == pytest.approx(expected)
+
+
+def test_a_logarithmic_axis_keeps_ratios():
+    line = svg.Line("halves", [(1, 4.0), (2, 2.0), (3, 1.0)])
+    chart = parse(svg.line_chart([line], "curve", "steps", "loss", log_y=True))
+    points = next(chart.iter(f"{NS}polyline")).get("points").split()
+    ys = [float(point.split(",")[1]) for point in points]
+    assert ys[1] - ys[0] == pytest.approx(ys[2] - ys[1], abs=0.2)
+
+
 def test_bars_are_as_long_as_their_values():
     bars = [svg.Bar("a", 10, "10"), svg.Bar("b", 5, "five"), svg.Bar("c", 0, "0")]
     chart = parse(svg.bar_chart(bars, "lengths"))
