@@ -76,6 +76,7 @@ class _Verifier:
         self.cache = cache
         self.report = report
         self.named: set[str] = set()
+        self.unread: set[str] = set()  # what files of shards with a damaged commit begin with
         self.lengths: dict[int, dict[str, np.ndarray]] = {}
 
     def run(self) -> None:
@@ -90,7 +91,10 @@ class _Verifier:
             self._samples(commits.get(SAMPLES, set()), bar.update)
             for name in self.cache.signals:
                 self._signal(name, commits.get(name, set()), bar.update)
-        self.report.leftovers = leftovers(self.cache.path, self.named)
+        # What a damaged commit named is not known, so nothing of its shard is called left over.
+        unread = tuple(self.unread)
+        found = leftovers(self.cache.path, self.named)
+        self.report.leftovers = [path for path in found if not path.startswith(unread)]
 
     def _fault(self, where: str, what: str) -> None:
         self.report.faults.append(f"{self.cache.path / where}: {what}")
@@ -153,6 +157,7 @@ class _Verifier:
         """The commit of a shard if it and its files are sound."""
         record: list[CommitRecord] = []
         if not self._guarded(lambda: record.append(self.cache.commit_record(signal, shard))):
+            self.unread.add(f"{signal}/{shard:05d}.")
             return None
         sound = self._files([part.file for part in record[0].parts])
         return record[0] if sound else None

@@ -109,6 +109,16 @@ def test_commits_without_their_signal_are_a_fault(tiny_cache: Path) -> None:
     assert "a commit of 'logits', which has no record" in faults[0]
 
 
+def test_data_of_a_damaged_commit_is_not_called_left_over(tiny_cache: Path) -> None:
+    commit = tiny_cache / "commits/logits.00001.json"
+    damaged = bytearray(commit.read_bytes())
+    damaged[len(damaged) // 2] ^= 4
+    commit.write_bytes(damaged)
+    report = verify_cache(tiny_cache)
+    assert len(report.faults) == 1
+    assert report.leftovers == []
+
+
 def test_an_unfinished_signal_is_a_fault_and_its_data_a_leftover(tmp_path: Path) -> None:
     root = make_cache(tmp_path / "cache", skip_commits=[("logits", 1)])
     (root / "samples" / ".tmp-7-x").write_bytes(b"")
