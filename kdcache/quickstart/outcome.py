@@ -77,13 +77,14 @@ def report_page(paths: Paths, result: Mapping[str, Any]) -> str:
 
 
 def _verdict(result: Mapping[str, Any]) -> str:
-    """The paired test of the two students in one sentence."""
+    """The paired test of the two students, and what it does not cover."""
     test = result["paired_test"]["bleu"]
     if test["difference"] == 0:
         return "Both students have the same BLEU."
     return (
-        f"The cache is worth {test['difference']:+.1f} BLEU to the student "
-        f"(paired bootstrap, p = {test['p_value']:.3f})."
+        f"The student with the cache differs by {test['difference']:+.1f} BLEU from the one "
+        f"without (paired bootstrap, p = {test['p_value']:.3f}). One training run of each: the "
+        "test covers which sentences were drawn, not which seed."
     )
 
 

@@ -164,12 +164,13 @@ def line_chart(
 
 
 def _apart(places: Sequence[float], distance: float) -> list[float]:
-    """Move labels down until neighbours are this far apart."""
+    """Move labels until neighbours are this far apart, about their common middle."""
     moved = [0.0] * len(places)
     last = -math.inf
     for n in sorted(range(len(places)), key=lambda n: places[n]):
         last = moved[n] = max(places[n], last + distance)
-    return moved
+    back = (sum(moved) - sum(places)) / max(1, len(places))
+    return [place - back for place in moved]
 
 
 def _number(value: float) -> str:
