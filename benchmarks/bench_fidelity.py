@@ -70,13 +70,15 @@ def dump_cache(setting: Setting, out: Path, pairs: int) -> None:
 def train_one(args: argparse.Namespace, method: str, seed: int, setting: Setting) -> dict[str, Any]:
     """Train one student and score it after chosen epochs."""
     import torch
+    import torch.nn.functional as F
+    from torch import Tensor
 
     from kdcache.dump.teacher import Teacher
     from kdcache.formats.cache import open_cache
     from kdcache.models import load_tokenizer
     from kdcache.recipe import StudentSection, TeacherSection
     from kdcache.train.labels import decode
-    from kdcache.train.losses import LossTerm, SparseTarget, fused_loss
+    from kdcache.train.losses import LossTerm, fused_loss
     from kdcache.train.stream import Batch, BatchStream
     from kdcache.train.student import build_student, student_logits
     from kdcache.train.translate import translate
@@ -99,16 +101,14 @@ def train_one(args: argparse.Namespace, method: str, seed: int, setting: Setting
     tail = "renormalise" if method == "topk_12" else "auto"
     dev = [path.read_text(encoding="utf-8").split("\n")[: args.dev] for path in setting.dev]
 
-    def target_of(batch: Batch) -> SparseTarget:
+    def loss_of(logits: Tensor, batch: Batch) -> Tensor:
         if method != "online":
-            return decode(batch.labels_of[method], 1.0, tail)
-        logits = teacher.logits(batch.src, batch.src_mask, batch.labels, batch.label_mask)
-        log_probs = torch.log_softmax(logits, dim=-1)  # [N, V]
-        probs = log_probs.exp()
-        rows = torch.arange(len(probs)).repeat_interleave(vocab_size)
-        ids = torch.arange(vocab_size).repeat(len(probs))
-        constant = (probs * log_probs).sum(-1)
-        return SparseTarget(rows, ids, probs.flatten(), None, None, constant)
+            target = decode(batch.labels_of[method], 1.0, tail)
+            return fused_loss(logits, [LossTerm(target)], inplace=True)[0]
+        teachers = teacher.logits(batch.src, batch.src_mask, batch.labels, batch.label_mask)
+        expected = torch.log_softmax(teachers, dim=-1)  # [N, V]
+        found = torch.log_softmax(logits, dim=-1)
+        return F.kl_div(found, expected, reduction="batchmean", log_target=True)
 
     def scored(epoch: int) -> dict[str, float]:
         device = torch.device("cpu")
@@ -135,8 +135,7 @@ def train_one(args: argparse.Namespace, method: str, seed: int, setting: Setting
             group["lr"] = args.lr * min(1.0, step / args.warmup_steps)
         (micro,) = batch.micro
         logits = student_logits(student, micro.src, micro.src_mask, micro.labels, micro.label_mask)
-        loss, _ = fused_loss(logits, [LossTerm(target_of(micro))], inplace=True)
-        loss.backward()
+        loss_of(logits, micro).backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -205,8 +204,8 @@ def main() -> None:
     """Run all methods and seeds and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=Path("bench_fidelity"), help="cache and runs")
-    parser.add_argument("--pairs", type=int, default=10_000)
-    parser.add_argument("--dev", type=int, default=500, help="development pairs scored")
+    parser.add_argument("--pairs", type=int, default=3000)
+    parser.add_argument("--dev", type=int, default=300, help="development pairs scored")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch-tokens", type=int, default=1024)

@@ -181,7 +181,7 @@ def decode(coded: CodedLabels, temperature: float = 1.0, tail: Tail = "auto") ->
     scaled = _exact_log_probs(coded) / temperature  # [E]
     rows = _rows_of(coded.num_exact, len(scaled))
     ids = _exact_ids(coded, len(scaled))
-    head = _log_sum_exp(scaled, rows, coded.num_exact)  # [N]
+    head = _log_sum_exp(scaled, rows, coded)  # [N]
     if tail == "renormalise" or coded.tail is None:
         log_values = scaled - head[rows]
         values = log_values.exp()
@@ -280,9 +280,14 @@ def _exact_log_probs(coded: CodedLabels) -> Tensor:
     return table.to(coded.exact_code.device)[coded.exact_code.to(torch.int64)]
 
 
-def _log_sum_exp(values: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
-    """[N] log-sum-exp of [E] entries by position; -inf for a position without any."""
-    peak = values.new_full(counts.shape, -torch.inf).scatter_reduce_(0, rows, values, "amax")
+def _log_sum_exp(values: Tensor, rows: Tensor, coded: CodedLabels) -> Tensor:
+    """[N] log-sum-exp of the [E] exact entries by position; -inf for a position without any."""
+    assert coded.num_exact is not None
+    if coded.exact_id is None:
+        return values.view(-1, coded.spec.vocab_size).logsumexp(dim=1)  # [N, V] -> [N]
+    peak = values.new_full(coded.num_exact.shape, -torch.inf).scatter_reduce_(
+        0, rows, values, "amax"
+    )
     shift = peak.clamp(min=torch.finfo(values.dtype).min)
     total = torch.zeros_like(peak).index_add_(0, rows, (values - shift[rows]).exp())
     return total.log() + shift
