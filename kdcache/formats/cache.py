@@ -29,9 +29,6 @@ from kdcache.formats.manifest import (
 )
 from kdcache.formats.schema import logits_schema, ragged_columns, samples_schema
 from kdcache.formats.shard import SampleShard, SignalShard, open_part, sample_shard
-from kdcache.formats.window import WindowReader
-
-__all__ = ["Cache", "WindowReader", "open_cache"]
 
 
 def open_cache(path: str | Path) -> Cache:

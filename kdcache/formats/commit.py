@@ -60,7 +60,7 @@ def create_file(path: Path, data: bytes) -> None:
             os.link(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        sync_directory(path.parent)
+        sync(path.parent)
 
 
 def write_data(path: Path, write: Callable[[BinaryIO], Path]) -> Path:
@@ -84,12 +84,12 @@ def write_data(path: Path, write: Callable[[BinaryIO], Path]) -> Path:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        sync_directory(final.parent)
+        sync(final.parent)
     return final
 
 
-def sync_directory(path: Path) -> None:
-    """Make names that were added to or taken from a folder durable."""
+def sync(path: Path) -> None:
+    """Make a file's bytes durable, or the names that were added to or taken from a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

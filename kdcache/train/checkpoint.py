@@ -11,7 +11,6 @@ Older checkpoints keep their weights as long as they may be averaged. Dropout is
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kdcache.errors import StorageError, TrainingError
-from kdcache.formats.commit import storage_errors, sync_directory
+from kdcache.formats.commit import storage_errors, sync
 from kdcache.train.order import OrderState
 
 FOLDER = "checkpoint"
@@ -179,8 +178,8 @@ def publish(target: Path, write: Callable[[Path], None]) -> None:
         try:
             write(temporary)
             for file in sorted(temporary.rglob("*")):
-                _sync(file)
-            sync_directory(temporary)
+                sync(file)
+            sync(temporary)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -188,7 +187,7 @@ def publish(target: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
         temporary.rename(target)
-        sync_directory(target.parent)
+        sync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -214,15 +213,6 @@ def _disk_errors(target: Path) -> Iterator[None]:
             yield
     except SafetensorError as error:
         raise StorageError(f"{target}: cannot be written: {error}") from None
-
-
-def _sync(path: Path) -> None:
-    """Make a file's bytes durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _names(model: nn.Module, optimizer: Optimizer) -> list[str]:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import TrainingError
-from kdcache.formats.cache import Cache, WindowReader
+from kdcache.formats.cache import Cache
 from kdcache.formats.ragged import Ragged
 from kdcache.formats.schema import join_ids
+from kdcache.formats.window import WindowReader
 from kdcache.train.labels import CodedLabels, LogitsSpec, coded_labels
 from kdcache.train.order import (
     ORDER_VERSION,

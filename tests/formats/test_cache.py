@@ -9,12 +9,13 @@ import pytest
 
 import kdcache
 from kdcache.errors import FormatError, IntegrityError, KDCacheError
-from kdcache.formats.cache import Cache, WindowReader, open_cache
+from kdcache.formats.cache import Cache, open_cache
 from kdcache.formats.codec import Codec, FullCodec, NucleusCodec, SampledCodec, TopKCodec
 from kdcache.formats.identity import sample_id
 from kdcache.formats.manifest import CommitRecord, Manifest, Record, encode_record
 from kdcache.formats.ragged import concat
 from kdcache.formats.schema import join_ids
+from kdcache.formats.window import WindowReader
 from tests.formats.labels import (
     SENTENCES,
     THRESHOLD,
