@@ -101,14 +101,10 @@ def run(recipe: Recipe, root: Path, rounds: int) -> dict[str, object]:
         "wall_over_forward": statistics.median(ratios),
         "wall_over_forward_rounds": ratios,
         "signal_stage_over_forward": statistics.median(signal),
-        "forward_seconds": forwards,
-        "wall_seconds": walls,
-        "tokenise_seconds": [s["tokenise"] for s in stages],
         "samples": first["samples"],
         "tokens": first["tokens"],
         "batches": len(batches),
         "padding": float(1 - sizes[:, 1].sum() / sizes[:, 0].sum()),
-        "target_tokens_per_second": first["tokens"]["tgt"] / statistics.median(walls),
         "bytes_per_token": first["signals"]["logits"]["bytes_per_token"],
     }
 

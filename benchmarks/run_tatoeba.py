@@ -33,6 +33,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from setting import Setting, find_setting, log, report
 
@@ -85,6 +86,16 @@ def best_dev_loss(run: Path) -> float:
     """Lowest development loss of a run, in nats per token."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return min(row["dev_loss"] for row in map(json.loads, lines) if "dev_loss" in row)
+
+
+def scores_of(run: Path) -> dict[str, Any]:
+    """What an evaluation says of a model, without paths and times."""
+    found = json.loads((run / "evaluation.json").read_text())
+    kept = ["bleu", "chrf", "loss_nats", "perplexity", "accuracy", "shuffled", "parameters"]
+    scores = {key: found[key] for key in kept}
+    if "against" in found:
+        scores["against_no_kd"] = {key: found["against"][key] for key in ("bleu", "chrf")}
+    return scores
 
 
 def main() -> None:
@@ -146,7 +157,7 @@ def main() -> None:
     kdcache("evaluate", str(no_kd), *test)
     kdcache("evaluate", str(word_level), "--against", str(no_kd), *test)
     scores = {
-        name: json.loads((run / "evaluation.json").read_text())
+        name: scores_of(run)
         for name, run in [
             ("teacher", args.out / "teacher"),
             ("no_kd", no_kd),
