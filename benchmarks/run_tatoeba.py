@@ -151,19 +151,16 @@ def main() -> None:
         students = {"no-kd": no_kd, "word-level": word_level}
         list(pool.map(lambda it: train(*it, winner, args.epochs), students.items()))
 
-    test = ["--evaluate.corpus.fields.src", str(setting.test[0])]
-    test += ["--evaluate.corpus.fields.tgt", str(setting.test[1])]
-    kdcache("evaluate", str(setting.teacher), "--out", str(args.out / "teacher"), *test)
-    kdcache("evaluate", str(no_kd), *test)
-    kdcache("evaluate", str(word_level), "--against", str(no_kd), *test)
-    scores = {
-        name: scores_of(run)
-        for name, run in [
-            ("teacher", args.out / "teacher"),
-            ("no_kd", no_kd),
-            ("word_level", word_level),
-        ]
+    evaluations = {
+        args.out / "teacher": [str(setting.teacher), "--out", str(args.out / "teacher")],
+        no_kd: [str(no_kd)],
+        word_level: [str(word_level), "--against", str(no_kd)],
     }
+    for run, arguments in evaluations.items():
+        if not (run / "evaluation.json").is_file():  # the test set is read once
+            test = ["--evaluate.corpus.fields.src", str(setting.test[0])]
+            test += ["--evaluate.corpus.fields.tgt", str(setting.test[1])]
+            kdcache("evaluate", *arguments, *test)
     result = {
         "benchmark": "run_tatoeba",
         "generated_data": setting.generated,
@@ -174,7 +171,7 @@ def main() -> None:
         "tuned_dev_loss": {f"lr {c[0]:g}, dropout {c[1]:g}": v for c, v in tuned.items()},
         "tune_epochs": args.tune_epochs,
         "dev_loss": {"no_kd": best_dev_loss(no_kd), "word_level": best_dev_loss(word_level)},
-        "scores": scores,
+        "scores": {run.name: scores_of(run) for run in evaluations},
     }
     report(result, args.name, save=args.save)
 
