@@ -35,7 +35,6 @@ from kdcache.dump.fixed_point import (
     MAX_ROWS,
     SUM_BITS,
     group_sums,
-    grouped,
     locate,
 )
 from kdcache.errors import ModelError
@@ -162,8 +161,7 @@ class _Block:
         self.probs = self.padded_probs[:, :vocab_size]  # [R, V]
         self.scratch = self.padded_scratch[:, :vocab_size]  # [R, V]
         torch.softmax(self.logits, dim=-1, out=self.probs)
-        self.peaks = grouped(self.padded_probs).amax(dim=-1)  # [R, G]
-        self.peak = self.peaks.amax(dim=-1)  # [R]
+        self.peak = self.probs.amax(dim=-1)  # [R]
         if not math.isfinite(float(self.peak.sum())):
             raise ModelError(
                 f"teacher logits: position {start + int(self.peak.isnan().nonzero()[0])} of the "
@@ -202,13 +200,15 @@ def _threshold(block: _Block, draw_hash: Tensor, codec: ThresholdCodec) -> None:
     one, unit = 1 << bits, codec.c / (1 << bits)
     torch.div(block.probs, unit, rounding_mode="trunc", out=block.scratch)
     fixed = block.padded_scratch
-    peaks = torch.div(block.peaks, unit, rounding_mode="trunc")  # [R, G]
-    groups = (peaks >= one).view(-1).nonzero()[:, 0]
-    hit, member = (fixed.view(-1, GROUP)[groups] >= one).nonzero(as_tuple=True)
+    sums = group_sums(fixed)  # [R, G]
+    # Only a group that sums to one can hold an id of probability c or more.
+    groups = (sums.view(-1) >= one).nonzero()[:, 0]
+    members = fixed.view(-1, GROUP)[groups]
+    hit, member = (members >= one).nonzero(as_tuple=True)
     block.exact = groups[hit] * GROUP + member
     fixed.view(-1)[block.exact] = 0
+    sums.view(-1)[groups] = group_sums(members.masked_fill_(members >= one, 0))[:, 0]
 
-    sums = group_sums(fixed)  # [R, G]
     start = shift_right(draw_hash, 64 - bits)  # [R], u in [0, 1) as fixed point
     num_draws = (sums.sum(dim=-1) + start) >> bits
     rows = torch.arange(len(start), device=start.device).repeat_interleave(num_draws)

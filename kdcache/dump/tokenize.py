@@ -89,7 +89,8 @@ class Tokenizer:
         if not texts:
             return []
         side = {"text_target": texts} if target else {"text": texts}
-        encoded = self._backend(**side, return_attention_mask=False, verbose=False)
+        options = {"return_attention_mask": False, "return_token_type_ids": False}
+        encoded = self._backend(**side, **options, verbose=False)
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 
