@@ -133,15 +133,51 @@ def project_only(model: nn.Module, mask: Tensor) -> Iterator[None]:
     Raises:
         ModelError: the model has no output embeddings to hook.
     """
-    projection = getattr(model, "get_output_embeddings", lambda: None)()
-    if not isinstance(projection, nn.Module):
-        raise ModelError(f"{type(model).__name__} has no output projection; expected logits")
 
     def select(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (inputs[0][mask], *inputs[1:])  # [B, T, D] -> [N, D]
 
-    handle = projection.register_forward_pre_hook(select)
+    handle = output_projection(model).register_forward_pre_hook(select)
     try:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def project_first(model: nn.Module, mask: Tensor) -> Iterator[list[Tensor]]:
+    """Within it, the model's logits are [1, V]: those of the first position in `mask` alone.
+
+    The list receives what the model would have projected at all positions, [N, D], so that the
+    caller can project it piece by piece.
+
+    Args:
+        model: a transformers model with output embeddings.
+        mask: [B, T] bool, N of them true, on the model's device.
+
+    Raises:
+        ModelError: the model has no output embeddings to hook.
+    """
+    kept: list[Tensor] = []
+
+    def keep(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        kept.append(inputs[0][mask])  # [B, T, D] -> [N, D]
+        return (kept[-1][:1], *inputs[1:])
+
+    handle = output_projection(model).register_forward_pre_hook(keep)
+    try:
+        yield kept
+    finally:
+        handle.remove()
+
+
+def output_projection(model: nn.Module) -> nn.Module:
+    """The layer that makes logits of hidden states.
+
+    Raises:
+        ModelError: the model has none.
+    """
+    projection = getattr(model, "get_output_embeddings", lambda: None)()
+    if not isinstance(projection, nn.Module):
+        raise ModelError(f"{type(model).__name__} has no output projection; expected logits")
+    return projection

@@ -29,6 +29,9 @@ from kdcache.formats.writer import CacheWriter
 from kdcache.progress import progress
 from kdcache.recipe import DumpSection
 
+#: Logits made at a time: what a processor's cache holds, and a GiB in float32 elsewhere.
+PIECE_ENTRIES_CPU, PIECE_ENTRIES = 1 << 22, 1 << 28
+
 #: Most entries reordered at a time, so that the index of a `full` part stays small.
 REORDER_ENTRIES = 1 << 22
 
@@ -198,15 +201,26 @@ class _Shard:
 
         src_ids, src_mask = pad(src, rows, self.teacher.pad_id)
         labels, label_mask = pad(tgt, rows, self.teacher.pad_id)
-        logits = self.teacher.logits(
-            move(src_ids), move(src_mask), move(labels), move(label_mask)
-        )  # [N, V]
         gold = move(tgt.fields["id"][at].astype(np.int64))  # [N]
+        draw_hash, round_hash = move(draw), move(round_)
+        batch = move(src_ids), move(src_mask), move(labels), move(label_mask)
+        piece_entries = PIECE_ENTRIES_CPU if device.type == "cpu" else PIECE_ENTRIES
+        encoded, done = [], 0
         try:
-            with torch.inference_mode():
-                return encode_logits(
-                    logits, gold, move(draw), move(round_), record.codec, record.temperatures
+            for logits in self.teacher.logits_in_pieces(*batch, piece_entries):  # [R, V]
+                here = slice(done, done + len(logits))
+                encoded.append(
+                    encode_logits(
+                        logits,
+                        gold[here],
+                        draw_hash[here],
+                        round_hash[here],
+                        record.codec,
+                        record.temperatures,
+                    )
                 )
+                done += len(logits)
+            return EncodedPositions.concat(encoded)
         except ModelError as error:
             of = samples.row[rows]
             raise ModelError(

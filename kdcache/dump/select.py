@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -54,6 +55,9 @@ BLOCK_ENTRIES = 1 << 19
 SAFE_SUM = (1e-30, 1e30)
 
 
+Found = TypeVar("Found")
+
+
 @dataclass(frozen=True)
 class EncodedPositions:
     """Coded labels of N positions, on the device.
@@ -75,6 +79,26 @@ class EncodedPositions:
     drawn: dict[str, Tensor] | None
     num_exact: Tensor
     num_drawn: Tensor
+
+    @classmethod
+    def concat(cls, pieces: Sequence[EncodedPositions]) -> EncodedPositions:
+        """Positions of some pieces (of one codec, at least one) one after another."""
+        first = pieces[0]
+        if len(pieces) == 1:
+            return first
+
+        def joined(columns: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+            return {name: torch.cat([column[name] for column in columns]) for name in columns[0]}
+
+        return cls(
+            codec=first.codec,
+            vocab_size=first.vocab_size,
+            tokens=joined([piece.tokens for piece in pieces]),
+            exact=None if first.exact is None else joined([_of(p.exact) for p in pieces]),
+            drawn=None if first.drawn is None else joined([_of(p.drawn) for p in pieces]),
+            num_exact=torch.cat([piece.num_exact for piece in pieces]),
+            num_drawn=torch.cat([piece.num_drawn for piece in pieces]),
+        )
 
     def to_host(self) -> HostColumns:
         """Column to field to flat numpy array, in the dtypes of the schema."""
@@ -356,7 +380,7 @@ def _tail(
     return tail
 
 
-def _of(found: Tensor | None) -> Tensor:
+def _of(found: Found | None) -> Found:
     """What the codec promises to have found."""
     assert found is not None
     return found

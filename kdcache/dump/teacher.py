@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from kdcache.errors import ModelError
 from kdcache.formats.manifest import TeacherRecord
 from kdcache.models import (
     model_directory,
+    output_projection,
+    project_first,
     project_only,
     quiet_transformers,
     resolve_device,
@@ -113,14 +116,56 @@ class Teacher:
             [N, V] in the model's dtype, the first sample's positions first.
         """
         with project_only(self.model, label_mask):
-            output = self.model(
-                input_ids=src_ids,
-                attention_mask=src_mask.to(torch.long),
-                decoder_input_ids=self.decoder_inputs(labels, label_mask),
-                use_cache=False,
-            )
-        logits: Tensor = output.logits
+            return self._forward(src_ids, src_mask, labels, label_mask)
+
+    def logits_in_pieces(
+        self,
+        src_ids: Tensor,
+        src_mask: Tensor,
+        labels: Tensor,
+        label_mask: Tensor,
+        piece_entries: int,
+    ) -> Iterator[Tensor]:
+        """`logits`, some positions at a time, so that [N, V] never has to fit.
+
+        Args:
+            src_ids: as in `logits`.
+            src_mask: as in `logits`.
+            labels: as in `logits`.
+            label_mask: as in `logits`.
+            piece_entries: most logits in one piece, if that is a row or more.
+
+        Yields:
+            [R, V] in the model's dtype, consecutive positions.
+        """
+        rows = max(1, piece_entries // self.vocab_size)
+        with torch.inference_mode():
+            with project_first(self.model, label_mask) as kept:
+                first = self._forward(src_ids, src_mask, labels, label_mask)  # [1, V]
+            (hidden,) = kept  # [N, D]
+            if torch.equal(self._project(hidden[:1]), first):
+                yield from map(self._project, torch.split(hidden, rows))
+                return
+        # The model does more to its logits than is known here: let it do so itself.
+        yield from torch.split(self.logits(src_ids, src_mask, labels, label_mask), rows)
+
+    def _forward(
+        self, src_ids: Tensor, src_mask: Tensor, labels: Tensor, label_mask: Tensor
+    ) -> Tensor:
+        """The model's logits, of whatever positions a hook lets through."""
+        logits: Tensor = self.model(
+            input_ids=src_ids,
+            attention_mask=src_mask.to(torch.long),
+            decoder_input_ids=self.decoder_inputs(labels, label_mask),
+            use_cache=False,
+        ).logits
         return logits
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        """[R, D] inputs of the output projection to [R, V] logits."""
+        logits: Tensor = output_projection(self.model)(hidden)
+        bias = getattr(self.model, "final_logits_bias", None)  # of Marian and BART
+        return logits if bias is None else logits.add_(bias)
 
     def decoder_inputs(self, labels: Tensor, label_mask: Tensor) -> Tensor:
         """[B, T] labels shifted right, the way the model itself does it."""

@@ -132,6 +132,19 @@ def test_block_size_changes_no_bit(codec, vocab_size):
 
 
 @pytest.mark.parametrize("codec", CODECS)
+def test_pieces_one_after_another_are_the_whole(codec):
+    inputs = [teacher(30, 200), torch.arange(30), hashes(30, "draw"), hashes(30, "round")]
+    pieces = [
+        encode_logits(*(each[start : start + 10] for each in inputs), codec, TEMPERATURES)
+        for start in (0, 10, 20)
+    ]
+    joined = EncodedPositions.concat(pieces).to_host()
+    for column, fields in encode_logits(*inputs, codec, TEMPERATURES).to_host().items():
+        for name, values in fields.items():
+            np.testing.assert_array_equal(joined[column][name], values)
+
+
+@pytest.mark.parametrize("codec", CODECS)
 def test_bfloat16_logits_count_as_they_are(codec):
     logits = teacher(9, 200).to(torch.bfloat16)
     half, single = encode(logits, codec).to_host(), encode(logits.float(), codec).to_host()

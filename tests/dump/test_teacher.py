@@ -43,6 +43,28 @@ def test_logits_are_those_of_the_plain_forward(world, family, attention):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("known", [True, False])
+def test_pieces_are_the_whole(world, family, known, monkeypatch):
+    teacher = load(world, family)
+    bias = getattr(teacher.model, "final_logits_bias", None)
+    if bias is not None:
+        bias.copy_(torch.linspace(-1, 1, teacher.vocab_size))
+    if not known:  # a model that does more to its logits than kdcache knows of
+        forward = Teacher._forward
+        monkeypatch.setattr(Teacher, "_forward", lambda *args: forward(*args).tanh())
+    tokenizer = Tokenizer.load(str(world.root / family))
+    rows = np.array([5, 0, 3, 11])
+    src = pad(tokenizer.encode_ragged(world.src, False), rows, teacher.pad_id)
+    tgt = pad(tokenizer.encode_ragged(world.tgt, True), rows, teacher.pad_id)
+    batch = [torch.from_numpy(array) for array in (*src, *tgt)]
+    whole = teacher.logits(*batch)
+    for num_rows in (1, 7, 1000):
+        pieces = list(teacher.logits_in_pieces(*batch, num_rows * teacher.vocab_size))
+        assert [len(piece) for piece in pieces[:-1]] == [num_rows] * (len(pieces) - 1)
+        torch.testing.assert_close(torch.cat(pieces), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_hook_is_gone_afterwards(world, family):
     teacher = load(world, family)
     ids = torch.tensor([[5, 6, 1]])
