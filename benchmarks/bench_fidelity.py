@@ -102,13 +102,19 @@ def train_one(args: argparse.Namespace, method: str, seed: int, setting: Setting
     dev = [path.read_text(encoding="utf-8").split("\n")[: args.dev] for path in setting.dev]
 
     def loss_of(logits: Tensor, batch: Batch) -> Tensor:
-        if method != "online":
+        if method not in ("online", "full"):
             target = decode(batch.labels_of[method], 1.0, tail)
             return fused_loss(logits, [LossTerm(target)], inplace=True)[0]
-        teachers = teacher.logits(batch.src, batch.src_mask, batch.labels, batch.label_mask)
-        expected = torch.log_softmax(teachers, dim=-1)  # [N, V]
-        found = torch.log_softmax(logits, dim=-1)
-        return F.kl_div(found, expected, reduction="batchmean", log_target=True)
+        # Dense on both sides: nothing is gained by listing all V ids of a position.
+        if method == "full":
+            found = batch.labels_of["full"].exact_code
+            assert found is not None
+            teachers = found.float().view(logits.shape)  # [N, V]
+        else:
+            teachers = teacher.logits(batch.src, batch.src_mask, batch.labels, batch.label_mask)
+        expected = torch.log_softmax(teachers, dim=-1)
+        log_probs = torch.log_softmax(logits, dim=-1)
+        return F.kl_div(log_probs, expected, reduction="batchmean", log_target=True)
 
     def scored(epoch: int) -> dict[str, float]:
         device = torch.device("cpu")

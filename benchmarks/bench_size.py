@@ -335,7 +335,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="100 pairs instead of 1,000")
     parser.add_argument("--pairs", type=int, help="how many pairs")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/size.*")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results")
     arguments = parser.parse_args()
     num_pairs = arguments.pairs or (100 if arguments.quick else 1000)
     root = os.environ.get("KDCACHE_DATA")
@@ -345,9 +345,9 @@ def main() -> None:
     else:
         batches = real_batches(Path(root), num_pairs)
     result = measure(batches, num_pairs)
-    result["generated"] = root is None
+    result = {"benchmark": "bench_size", "generated_data": root is None, **result}
     print(table(result))
-    report(result, "size", save=arguments.save, draw=draw)
+    report(result, "bench_size", save=arguments.save, draw=draw)
 
 
 if __name__ == "__main__":
