@@ -160,6 +160,8 @@ def main() -> None:
         if not (run / "evaluation.json").is_file():  # the test set is read once
             test = ["--evaluate.corpus.fields.src", str(setting.test[0])]
             test += ["--evaluate.corpus.fields.tgt", str(setting.test[1])]
+            if args.quick:
+                test += ["--evaluate.corpus.limit", "50"]
             kdcache("evaluate", *arguments, *test)
     result = {
         "benchmark": "run_tatoeba",

@@ -18,7 +18,7 @@ from kdcache.corpus import read_corpus
 from kdcache.errors import CorpusError, IdentityError, ModelError, RecipeError
 from kdcache.formats.commit import storage_errors, write_data
 from kdcache.formats.identity import sample_id
-from kdcache.models import resolve_device
+from kdcache.models import quiet_transformers, resolve_device
 from kdcache.recipe import CorpusSection, EvaluateSection, Recipe, load_recipe
 from kdcache.train.translate import translate
 from kdcache.train.validate import score, score_shuffled
@@ -189,6 +189,7 @@ def load_model(path: Path, section: EvaluateSection) -> tuple[Any, Any, Path]:
     """
     import transformers
 
+    quiet_transformers()
     directory = path
     if _is_run(path):
         directory = path / section.checkpoint
