@@ -18,7 +18,7 @@ from kdcache.corpus import read_corpus
 from kdcache.errors import CorpusError, IdentityError, ModelError, RecipeError
 from kdcache.formats.commit import storage_errors, write_data
 from kdcache.formats.identity import sample_id
-from kdcache.models import quiet_transformers, resolve_device
+from kdcache.models import load_tokenizer, quiet_transformers, resolve_device
 from kdcache.recipe import CorpusSection, EvaluateSection, Recipe, load_recipe
 from kdcache.train.translate import translate
 from kdcache.train.validate import score, score_shuffled
@@ -204,9 +204,9 @@ def load_model(path: Path, section: EvaluateSection) -> tuple[Any, Any, Path]:
         model = transformers.AutoModelForSeq2SeqLM.from_pretrained(
             directory, dtype="float32", use_safetensors=True, trust_remote_code=False
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise ModelError(f"{directory}: {str(error).splitlines()[0]}") from None
+    tokenizer = load_tokenizer(directory)
     return model.to(resolve_device(section.device)).eval(), tokenizer, directory
 
 

@@ -17,7 +17,7 @@ from kdcache.corpus import read_corpus
 from kdcache.errors import ModelError, RecipeError, TrainingError
 from kdcache.formats.cache import Cache
 from kdcache.formats.keyed import text_key
-from kdcache.models import resolve_device
+from kdcache.models import load_tokenizer, resolve_device
 from kdcache.recipe import TrainSection
 from kdcache.train.checkpoint import RunState, publish
 from kdcache.train.losses import fused_loss
@@ -209,8 +209,6 @@ class Trainer:
         section = self.section.validation
         if section.corpus is None:
             return None
-        import transformers
-
         sides = []
         streams = [self.cache.stream(self.section.source), self.cache.stream(self.section.target)]
         missing = [s.field for s in streams if s.field not in section.corpus.fields]
@@ -221,8 +219,7 @@ class Trainer:
             )
         batches = list(read_corpus(section.corpus))
         for stream in streams:
-            directory = self.cache.tokenizer_dir(stream.tokenizer)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+            tokenizer = load_tokenizer(self.cache.tokenizer_dir(stream.tokenizer))
             texts = [text for batch in batches for text in batch.fields[stream.field]]
             sides.append(encode(tokenizer, texts, stream.target))
         pairs = TokenPairs(*sides).within(self.max_positions)
