@@ -7,6 +7,7 @@ disk. Selection on the device is `kdcache.dump.select`, decoding `kdcache.train.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from fractions import Fraction
 from typing import Annotated, Literal
 
@@ -73,9 +74,9 @@ class _Codec(BaseModel):
         """Weight of a drawn entry (times its count where counts are stored)."""
         raise AssertionError("no drawn entries")
 
+    @abstractmethod
     def max_exact(self, vocab_size: int) -> int:
         """Most exact entries a position can have."""
-        raise NotImplementedError
 
     def max_drawn(self, vocab_size: int) -> int:
         """Most drawn entries a position can have."""

@@ -166,7 +166,9 @@ def test_host_columns_fit_the_schema(codec, num):
         name: Ragged(offsets_of(counts[name]), fields) for name, fields in encoded.to_host().items()
     }
     schema = logits_schema(codec, 300, TEMPERATURES)
-    ragged_batch(schema, columns).validate(full=True)
+    batch = ragged_batch(schema, columns)
+    batch.validate(full=True)
+    assert (batch.num_rows, batch.schema) == (1, schema)
 
 
 def test_ids_take_three_bytes_above_65536():
