@@ -192,6 +192,24 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(world, make_recipe
             torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("clip_norm", [0.25, None])
+def test_gradients_are_clipped(world, make_recipe, clip_norm):
+    trainer = Trainer(make_recipe(clip_norm=clip_norm, dev=False).train, open_cache(world.cache))
+    norms = []
+
+    def norm_of_gradients(optimizer, *_):
+        gradients = [p.grad.flatten() for p in trainer.parameters if p.grad is not None]
+        norms.append(float(torch.cat(gradients).norm()))
+
+    trainer.optimizer.register_step_pre_hook(norm_of_gradients)
+    batches = iter(trainer.stream)
+    trainer.step(next(batches))
+    batches.close()
+    measured = trainer.state.sums[-1]
+    assert measured > 0.25
+    assert norms == [pytest.approx(clip_norm or measured, rel=1e-4)]
+
+
 def test_max_epochs_ends_a_run(world, make_recipe, tmp_path):
     recipe = make_recipe(max_epochs=1, max_steps=1000, dev=False, log_every=1000)
     summary = train(recipe, world.cache, tmp_path / "run")
