@@ -99,8 +99,8 @@ def scores_of(run: Path) -> dict[str, Any]:
     return scores
 
 
-def main() -> None:
-    """Run every step and print one JSON object."""
+def parser_of_run() -> argparse.ArgumentParser:
+    """Arguments of the run."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for cache and runs")
     parser.add_argument("--teacher", type=Path, help="another teacher than the setting's")
@@ -119,11 +119,21 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--quick", action="store_true", help="a small run that shows the way")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results")
-    args = parser.parse_args()
+    return parser
+
+
+def shortened(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments, made small where --quick is among them."""
     if args.quick:
         args.pairs, args.epochs, args.warmup_steps, args.every_steps = 600, 1, 20, 20
         args.tune_epochs = 1
         args.lrs, args.dropouts = [1.4e-3], [0.1]
+    return args
+
+
+def main() -> None:
+    """Run every step and print one JSON object."""
+    args = shortened(parser_of_run().parse_args())
     args.out.mkdir(parents=True, exist_ok=True)
     setting = find_setting(args.out / "data")
     if args.teacher is not None:
