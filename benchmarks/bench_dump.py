@@ -19,16 +19,14 @@ import numpy as np
 import torch
 from setting import Setting, find_setting, log, report
 
-from kdcache.dump.batches import pad, plan_batches
+from kdcache.dump.batches import Batch, pad, plan_batches
 from kdcache.dump.runner import dump
-from kdcache.dump.teacher import Teacher
+from kdcache.dump.teacher import Teacher, load_teacher
 from kdcache.formats.cache import open_cache
 from kdcache.formats.plan import plan_parts
 from kdcache.formats.ragged import Ragged
 from kdcache.formats.schema import join_ids, max_bytes_per_token
 from kdcache.recipe import Recipe, parse_recipe
-
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def make_recipe(setting: Setting, pairs: int, codec: str, device: str, batch_tokens: int) -> Recipe:
@@ -60,18 +58,16 @@ def planned_batches(recipe: Recipe, path: Path, teacher: Teacher) -> list[Batch]
         for start, stop in plan_parts(tgt.lengths, most):
             lengths = src.lengths[start:stop], tgt.lengths[start:stop]
             for rows in plan_batches(*lengths, recipe.dump.batch_tokens):
-                arrays = (
-                    array for s in (src, tgt) for array in pad(s, rows + start, teacher.pad_id)
-                )
-                batches.append(tuple(torch.from_numpy(a).to(teacher.device) for a in arrays))
+                read, labels = (pad(s, rows + start, teacher.pad_id) for s in (src, tgt))
+                batches.append(Batch.from_numpy(*labels, None, *read, device=teacher.device))
     return batches
 
 
 def forward_seconds(teacher: Teacher, batches: list[Batch]) -> float:
     """Seconds of the bare forward over all batches."""
     began = time.perf_counter()
-    for src_ids, src_mask, labels, label_mask in batches:
-        teacher.logits(src_ids, src_mask, labels, label_mask)
+    for batch in batches:
+        teacher.logits(batch, batch.mask)
     if teacher.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began
@@ -81,7 +77,7 @@ def run(recipe: Recipe, root: Path, rounds: int) -> dict[str, object]:
     """Alternate A and B."""
     first = dump(recipe, root / "warm-up")  # also gives the plan
     assert recipe.dump.teacher is not None
-    teacher = Teacher.load(recipe.dump.teacher)
+    teacher = load_teacher(recipe.dump.teacher)
     batches = planned_batches(recipe, root / "warm-up", teacher)
     forward_seconds(teacher, batches[: max(1, len(batches) // 4)])
     forwards, walls, stages = [], [], []
@@ -96,7 +92,8 @@ def run(recipe: Recipe, root: Path, rounds: int) -> dict[str, object]:
         )
     ratios = [wall / forward for wall, forward in zip(walls, forwards, strict=True)]
     signal = [s["teacher"] / forward for s, forward in zip(stages, forwards, strict=True)]
-    sizes = np.array([[b[0].numel() + b[2].numel(), b[1].sum() + b[3].sum()] for b in batches])
+    masks = [(batch.source_mask, batch.mask) for batch in batches]
+    sizes = np.array([[s.numel() + t.numel(), int(s.sum() + t.sum())] for s, t in masks])
     return {
         "wall_over_forward": statistics.median(ratios),
         "wall_over_forward_rounds": ratios,

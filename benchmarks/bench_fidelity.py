@@ -73,11 +73,12 @@ def train_one(args: argparse.Namespace, method: str, seed: int, setting: Setting
     import torch.nn.functional as F
     from torch import Tensor
 
-    from kdcache.dump.teacher import Teacher
+    from kdcache.dump.batches import Batch as Read
+    from kdcache.dump.teacher import load_teacher
     from kdcache.formats.cache import open_cache
+    from kdcache.labels import decode
     from kdcache.models import load_tokenizer
     from kdcache.recipe import StudentSection, TeacherSection
-    from kdcache.train.labels import decode
     from kdcache.train.losses import LossTerm, fused_loss
     from kdcache.train.stream import Batch, BatchStream
     from kdcache.train.student import build_student, student_logits
@@ -86,12 +87,10 @@ def train_one(args: argparse.Namespace, method: str, seed: int, setting: Setting
 
     torch.set_num_threads(1)
     cache = open_cache(args.work / "cache")
-    teacher = Teacher.load(TeacherSection(path=str(setting.teacher), device="cpu"))
+    teacher = load_teacher(TeacherSection(path=str(setting.teacher), device="cpu"))
     record = cache.manifest.tokenizers["teacher"]
     vocab_size = teacher.vocab_size
-    student = build_student(
-        StudentSection(config=STUDENT), record, record.vocab_size, vocab_size, seed
-    )
+    student = build_student(StudentSection(config=STUDENT), record, vocab_size, seed)
     tokenizer = load_tokenizer(cache.tokenizer_dir("teacher"))
     optimizer = torch.optim.Adam(student.parameters(), lr=args.lr, betas=(0.9, 0.98), eps=1e-9)
     signals = [] if method == "online" else [method]
@@ -111,7 +110,8 @@ def train_one(args: argparse.Namespace, method: str, seed: int, setting: Setting
             assert found is not None
             teachers = found.float().view(logits.shape)  # [N, V]
         else:
-            teachers = teacher.logits(batch.src, batch.src_mask, batch.labels, batch.label_mask)
+            labels, mask = batch.labels, batch.label_mask
+            teachers = teacher.logits(Read(labels, mask, None, batch.src, batch.src_mask), mask)
         expected = torch.log_softmax(teachers, dim=-1)
         log_probs = torch.log_softmax(logits, dim=-1)
         return F.kl_div(log_probs, expected, reduction="batchmean", log_target=True)

@@ -34,7 +34,8 @@ import torch.nn.functional as F
 from setting import log, report
 from torch import Tensor
 
-from kdcache.train.losses import LossTerm, SparseTarget, fused_loss, hard_target
+from kdcache.labels import SparseTarget
+from kdcache.train.losses import LossTerm, fused_loss, hard_target
 
 SHAPES = {8_000: 4096, 32_000: 1024, 152_000: 256}  # V -> N: logits of 125 to 148 MiB
 ENTRIES = 6

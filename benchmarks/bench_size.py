@@ -6,7 +6,9 @@ label minus teacher, at T = 1), bias (mean L1 norm; 0 in expectation where entri
 else measured; also with the head renormalised), the error of log-sum-exp from the stored tail
 sums, and noise over |p - t| at T = 0.5, 1, 2, 5, 10 with kdcache's own choice of tail. p is a
 stand-in for a student: the same teacher reading sources in which every third token is replaced
-by the unknown token. `label_bytes_over_sampled`: label bytes of threshold at the noise of
+by the unknown token. Rows with temperatures in brackets draw for all of these; the choice there
+is the drawn entries (unbiased), and `noise_over_signal_uniform` has the other, the exact head
+with a uniform tail (biased). `label_bytes_over_sampled`: label bytes of threshold at the noise of
 sampled(50), read off the measured curve, over those of sampled(50).
 
 With KDCACHE_DATA the teacher is models/tatoeba-deen on data/tatoeba_deen/dev.{de,en}; without
@@ -22,7 +24,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +34,9 @@ import torch
 from setting import log, report
 from torch import Tensor
 
-from kdcache.dump.batches import pad, plan_batches
+from kdcache.dump import batches
 from kdcache.dump.select import encode_logits
-from kdcache.dump.teacher import Teacher
+from kdcache.dump.teacher import load_teacher
 from kdcache.dump.tokenize import Tokenizer
 from kdcache.formats.codec import (
     Codec,
@@ -49,19 +51,24 @@ from kdcache.formats.keyed import position_hash, text_key
 from kdcache.formats.knots import interpolation_weights
 from kdcache.formats.ragged import Ragged, concat, offsets_of
 from kdcache.formats.schema import logits_schema, ragged_batch
+from kdcache.labels import CodedLabels, LogitsSpec, coded_labels, decode, densify
 from kdcache.progress import progress
 from kdcache.recipe import TeacherSection
-from kdcache.train.labels import CodedLabels, LogitsSpec, coded_labels, decode, densify
 
 KNOTS = (0.5, 1.0, 2.0, 5.0)
 TEMPERATURES = (0.5, 1.0, 2.0, 5.0, 10.0)
 LSE_TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0, 10.0)
 CURVE = (4, 8, 12, 16, 24, 32, 48)
+SET = (1.0, 2.0, 5.0)
+SET_NAME = "(1, 2, 5)"
 
 
 def codecs() -> dict[str, Codec]:
     """Name to codec, in the order of the table."""
     table: dict[str, Codec] = {f"threshold 1/{k}": ThresholdCodec(c=1 / k) for k in CURVE}
+    table |= {
+        f"threshold 1/{k} {SET_NAME}": ThresholdCodec(c=1 / k, temperatures=SET) for k in (16, 32)
+    }
     table |= {f"sampled {n}": SampledCodec(n=n) for n in (10, 22, 50)}
     table |= {f"topk {k}": TopKCodec(k=k) for k in (8, 12, 32, 128)}
     return table | {"nucleus 0.95": NucleusCodec(p=0.95), "full": FullCodec()}
@@ -80,7 +87,7 @@ class Batch:
 def real_batches(root: Path, num_pairs: int) -> Iterator[Batch]:
     """The shared teacher over development pairs."""
     path = root / "models/tatoeba-deen"
-    teacher = Teacher.load(TeacherSection(path=str(path), device="cpu", dtype="float32"))
+    teacher = load_teacher(TeacherSection(path=str(path), device="cpu", dtype="float32"))
     tokenizer = Tokenizer.load(str(path))
     streams = []
     for language, target in (("de", False), ("en", True)):
@@ -88,15 +95,15 @@ def real_batches(root: Path, num_pairs: int) -> Iterator[Batch]:
         streams.append(tokenizer.encode_ragged(lines[:num_pairs], target))
     src, tgt = streams
     unknown = tokenizer.special_ids["unk_id"]
-    for rows in plan_batches(src.lengths, tgt.lengths, 2048):
-        src_ids, src_mask = map(torch.from_numpy, pad(src, rows, 0))
-        labels, mask = map(torch.from_numpy, pad(tgt, rows, 0))
-        corrupted = src_ids.clone()
+    for rows in batches.plan_batches(src.lengths, tgt.lengths, 2048):
+        read, labels = (batches.pad(stream, rows, 0) for stream in streams)
+        batch = batches.Batch.from_numpy(*labels, None, *read)
+        corrupted = batch.source_ids.clone()
         corrupted[:, ::3] = unknown
         yield Batch(
-            teacher=teacher.logits(src_ids, src_mask, labels, mask),
-            student=teacher.logits(corrupted, src_mask, labels, mask),
-            gold=labels[mask],
+            teacher=teacher.logits(batch, batch.mask),
+            student=teacher.logits(replace(batch, source_ids=corrupted), batch.mask),
+            gold=batch.ids[batch.mask],
             lengths=tgt.lengths[rows],
         )
 
@@ -125,6 +132,7 @@ class Tally:
     spec: LogitsSpec
     columns: dict[str, list[Ragged]] = field(default_factory=dict)
     squared: dict[float, float] = field(default_factory=dict)
+    squared_uniform: dict[float, float] = field(default_factory=dict)
     l1: float = 0.0
     l1_renormalised: float = 0.0
     lse_errors: dict[float, list[Tensor]] = field(default_factory=dict)
@@ -139,6 +147,11 @@ class Tally:
             error = densify(decode(coded, temperature), self.spec.vocab_size).sub_(expected)
             squared = float(error.square().sum())
             self.squared[temperature] = self.squared.get(temperature, 0.0) + squared
+            if codec.has_drawn_log_probs:
+                label = densify(decode(coded, temperature, "uniform"), self.spec.vocab_size)
+                squared = float(label.sub_(expected).square_().sum())
+                before = self.squared_uniform.get(temperature, 0.0)
+                self.squared_uniform[temperature] = before + squared
             if temperature == 1 and not codec.has_drawn:
                 self.l1 += float(error.abs_().sum())
         if codec.has_exact:
@@ -185,8 +198,9 @@ class Tally:
             if name != "tokens"
         }
         noise = {t: math.sqrt(total / num_positions) for t, total in self.squared.items()}
+        uniform = {t: math.sqrt(total / num_positions) for t, total in self.squared_uniform.items()}
         errors = {t: torch.cat(pieces) for t, pieces in self.lse_errors.items()}
-        return {
+        row = {
             "bytes_per_token": file_bytes(self.spec, columns) / num_positions,
             "label_bytes_per_token": label_bytes(columns) / num_positions,
             "entries_per_token": sum(entries.values()) / num_positions,
@@ -200,6 +214,9 @@ class Tally:
             "lse_error_mean": {f"{t:g}": float(e.mean()) for t, e in errors.items()},
             "lse_error_p99": {f"{t:g}": float(e.quantile(0.99)) for t, e in errors.items()},
         }
+        if uniform:
+            row["noise_over_signal_uniform"] = {f"{t:g}": uniform[t] / distance[t] for t in uniform}
+        return row
 
 
 def log_sum_exp(coded: CodedLabels, temperature: float) -> Tensor:
@@ -239,12 +256,19 @@ def label_bytes(columns: dict[str, Ragged]) -> int:
     return total
 
 
+def _is_of(name: str, kind: str) -> bool:
+    """Whether a row is of a kind of codec; sets of temperatures are one of their own."""
+    if name.endswith(SET_NAME):
+        return kind == SET_NAME
+    return name.startswith(kind)
+
+
 def bytes_at_noise(rows: dict[str, dict[str, Any]], noise: float) -> float:
     """Label bytes of threshold at a noise, between the measured c by log-log lines."""
     curve = sorted(
         (math.log(row["noise"]), math.log(row["label_bytes_per_token"]))
         for name, row in rows.items()
-        if name.startswith("threshold")
+        if _is_of(name, "threshold")
     )
     x, y = zip(*curve, strict=True)
     if not x[0] <= math.log(noise) <= x[-1]:
@@ -286,22 +310,32 @@ def measure(batches: Iterator[Batch], num_pairs: int) -> dict[str, Any]:
     }
 
 
+def _cells(by_temperature: dict[str, float]) -> str:
+    """A number for each temperature, as far as there is one."""
+    return "".join(
+        f"{by_temperature[t]:>9.3f}" if t in by_temperature else f"{'-':>9}"
+        for t in ("0.5", "1", "2", "5", "10")
+    )
+
+
 def table(result: dict[str, Any]) -> str:
     """The result for people."""
     lines = [
-        f"{'codec':<16}{'bytes':>8}{'label':>8}{'entries':>9}{'noise':>8}{'bias':>7}{'renorm':>8}"
-        "   noise over |p - t| at T 0.5, 2, 5, 10     error of log-sum-exp"
+        f"{'codec':<26}{'bytes':>8}{'label':>8}{'entries':>9}{'noise':>8}{'bias':>7}{'renorm':>8}"
+        "   noise over |p - t| at T 0.5, 1, 2, 5, 10           error of log-sum-exp"
     ]
     for name, row in result["codecs"].items():
         cells = [row["bytes_per_token"], row["label_bytes_per_token"], row["entries_per_token"]]
-        line = f"{name:<16}{cells[0]:>8.1f}{cells[1]:>8.1f}{cells[2]:>9.1f}{row['noise']:>8.3f}"
+        line = f"{name:<26}{cells[0]:>8.1f}{cells[1]:>8.1f}{cells[2]:>9.1f}{row['noise']:>8.3f}"
         renormalised = row["bias_l1_renormalised"]
         line += f"{row['bias_l1']:>7.3f}"
         line += f"{renormalised:>8.3f}" if renormalised is not None else f"{'-':>8}"
         for source in (row["noise_over_signal"], row["lse_error_mean"]):
-            found = [f"{source[t]:.3f}" if t in source else "-" for t in ("0.5", "2", "5", "10")]
-            line += "   " + "".join(f"{cell:>9}" for cell in found)
+            line += "   " + _cells(source)
         lines.append(line)
+        if "noise_over_signal_uniform" in row:
+            cells = _cells(row["noise_over_signal_uniform"])
+            lines.append(f"{'  its exact head, uniform tail':<77}" + cells)
     return "\n".join(lines)
 
 
@@ -312,19 +346,29 @@ def draw(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.5, 4.5))
-    for kind, style in (("threshold", "o-"), ("sampled", "s-"), ("topk", "^--")):
-        rows = [(name, row) for name, row in result["codecs"].items() if name.startswith(kind)]
+    figure, axes = plt.subplots(figsize=(6.5, 5))
+    labels = {
+        "threshold": ("o-", "threshold (unbiased)"),
+        SET_NAME: ("D:", f"threshold for T in {SET_NAME} (unbiased)"),
+        "sampled": ("s-", "sampled (unbiased)"),
+        "topk": ("^--", "topk (all of it bias)"),
+    }
+    for kind, (style, label) in labels.items():
+        rows = [(name, row) for name, row in result["codecs"].items() if _is_of(name, kind)]
         x = [row["label_bytes_per_token"] for _, row in rows]
         y = [row["noise"] for _, row in rows]
-        label = f"{kind} (all of it bias)" if kind == "topk" else f"{kind} (unbiased)"
         axes.plot(x, y, style, label=label)
         for (name, _), a, b in zip(rows, x, y, strict=True):
             axes.annotate(name.split()[1], (a, b), xytext=(4, 4), textcoords="offset points")
-    axes.set(xscale="log", yscale="log", xlabel="label bytes per token", ylabel="error, RMS of L2")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="label bytes per token",
+        ylabel="error at T = 1, RMS of L2",
+    )
     axes.set_title(f"Soft labels of {result['positions']} positions, V = {result['vocab_size']}")
     axes.grid(True, which="both", alpha=0.2)
-    axes.legend()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 

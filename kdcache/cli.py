@@ -8,20 +8,17 @@ runs, so that `--help`, `inspect` and `verify` start without torch and transform
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from kdcache import __version__
-from kdcache.errors import IntegrityError, KDCacheError
-
-Overrides = list[tuple[str, str]]
+from kdcache import __version__, commands
+from kdcache.commands import Overrides
+from kdcache.errors import KDCacheError
 
 _OVERRIDE = re.compile(r"--([A-Za-z_]\w*(?:\.\w+)+)(?:=(.*))?", re.DOTALL)
 _HOW_TO_OVERRIDE = (
@@ -97,14 +94,14 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"kdcache {__version__}")
-    commands = parser.add_subparsers(
+    parsers = parser.add_subparsers(
         title="commands", dest="command", metavar="COMMAND", required=True
     )
-    _recipe_commands(commands)
+    _recipe_commands(parsers)
     command = _command(
-        commands,
+        parsers,
         "inspect",
-        _inspect,
+        commands.inspect,
         "show what a cache holds and how it was made",
         "kdcache inspect caches/deen --samples 5",
     )
@@ -113,17 +110,54 @@ def _parser() -> argparse.ArgumentParser:
         "--samples", type=_count, default=3, metavar="N", help="decoded samples shown (default 3)"
     )
     command = _command(
-        commands,
+        parsers,
         "verify",
-        _verify,
+        commands.verify,
         "check every byte and every structural promise of a cache",
         "kdcache verify caches/deen",
     )
     command.add_argument("cache", metavar="CACHE", help="the cache directory")
     command = _command(
-        commands,
+        parsers,
+        "audit",
+        commands.audit,
+        "run the teacher again on a part of a cache and compare",
+        "kdcache audit caches/deen --fraction 0.01",
+    )
+    command.add_argument("cache", metavar="CACHE", help="the cache directory")
+    command.add_argument(
+        "--fraction",
+        type=float,
+        default=0.005,
+        metavar="X",
+        help="share of the samples (default 0.005, at least 32 samples)",
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of their choice")
+    command.add_argument(
+        "--signal",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="look at this signal; may be given again (default: all)",
+    )
+    command.add_argument("--teacher", metavar="PATH", help="where the teacher lies now")
+    command.add_argument("--device", metavar="DEVICE", help="where it runs; the recipe's else")
+    command.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="largest difference that passes; each kind has its own",
+    )
+    command.add_argument(
+        "--truncation",
+        type=float,
+        metavar="X",
+        help="largest loss by coding that passes; each kind has its own",
+    )
+    command = _command(
+        parsers,
         "quickstart",
-        _quickstart,
+        commands.quickstart,
         "the whole story on a generated corpus, in minutes on a CPU",
         "kdcache quickstart --out story",
     )
@@ -133,16 +167,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where everything goes (default kdcache-quickstart)",
     )
-    _command(commands, "recipes", _recipes, "list the built-in recipes", "kdcache recipes")
+    _command(parsers, "recipes", commands.recipes, "list the built-in recipes", "kdcache recipes")
     return parser
 
 
-def _recipe_commands(commands: Any) -> None:
+def _recipe_commands(parsers: Any) -> None:
     """The commands that take a recipe and overrides of it: dump, train, evaluate."""
     command = _command(
-        commands,
+        parsers,
         "dump",
-        _dump,
+        commands.dump,
         "run the teacher over a corpus and write a cache",
         "kdcache dump word-level --out caches/deen \\\n      --dump.teacher.path models/deen \\\n"
         "      --corpus.fields.src train.de --corpus.fields.tgt train.en",
@@ -153,12 +187,23 @@ def _recipe_commands(commands: Any) -> None:
         "--out", metavar="CACHE", help="the cache directory; an unfinished one goes on"
     )
     command.add_argument(
+        "--plan",
+        action="store_true",
+        help="dump a pilot of some hundred samples, say what the whole will cost, and stop",
+    )
+    command.add_argument(
+        "--budget", type=_bytes, metavar="SIZE", help="with --plan: the cache may have 200GB, say"
+    )
+    command.add_argument(
+        "--report", metavar="FILE", help="with --plan: write a page with pictures there"
+    )
+    command.add_argument(
         "--print-recipe", action="store_true", help="show the resolved recipe, and stop"
     )
     command = _command(
-        commands,
+        parsers,
         "train",
-        _train,
+        commands.train,
         "train a student from a cache",
         "kdcache train word-level --cache caches/deen --out runs/word-level",
         overrides="kdcache train word-level",
@@ -172,9 +217,9 @@ def _recipe_commands(commands: Any) -> None:
         "--print-recipe", action="store_true", help="show the resolved recipe, and stop"
     )
     command = _command(
-        commands,
+        parsers,
         "evaluate",
-        _evaluate,
+        commands.evaluate,
         "translate and score a run or any encoder-decoder model",
         "kdcache evaluate runs/word-level --against runs/no-kd \\\n"
         "      --evaluate.corpus.fields.src test.de --evaluate.corpus.fields.tgt test.en",
@@ -187,7 +232,7 @@ def _recipe_commands(commands: Any) -> None:
 
 
 def _command(
-    commands: Any,
+    parsers: Any,
     name: str,
     run: Callable[[argparse.Namespace, Overrides], int],
     summary: str,
@@ -196,7 +241,7 @@ def _command(
 ) -> argparse.ArgumentParser:
     """Add one command with its example, `--json`, and how to override where it can be."""
     how = f"\n\n{_HOW_TO_OVERRIDE.format(command=overrides)}" if overrides else ""
-    command: argparse.ArgumentParser = commands.add_parser(
+    command: argparse.ArgumentParser = parsers.add_parser(
         name,
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}.",
@@ -216,144 +261,10 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _needs(arguments: argparse.Namespace, option: str) -> str:
-    """An option that is required unless the recipe is only printed."""
-    value = getattr(arguments, option)
-    if value is None:
-        arguments.error(f"the following arguments are required: --{option}")
-    return str(value)
-
-
-def _print_json(document: object) -> None:
-    print(json.dumps(document, indent=1, ensure_ascii=False))
-
-
-def _print_summary(arguments: argparse.Namespace, summary: dict[str, Any]) -> int:
-    """One JSON document, or a listing."""
-    from kdcache.report.text import listing
-
-    if arguments.json:
-        _print_json(summary)
-    else:
-        print(listing(summary))
-    return 0
-
-
-def _print_recipe(arguments: argparse.Namespace, recipe: Any) -> int:
-    """The resolved recipe as YAML, or as JSON."""
-    from kdcache.recipe import dump_recipe
-
-    if arguments.json:
-        _print_json(recipe.model_dump(mode="json"))
-    else:
-        print(dump_recipe(recipe), end="")
-    return 0
-
-
-def _dump(arguments: argparse.Namespace, overrides: Overrides) -> int:
-    from kdcache.recipe import load_recipe
-
-    recipe = load_recipe(arguments.recipe, overrides)
-    if arguments.print_recipe:
-        return _print_recipe(arguments, recipe)
-    out = _needs(arguments, "out")
-    from kdcache.dump.runner import dump
-
-    return _print_summary(arguments, dict(dump(recipe, out)))
-
-
-def _train(arguments: argparse.Namespace, overrides: Overrides) -> int:
-    from kdcache.recipe import load_recipe
-
-    recipe = load_recipe(arguments.recipe, overrides)
-    if arguments.print_recipe:
-        return _print_recipe(arguments, recipe)
-    cache, out = _needs(arguments, "cache"), _needs(arguments, "out")
-    from kdcache.train.loop import train
-
-    return _print_summary(arguments, train(recipe, cache, out))
-
-
-def _evaluate(arguments: argparse.Namespace, overrides: Overrides) -> int:
-    from kdcache.recipe import load_recipe, parse_recipe
-    from kdcache.recipe_tree import override
-
-    section = None
-    own = Path(arguments.run_path) / "recipe.yaml"
-    if arguments.recipe or (overrides and own.is_file()):
-        section = load_recipe(arguments.recipe or str(own), overrides).evaluate
-    elif overrides:
-        tree: dict[str, Any] = {"name": "evaluate"}
-        for dotted, text in overrides:
-            override(tree, dotted, text)
-        section = parse_recipe(tree, where="overrides").evaluate
-    from kdcache.train.evaluate import evaluate
-
-    result = evaluate(
-        arguments.run_path, section=section, against=arguments.against, out=arguments.out
-    )
-    return _print_summary(arguments, result)
-
-
-def _inspect(arguments: argparse.Namespace, overrides: Overrides) -> int:
-    from kdcache.report.inspect import inspect_cache
-    from kdcache.report.inspection_text import inspection_text
-
-    inspection = inspect_cache(arguments.cache, num_samples=arguments.samples)
-    if arguments.json:
-        _print_json(inspection)
-    else:
-        print(inspection_text(inspection))
-    return 0
-
-
-def _verify(arguments: argparse.Namespace, overrides: Overrides) -> int:
-    from kdcache.formats.verify import verify_cache
-    from kdcache.report.text import size
-
-    report = verify_cache(arguments.cache)
-    if arguments.json:
-        document = {
-            "path": arguments.cache,
-            "ok": not report.faults,
-            "files": report.files,
-            "bytes": report.bytes,
-            "faults": report.faults,
-            "leftovers": report.leftovers,
-        }
-        _print_json(document)
-    else:
-        for fault in report.faults:
-            print(fault)
-        for path in report.leftovers:
-            print(f"{path}: left over from an interrupted dump; the next dump removes it")
-        state = "sound" if not report.faults else "broken"
-        print(f"{arguments.cache}: {state}, {report.files:,} files, {size(report.bytes)} checked")
-    if report.faults:
-        word = "fault" if len(report.faults) == 1 else "faults"
-        raise IntegrityError(f"{arguments.cache}: {len(report.faults)} {word} found")
-    return 0
-
-
-def _quickstart(arguments: argparse.Namespace, overrides: Overrides) -> int:
-    from kdcache.quickstart.outcome import summary_text
-    from kdcache.quickstart.story import run
-
-    result = run(arguments.out)
-    if arguments.json:
-        _print_json(result)
-    else:
-        print(summary_text(result))
-    return 0
-
-
-def _recipes(arguments: argparse.Namespace, overrides: Overrides) -> int:
-    from kdcache.recipe import builtin_names, load_recipe
-    from kdcache.report.text import table
-
-    rows = [(name, load_recipe(name).description) for name in builtin_names()]
-    if arguments.json:
-        _print_json([{"name": name, "description": text} for name, text in rows])
-    else:
-        print(table(("name", "description"), rows))
-    return 0
+def _bytes(text: str) -> float:
+    """A size such as 200GB or 1.5TiB, for argparse."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b?", text.strip().lower())
+    if not match or (match[3] and not match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected one such as 200GB")
+    power = "kmgtp".index(match[2]) + 1 if match[2] else 0
+    return float(match[1]) * (1024 if match[3] else 1000) ** power

@@ -1,8 +1,8 @@
 """Rows of text from files: parallel text, TSV, JSONL or Parquet, the same rows from each.
 
-Rows keep their number in the file, from 0. Lines end with a line feed alone; one carriage
-return before it and a byte order mark at the start of the file are not text. A null is an
-empty text.
+Rows keep their number in the file, from 0; those of several tasks are numbered through. Lines
+end with a line feed alone; one carriage return before it and a byte order mark at the start of
+the file are not text. A null is an empty text.
 """
 
 # R rows of one batch
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kdcache import messages
 from kdcache.errors import CorpusError
-from kdcache.recipe import CorpusSection
+from kdcache.recipe import CorpusSection, TaskSection
 
 BATCH_ROWS = 4096
 BLOCK_BYTES = 1 << 20
@@ -29,37 +30,74 @@ BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class RowBatch:
-    """Consecutive rows of a corpus, those that were left out excepted.
+    """Consecutive rows of one task of a corpus, those that were left out excepted.
 
     Attributes:
-        rows: [R] int64 row numbers, ascending.
-        fields: name to R texts.
+        rows: [R] int64 row numbers, ascending, counted over all tasks.
+        fields: name to R texts, for every field of the corpus.
         num_read: rows read for this batch, the dropped ones included.
         dropped: rows left out because a field was empty.
+        task: the task's name; empty for a corpus without tasks.
+        start: the task's first row.
     """
 
     rows: np.ndarray
     fields: dict[str, list[str]]
     num_read: int
     dropped: int
+    task: str = ""
+    start: int = 0
+
+    def place(self, index: int) -> str:
+        """Row `index` of the batch in words, by its number in the task's own files."""
+        task = f" of task {self.task!r}" if self.task else ""
+        return f"row {int(self.rows[index]) - self.start} (from 0){task}"
+
+    def only(self, chosen: np.ndarray) -> RowBatch:
+        """The same batch with those of its rows that are chosen.
+
+        Args:
+            chosen: row numbers, ascending.
+        """
+        kept = np.flatnonzero(np.isin(self.rows, chosen, assume_unique=True))
+        fields = {name: [texts[i] for i in kept] for name, texts in self.fields.items()}
+        return replace(self, rows=self.rows[kept], fields=fields)
 
 
 def read_corpus(section: CorpusSection) -> Iterator[RowBatch]:
-    """The corpus in batches of at most 4,096 rows.
+    """The corpus in batches of at most 4,096 rows, task after task.
 
     Raises:
         CorpusError: a file or column is missing, texts are no UTF-8, files are of unequal
             length, a line does not follow the format, or a row is empty and should not be.
     """
-    start = 0
-    for columns in _limited(_READERS[section.format](section), section.limit):
-        size = len(next(iter(columns.values())))
-        rows = np.arange(start, start + size, dtype=np.int64)
-        batch = _without_empty(section, rows, columns)
-        start += size
-        yield batch
-    if start == 0:
-        raise CorpusError(f"{_where(section)}: found no rows; expected at least one")
+    for part in section.parts.values():
+        _require_files(part)
+    first = 0
+    for task, part in section.parts.items():
+        start = first
+        for columns in _limited(_READERS[part.format](part), part.limit):
+            size = len(next(iter(columns.values())))
+            filled = _filled(section, part, columns)
+            if section.empty == "error" and not filled.all():
+                _refuse_empty(part, columns, first - start, filled)
+            fields = {name: columns.get(name, [""] * size) for name in section.field_names}
+            rows = np.arange(first, first + size, dtype=np.int64)
+            first += size
+            if not filled.all():
+                kept = np.flatnonzero(filled)
+                fields = {name: [texts[i] for i in kept] for name, texts in fields.items()}
+                rows = rows[kept]
+            yield RowBatch(rows, fields, size, size - len(rows), task, start)
+        if first == start:
+            raise CorpusError(f"{_where(part)}: found no rows; expected at least one")
+
+
+def _require_files(part: TaskSection) -> None:
+    """A missing file should fail before any other is read."""
+    for path in part.fields.values() if part.path is None else [part.path]:
+        if not Path(path).is_file():
+            raise CorpusError(f"{path}: found no such file; check the corpus section of the recipe")
 
 
 def _limited(
@@ -77,32 +115,33 @@ def _limited(
             left -= size
 
 
-def _without_empty(
-    section: CorpusSection, rows: np.ndarray, columns: dict[str, list[str]]
-) -> RowBatch:
-    """Apply the rule for empty texts."""
-    size = len(rows)
+def _filled(section: CorpusSection, part: TaskSection, columns: dict[str, list[str]]) -> np.ndarray:
+    """[R] bool, the rows that the rule for empty texts has nothing against.
+
+    Only the fields that the task has count.
+    """
+    size = len(next(iter(columns.values())))
     filled = np.ones(size, dtype=bool)
     if section.empty != "keep":
-        for texts in columns.values():
-            filled &= np.fromiter(
-                (bool(text) and not text.isspace() for text in texts), dtype=bool, count=size
-            )
-    if filled.all():
-        return RowBatch(rows, columns, size, 0)
+        for name in part.fields:
+            texts = (bool(text) and not text.isspace() for text in columns[name])
+            filled &= np.fromiter(texts, dtype=bool, count=size)
+    return filled
+
+
+def _refuse_empty(
+    part: TaskSection, columns: dict[str, list[str]], before: int, filled: np.ndarray
+) -> None:
+    """Name the first empty text; `before` rows of the task stand before these."""
     first = int(np.flatnonzero(~filled)[0])
-    if section.empty == "error":
-        name = next(n for n, texts in columns.items() if not texts[first].strip())
-        raise CorpusError(
-            f"{_where(section, name)}: row {rows[first]} (from 0) of field {name!r} is empty; "
-            f"fill it, or set corpus.empty to drop or keep"
-        )
-    kept = np.flatnonzero(filled)
-    fields = {name: [texts[i] for i in kept] for name, texts in columns.items()}
-    return RowBatch(rows[kept], fields, size, size - len(kept))
+    name = next(name for name, texts in columns.items() if not texts[first].strip())
+    raise CorpusError(
+        f"{_where(part, name)}: row {before + first} (from 0) of field {name!r} is empty; "
+        f"fill it, or set corpus.empty to drop or keep"
+    )
 
 
-def _where(section: CorpusSection, name: str | None = None) -> str:
+def _where(section: TaskSection, name: str | None = None) -> str:
     """The file a message should name."""
     if section.path is not None:
         return section.path
@@ -111,8 +150,6 @@ def _where(section: CorpusSection, name: str | None = None) -> str:
 
 def _lines(path: str) -> Iterator[list[str]]:
     """Lists of lines of a text file, decompressed by its name (.gz, .bz2, .zst...)."""
-    if not Path(path).is_file():
-        raise CorpusError(f"{path}: found no such file; check the corpus section of the recipe")
     number, rest, first = 0, b"", True
     try:
         with pa.input_stream(path, compression="detect") as stream:
@@ -154,7 +191,7 @@ def _batched_lines(path: str) -> Iterator[list[str]]:
         yield batch
 
 
-def _read_text(section: CorpusSection) -> Iterator[dict[str, list[str]]]:
+def _read_text(section: TaskSection) -> Iterator[dict[str, list[str]]]:
     """One file per field, a line a row."""
     readers = {name: _batched_lines(path) for name, path in section.fields.items()}
     count = 0
@@ -177,7 +214,7 @@ def _read_text(section: CorpusSection) -> Iterator[dict[str, list[str]]]:
         count += size
 
 
-def _read_tsv(section: CorpusSection) -> Iterator[dict[str, list[str]]]:
+def _read_tsv(section: TaskSection) -> Iterator[dict[str, list[str]]]:
     """A header line, then tab-separated values; nothing is quoted or escaped."""
     path = str(section.path)
     lines = (line for block in _lines(path) for line in block)
@@ -203,7 +240,7 @@ def _column(path: str, names: list[str], column: str) -> int:
     return names.index(column)
 
 
-def _read_jsonl(section: CorpusSection) -> Iterator[dict[str, list[str]]]:
+def _read_jsonl(section: TaskSection) -> Iterator[dict[str, list[str]]]:
     """A JSON object per line."""
     path = str(section.path)
     number = 0
@@ -221,8 +258,9 @@ def _json_object(path: str, number: int, line: str) -> dict[str, Any]:
     """One line of a JSONL file."""
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise CorpusError(f"{path}: line {number} is not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "a value is too large"
+        raise CorpusError(f"{path}: line {number} is not JSON: {reason}") from None
     if not isinstance(record, dict):
         raise CorpusError(
             f"{path}: line {number}: expected an object, found {type(record).__name__}"
@@ -231,11 +269,16 @@ def _json_object(path: str, number: int, line: str) -> dict[str, Any]:
 
 
 def _json_text(path: str, number: int, record: dict[str, Any], column: str) -> str:
-    """One text of a JSONL record."""
+    """One text of a JSONL record; of messages, their canonical JSON."""
     _column(f"{path}: line {number}", list(record), column)
     text = record[column]
     if text is None:
         return ""
+    if isinstance(text, list):
+        try:
+            text = messages.canonical(text)
+        except ValueError as error:
+            raise CorpusError(f"{path}: line {number}, {column!r}: {error}") from None
     if not isinstance(text, str):
         raise CorpusError(
             f"{path}: line {number}: {column!r} should be text, found {type(text).__name__}"
@@ -246,11 +289,9 @@ def _json_text(path: str, number: int, record: dict[str, Any], column: str) -> s
     return text
 
 
-def _read_parquet(section: CorpusSection) -> Iterator[dict[str, list[str]]]:
+def _read_parquet(section: TaskSection) -> Iterator[dict[str, list[str]]]:
     """Columns of text in a Parquet file."""
     path = str(section.path)
-    if not Path(path).is_file():
-        raise CorpusError(f"{path}: found no such file; check the corpus section of the recipe")
     wanted = sorted(set(section.fields.values()))
     try:
         with pq.ParquetFile(path) as file:
@@ -294,7 +335,7 @@ def _one_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
 
 
-_READERS: dict[str, Callable[[CorpusSection], Iterator[dict[str, list[str]]]]] = {
+_READERS: dict[str, Callable[[TaskSection], Iterator[dict[str, list[str]]]]] = {
     "text": _read_text,
     "tsv": _read_tsv,
     "jsonl": _read_jsonl,

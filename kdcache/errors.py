@@ -48,3 +48,7 @@ class StorageError(KDCacheError, OSError):
 
 class TrainingError(KDCacheError, RuntimeError):
     """A training run cannot go on."""
+
+
+class AuditError(KDCacheError, RuntimeError):
+    """A cache does not say what its teacher says, beyond the tolerance."""

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.errors import ModelError
+from kdcache.tokenizers import has_tokenizer
 
 #: What a hub download brings along; weights other than safetensors are never read.
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.spm", "*.model", "*.txt"]
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.spm", "*.model", "*.txt", "*.jinja"]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -90,6 +91,8 @@ def load_tokenizer(directory: str | Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if not has_tokenizer(Path(directory)):  # transformers may make an empty one up
+        raise ModelError(f"{directory}: found no tokenizer, expected the files of one")
     quiet_transformers()
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
@@ -135,7 +138,7 @@ def project_only(model: nn.Module, mask: Tensor) -> Iterator[None]:
     """
 
     def select(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (inputs[0][mask], *inputs[1:])  # [B, T, D] -> [N, D]
+        return (inputs[0][mask.to(inputs[0].device)], *inputs[1:])  # [B, T, D] -> [N, D]
 
     handle = output_projection(model).register_forward_pre_hook(select)
     try:
@@ -161,7 +164,7 @@ def project_first(model: nn.Module, mask: Tensor) -> Iterator[list[Tensor]]:
     kept: list[Tensor] = []
 
     def keep(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        kept.append(inputs[0][mask])  # [B, T, D] -> [N, D]
+        kept.append(inputs[0][mask.to(inputs[0].device)])  # [B, T, D] -> [N, D]
         return (kept[-1][:1], *inputs[1:])
 
     handle = output_projection(model).register_forward_pre_hook(keep)
@@ -169,6 +172,30 @@ def project_first(model: nn.Module, mask: Tensor) -> Iterator[list[Tensor]]:
         yield kept
     finally:
         handle.remove()
+
+
+@contextmanager
+def recorded(body: nn.Module) -> Iterator[list[Any]]:
+    """Within it, the list receives what a module returns."""
+    outputs: list[Any] = []
+    handle = body.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def replayed(body: nn.Module, output: Any) -> Iterator[None]:
+    """Within it, a module returns a recorded output and computes nothing."""
+    own = body.__dict__.get("forward")  # an instance may have one, as accelerate's hooks do
+    body.forward = lambda *args, **keys: output
+    try:
+        yield
+    finally:
+        del body.forward
+        if own is not None:
+            body.forward = own
 
 
 def output_projection(model: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ import yaml
 
 from kdcache.errors import RecipeError
 from kdcache.recipe import Recipe, builtin_names, dump_recipe, load_recipe, parse_recipe
-from kdcache.recipe_tree import override, read_yaml, write_yaml
+from kdcache.recipe.tree import override, read_yaml, write_yaml
 
 CODEC = "dump.signals.logits.codec"
 
@@ -104,6 +104,8 @@ def test_strings_survive_both_yaml_versions(text: str) -> None:
         (f"{CODEC}.c", "a/b", f"{CODEC}.c: should be a number or a fraction"),
         (f"{CODEC}.c", "2", f"{CODEC}.c: should be less than 1"),
         (f"{CODEC}.c", "true", f"{CODEC}.c: should be a number"),
+        (f"{CODEC}.temperatures", "[2, 1]", f"{CODEC}: temperatures of the codec are 2, 1; they"),
+        (f"{CODEC}.temperatures", "[1, 3]", "codec.temperatures 3 must be among the signal's"),
         (f"{CODEC}.name", "topkk", f"{CODEC}.name: there is no 'topkk'; did you mean topk?"),
         (f"{CODEC}.name", "topk", f"{CODEC}.k: missing; topk needs it"),
         (f"{CODEC}.name", "topk", f"give the whole, as in --{CODEC} '{{name: topk, k: ...}}'"),

@@ -1,12 +1,66 @@
 """Batches of one teacher forward: planned by length and padded without a per-sample loop."""
 
-# M samples, B batch, S source positions, T target positions
+# M samples, B batch, S source positions, T positions of the described stream
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import numpy as np
+import torch
+from torch import Tensor
 
 from kdcache.formats.ragged import Ragged
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a teacher reads in one forward; rows are right-padded with the teacher's pad_id.
+
+    Attributes:
+        ids: [B, T] int64, the tokens that are described or predicted.
+        mask: [B, T] bool, true at tokens; every row has at least one.
+        segments: [B, T] int64 token types of pairs; None where there are none.
+        source_ids: [B, S] int64, what the encoder reads while the decoder side of an
+            encoder-decoder is described.
+        source_mask: [B, S] bool.
+        from_start: a decoder begins with its start token, as it does when it writes; without it
+            as the model shifts the labels of a reference (mBART's last one, a language).
+    """
+
+    ids: Tensor
+    mask: Tensor
+    segments: Tensor | None = None
+    source_ids: Tensor | None = None
+    source_mask: Tensor | None = None
+    from_start: bool = False
+
+    @classmethod
+    def from_numpy(
+        cls,
+        ids: np.ndarray,
+        mask: np.ndarray,
+        segments: np.ndarray | None = None,
+        source_ids: np.ndarray | None = None,
+        source_mask: np.ndarray | None = None,
+        device: torch.device | str = "cpu",
+        from_start: bool = False,
+    ) -> Batch:
+        """A batch on a device, of arrays as `pad` gives them."""
+        arrays = (ids, mask, segments, source_ids, source_mask)
+        tensors = (None if array is None else to_device(array, device) for array in arrays)
+        return replace(cls(*tensors), from_start=from_start)  # type: ignore[arg-type]
+
+    def select(self, rows: Tensor) -> Batch:
+        """Some of its samples: [B'] int64 indices or [B] bool."""
+        parts = (self.ids, self.mask, self.segments, self.source_ids, self.source_mask)
+        chosen = (None if part is None else part[rows] for part in parts)
+        return replace(Batch(*chosen), from_start=self.from_start)  # type: ignore[arg-type]
+
+
+def to_device(array: np.ndarray, device: torch.device | str) -> Tensor:
+    """An array as a tensor on a device, without waiting for the copy."""
+    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 def plan_batches(
@@ -41,13 +95,16 @@ def plan_batches(
     return batches
 
 
-def pad(column: Ragged, rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+def pad(
+    column: Ragged, rows: np.ndarray, pad_id: int, field: str = "id"
+) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of some samples as a padded matrix.
 
     Args:
-        column: a stream; field "id", any integer dtype.
+        column: a stream; its field is of any integer dtype.
         rows: [B] sample indices.
         pad_id: fills the rest.
+        field: what to take in place of the ids.
 
     Returns:
         ids [B, S] int64 and mask [B, S] bool, S the longest of them (at least 1).
@@ -57,5 +114,5 @@ def pad(column: Ragged, rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.n
     steps = np.arange(max(1, int(lengths.max(initial=0))), dtype=np.int64)  # [S]
     mask = steps < lengths[:, None]  # [B, S]
     ids = np.full(mask.shape, pad_id, dtype=np.int64)
-    ids[mask] = column.fields["id"][(starts[:, None] + steps)[mask]]
+    ids[mask] = column.fields[field][(starts[:, None] + steps)[mask]]
     return ids, mask

@@ -53,21 +53,24 @@ def _uniform(hashed: Tensor) -> Tensor:
     return shift_right(hashed, 40).to(torch.float32) * 2.0**-24
 
 
-def code_values(codec: Codec, log_probs: Tensor, round_hash: Tensor, ids: Tensor) -> Tensor:
-    """Codes of exact entries.
+def code_values(
+    codec: Codec, log_probs: Tensor, round_hash: Tensor, ids: Tensor, range_nats: float
+) -> Tensor:
+    """Codes of entries.
 
     Args:
-        codec: says the kind and range of the codes.
+        codec: says the kind of the codes.
         log_probs: [...] float32 nats.
         round_hash: int64 of each entry's position, broadcast to log_probs.
         ids: int64 of each entry, broadcast to log_probs.
+        range_nats: of uint8 codes.
 
     Returns:
         [...] uint8, float16 or float32.
     """
     if codec.values != "uint8":
         return log_probs.clamp(max=0).to(_VALUE_DTYPES[codec.values])
-    rising = np.exp(code_log_probs(codec.range_nats)[::-1]).astype(np.float32)
+    rising = np.exp(code_log_probs(range_nats)[::-1]).astype(np.float32)
     table = torch.from_numpy(rising).to(log_probs.device)  # [256], code 255 first
     probs = log_probs.exp()
     above = torch.searchsorted(table, probs, right=True).clamp(1, MAX_CODE)

@@ -9,14 +9,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kdcache.corpus import read_corpus
-from kdcache.dump.logits import dump_logits
-from kdcache.dump.samples import SampleWriter, check_corpus, check_recipe
-from kdcache.dump.teacher import Teacher, teacher_positions
+from kdcache.dump.checks import check_inputs, check_signal, check_streams
+from kdcache.dump.kinds import ENCODERS, in_order
+from kdcache.dump.samples import SampleWriter, check_corpus, check_recipe, check_templates
+from kdcache.dump.shards import dump_signal
+from kdcache.dump.teacher import Teacher, load_teacher, teacher_positions
 from kdcache.dump.tokenize import Tokenizer, train_sentencepiece
-from kdcache.errors import IdentityError, ModelError, RecipeError
+from kdcache.errors import IdentityError, RecipeError
 from kdcache.formats.cache import Cache, open_cache
 from kdcache.formats.manifest import MANIFEST_NAME, SAMPLES
+from kdcache.formats.units import MAIN_COLUMN
 from kdcache.formats.writer import CacheWriter
 from kdcache.recipe import (
     CorpusSection,
@@ -32,7 +37,7 @@ logger = logging.getLogger(__name__)
 DumpSummary = dict[str, Any]
 
 
-def dump(recipe: Recipe, out: str | Path) -> DumpSummary:
+def dump(recipe: Recipe, out: str | Path, only: np.ndarray | None = None) -> DumpSummary:
     """Write a cache, or finish or extend the one that stands.
 
     Shards that are committed are skipped. Signals that the cache has and the recipe does not
@@ -41,11 +46,12 @@ def dump(recipe: Recipe, out: str | Path) -> DumpSummary:
     Args:
         recipe: its corpus and dump sections are used.
         out: directory of the cache.
+        only: numbers of the corpus rows to take, ascending, for a pilot; all without it.
 
     Returns:
         cache, samples, rows, dropped, shards, tokens (per stream), bytes (data files), signals
-        (name to tokens, bytes, bytes_per_token, entries_per_token, shards_written,
-        shards_skipped), and seconds (load, tokenise, teacher, total).
+        (name to kind, labels, bytes, bytes_per_token, entries_per_token, shards_written,
+        shards_skipped, labels_written, seconds), and seconds (load, tokenise, teacher, total).
 
     Raises:
         RecipeError: the recipe cannot be dumped.
@@ -54,27 +60,30 @@ def dump(recipe: Recipe, out: str | Path) -> DumpSummary:
         IdentityError: the cache that stands was made of something else.
         StorageError: the disk refused, or the output holds something else.
     """
-    out = Path(out)
-    corpus = _checked_corpus(recipe)
+    out, section = Path(out), recipe.dump
+    corpus = check_streams(recipe)
     began = time.perf_counter()
     next(read_corpus(corpus))  # a missing file should fail before anything is loaded
     if out.exists():
         with CacheWriter(out):
             pass  # so should an output that cannot be used
-    teacher = _load_teacher(recipe.dump)
-    tokenizers = _pretrained(recipe.dump)
-    if teacher is not None:
-        _check_vocabulary(recipe.dump, teacher, tokenizers)
+    check_inputs(section, out)
+    order = in_order(section)
+    tokenizers = _pretrained(section)
+    check_templates(section.streams, tokenizers)
+    teachers = Teachers(section)
+    for name in order:
+        if teachers.ready(name):
+            check_signal(section, name, teachers.of(name), tokenizers)
     loaded = time.perf_counter()
     num_rows = 0
     if not (out / MANIFEST_NAME).exists():
         num_rows = sum(batch.num_read for batch in read_corpus(corpus))
-        tokenizers |= _trained(recipe.dump, corpus)
+        tokenizers |= _trained(section, corpus)
     with CacheWriter(out) as writer:
         if writer.manifest is None:
-            limit = _max_tokens(recipe.dump, teacher, tokenizers)
-            SampleWriter(writer, recipe, corpus, tokenizers, limit).run(num_rows)
-            cache = open_cache(out)
+            limit = _max_tokens(section, teachers, tokenizers)
+            SampleWriter(writer, recipe, corpus, tokenizers, limit).run(num_rows, only)
         else:
             cache = open_cache(out)
             check_recipe(cache.manifest, recipe, out)
@@ -82,9 +91,14 @@ def dump(recipe: Recipe, out: str | Path) -> DumpSummary:
             check_corpus(cache, corpus)
         tokenised = time.perf_counter()
         signals = {}
-        for name in recipe.dump.signals:
-            assert teacher is not None, "signals were checked to have a teacher"
-            signals[name] = dump_logits(writer, cache, recipe.dump, name, teacher)
+        for name in order:
+            teacher = teachers.of(name)
+            check_signal(section, name, teacher, tokenizers)
+            cache = open_cache(out)  # with the signals written so far
+            encoder = ENCODERS[section.signals[name].kind](cache, section, name, teacher)
+            begun = time.perf_counter()
+            signals[name] = dump_signal(writer, cache, encoder)
+            signals[name]["seconds"] = time.perf_counter() - begun
     ended = time.perf_counter()
     seconds = {
         "load": loaded - began,
@@ -95,38 +109,57 @@ def dump(recipe: Recipe, out: str | Path) -> DumpSummary:
     return _summary(open_cache(out), signals, seconds)
 
 
-def _checked_corpus(recipe: Recipe) -> CorpusSection:
-    """What can be known from the recipe alone."""
-    corpus, section = recipe.corpus, recipe.dump
-    if corpus is None:
-        raise RecipeError("a dump needs a corpus: set corpus.fields (and corpus.format)")
-    for name, stream in section.streams.items():
-        if stream.field not in corpus.fields:
-            raise RecipeError(
-                f"dump.streams.{name}.field is {stream.field!r}; corpus.fields has "
-                f"{sorted(corpus.fields)}"
-            )
-    for name, tokenizer in section.tokenizers.items():
-        if isinstance(tokenizer, SentencePieceTokenizer):
-            unknown = sorted(set(tokenizer.fields) - set(corpus.fields))
-            if unknown:
-                raise RecipeError(
-                    f"dump.tokenizers.{name}.fields has {unknown[0]!r}; corpus.fields has "
-                    f"{sorted(corpus.fields)}"
-                )
-    if section.signals and section.teacher is None:
-        raise RecipeError("signals need a teacher: set dump.teacher.path")
-    if not section.streams:
-        raise RecipeError("a dump needs at least one stream: set dump.streams")
-    return corpus
+class Teachers:
+    """The teachers of a recipe, one in memory at a time."""
 
+    def __init__(self, section: DumpSection) -> None:
+        """Load nothing yet.
 
-def _load_teacher(section: DumpSection) -> Teacher | None:
-    """The teacher, where a signal needs it."""
-    if not section.signals or section.teacher is None:
-        return None
-    logger.info("loading the teacher %s", section.teacher.path)
-    return Teacher.load(section.teacher)
+        Args:
+            section: whose signals name their teachers.
+        """
+        self._section = section
+        self._key: tuple[TeacherSection, bool] | None = None
+        self._teacher: Teacher | None = None
+
+    def ready(self, signal: str) -> bool:
+        """Whether a signal needs no teacher, or the one that is loaded, or the first."""
+        key = self._key_of(signal)
+        return key is None or self._key in (None, key)
+
+    def of(self, signal: str) -> Teacher | None:
+        """The teacher of a signal, loaded in place of another one; None where none is needed."""
+        key = self._key_of(signal)
+        if key is None:
+            return None
+        if key != self._key:
+            self._teacher = None  # before the next one takes memory
+            logger.info("loading the teacher %s", key[0].label)
+            self._teacher = load_teacher(key[0], needs_attention=key[1])
+            self._key = key
+        return self._teacher
+
+    def _key_of(self, signal: str) -> tuple[TeacherSection, bool] | None:
+        section = self._section.teacher_of(signal)
+        if section is None:
+            return None
+        # Attention probabilities need another implementation, which gives other float noise.
+        return section, self._section.signals[signal].kind == "attention"
+
+    def max_positions(self) -> int | None:
+        """Longest input that all teachers of the recipe take; None for no limit."""
+        sections = [self._section.teacher] if self._section.teacher else []
+        for name in self._section.signals:
+            section = self._section.teacher_of(name)
+            if section is not None and section not in sections:
+                sections.append(section)
+        limits = [self._positions(section) for section in sections]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def _positions(self, section: TeacherSection) -> int | None:
+        if self._teacher is not None and self._key is not None and self._key[0] == section:
+            return self._teacher.max_positions
+        return teacher_positions(section)
 
 
 def _used(section: DumpSection) -> set[str]:
@@ -155,7 +188,7 @@ def _tokenizer_path(
             f"tokenizer {name!r} is the teacher's, and there is no teacher: set "
             f"dump.tokenizers.{name}.path or dump.teacher.path"
         )
-    return section.teacher.path, section.teacher.revision
+    return section.teacher.paths[0], section.teacher.revision
 
 
 def _trained(section: DumpSection, corpus: CorpusSection) -> dict[str, Tokenizer]:
@@ -177,16 +210,13 @@ def _sentences(corpus: CorpusSection, tokenizer: SentencePieceTokenizer) -> Iter
 
 
 def _max_tokens(
-    section: DumpSection, teacher: Teacher | None, tokenizers: dict[str, Tokenizer]
+    section: DumpSection, teachers: Teachers, tokenizers: dict[str, Tokenizer]
 ) -> int | None:
-    """Longest stream of a sample: the recipe's limit, the teacher's, or the tokenizers'."""
-    if teacher is not None:
-        positions = teacher.max_positions
-    elif section.teacher is not None:
-        positions = teacher_positions(section.teacher)
-    else:
+    """Longest stream of a sample: the recipe's limit, the teachers', or the tokenizers'."""
+    if section.teacher is None and not section.signals:
         lengths = [tokenizer.max_length for tokenizer in tokenizers.values()]
         return section.max_tokens or min((n for n in lengths if n is not None), default=None)
+    positions = teachers.max_positions()
     if section.max_tokens is None or positions is None:
         return section.max_tokens or positions
     if section.max_tokens > positions:
@@ -195,46 +225,6 @@ def _max_tokens(
             "leave it out or lower it"
         )
     return section.max_tokens
-
-
-def _check_vocabulary(
-    section: DumpSection, teacher: Teacher, tokenizers: dict[str, Tokenizer]
-) -> None:
-    """A signal's streams must be in the teacher's own ids."""
-    assert section.teacher is not None, "a teacher is loaded only where the recipe has one"
-    own: Tokenizer | None = None
-    for signal, logits in section.signals.items():
-        for stream in (logits.source, logits.stream):
-            name = section.streams[stream].tokenizer
-            if name not in tokenizers:
-                raise RecipeError(
-                    f"signals.{signal} reads stream {stream!r}, whose tokenizer {name!r} is "
-                    "trained on the corpus; the teacher needs its own tokenizer there"
-                )
-            tokenizer = tokenizers[name]
-            if tokenizer.vocab_size > teacher.vocab_size:
-                raise ModelError(
-                    f"{section.teacher.path}: its output has {teacher.vocab_size} ids, the "
-                    f"tokenizer {tokenizer.path} has {tokenizer.vocab_size}; use the "
-                    "teacher's own tokenizer"
-                )
-            if tokenizer.path != section.teacher.path:
-                own = own or _own_tokenizer(section.teacher)
-                if own is not None and own.digest != tokenizer.digest:
-                    raise IdentityError(
-                        f"signals.{signal}: stream {stream!r} uses the tokenizer "
-                        f"{tokenizer.path} ({tokenizer.digest}), the teacher has its own "
-                        f"({own.digest}); leave out dump.tokenizers.{name}.path"
-                    )
-
-
-def _own_tokenizer(section: TeacherSection) -> Tokenizer | None:
-    """The tokenizer in the teacher's directory, if there is one."""
-    try:
-        return Tokenizer.load(section.path, section.revision)
-    except ModelError:
-        logger.warning("%s has no tokenizer to compare with", section.path)
-        return None
 
 
 def _check_tokenizers(cache: Cache, tokenizers: dict[str, Tokenizer]) -> None:
@@ -256,16 +246,21 @@ def _summary(
     manifest = cache.manifest
     total_bytes = _size(cache, SAMPLES)[0]
     for name, summary in signals.items():
-        data_bytes, tokens, entries = _size(cache, name)
+        data_bytes, labels, entries = _size(cache, name)
         total_bytes += data_bytes
-        summary["tokens_written"] = summary.pop("tokens")
-        summary["tokens"] = tokens
-        summary["bytes"] = data_bytes
-        summary["bytes_per_token"] = data_bytes / max(1, tokens)
-        summary["entries_per_token"] = {
-            column: count / max(1, tokens)
-            for column, count in entries.items()
-            if column != "tokens"
+        record = cache.signal(name)
+        # Soft labels are counted one by one, all else by the tokens of its stream.
+        tokens = labels if record.kind == "logits" else cache.stream(record.stream).num_tokens
+        summary |= {
+            "kind": record.kind,
+            "labels": labels,
+            "bytes": data_bytes,
+            "bytes_per_token": data_bytes / max(1, tokens),
+            "entries_per_token": {
+                column: count / max(1, tokens)
+                for column, count in entries.items()
+                if column != MAIN_COLUMN[record.kind]
+            },
         }
     return {
         "cache": str(cache.path),
@@ -286,7 +281,7 @@ def _size(cache: Cache, signal: str) -> tuple[int, int, dict[str, int]]:
     entries: dict[str, int] = {}
     for shard in sorted(cache.committed(signal)):
         commit = cache.commit_record(signal, shard)
-        data_bytes += sum(part.file.bytes for part in commit.parts)
+        data_bytes += sum(file.bytes for part in commit.parts for file in part.files)
         tokens += commit.tokens
         for column, count in commit.entries.items():
             entries[column] = entries.get(column, 0) + count

@@ -5,18 +5,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kdcache.corpus import RowBatch, read_corpus
+from kdcache.dump.chunk import Chunk, encode_stream, sample_ids_of, trimmed
 from kdcache.dump.tokenize import Tokenizer
 from kdcache.dump.versions import library_versions
-from kdcache.errors import CorpusError, IdentityError
+from kdcache.errors import CorpusError, IdentityError, ModelError
 from kdcache.formats.cache import Cache
-from kdcache.formats.identity import CorpusDigest, StreamDigest, differences, sample_id
+from kdcache.formats.identity import CorpusDigest, StreamDigest, differences
 from kdcache.formats.manifest import (
     SAMPLES,
     CommitRecord,
@@ -28,51 +28,17 @@ from kdcache.formats.manifest import (
 )
 from kdcache.formats.plan import ShardCutter
 from kdcache.formats.ragged import Ragged, concat
-from kdcache.formats.schema import STREAM_PREFIX, samples_batch, samples_schema, split_ids
+from kdcache.formats.schema import (
+    STREAM_PREFIX,
+    extra_fields,
+    samples_batch,
+    samples_schema,
+    split_ids,
+    stream_extras,
+)
 from kdcache.formats.writer import CacheWriter
 from kdcache.progress import progress
-from kdcache.recipe import CorpusSection, DumpSection, Recipe
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Consecutive samples in memory.
-
-    Attributes:
-        sample_ids: [M, 16] uint8.
-        rows: [M] int64 corpus rows.
-        fields: name to M texts.
-        streams: name to tokens, field "id" int64.
-    """
-
-    sample_ids: np.ndarray
-    rows: np.ndarray
-    fields: Mapping[str, list[str]]
-    streams: Mapping[str, Ragged]
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        return len(self.rows)
-
-    def part(self, start: int, stop: int) -> Chunk:
-        """Samples [start, stop), sharing memory."""
-        streams = {
-            name: Ragged(stream.offsets[start : stop + 1], stream.fields)
-            for name, stream in self.streams.items()
-        }
-        fields = {name: texts[start:stop] for name, texts in self.fields.items()}
-        return Chunk(self.sample_ids[start:stop], self.rows[start:stop], fields, streams)
-
-    def token_counts(self) -> np.ndarray:
-        """[M] int64 tokens of each sample, all streams summed."""
-        counts: np.ndarray = np.sum([s.lengths for s in self.streams.values()], axis=0)
-        return counts
-
-
-def sample_ids_of(fields: Mapping[str, list[str]]) -> np.ndarray:
-    """[M, 16] uint8 ids of M samples, from their raw fields in order."""
-    packed = b"".join(map(sample_id, zip(*fields.values(), strict=True)))
-    return np.frombuffer(packed, dtype=np.uint8).reshape(-1, 16)
+from kdcache.recipe import CorpusSection, DumpSection, Recipe, StreamSection
 
 
 class SampleWriter:
@@ -109,7 +75,8 @@ class SampleWriter:
             name: tokenizers[stream.tokenizer].vocab_size for name, stream in self._streams.items()
         }
         self._vocab_sizes = sizes
-        self._schema = samples_schema(list(corpus.fields), sizes)
+        extras = {name: stream_extras(s.pair, s.template) for name, s in self._streams.items()}
+        self._schema = samples_schema(corpus.field_names, sizes, extras, bool(corpus.tasks))
         self._cutter = ShardCutter(self._dump.shard_tokens)
         self._pending: list[Chunk] = []
         self._commits: list[CommitRecord] = []
@@ -123,11 +90,12 @@ class SampleWriter:
             for name, stream in self._streams.items()
         }
 
-    def run(self, num_rows: int) -> Manifest:
+    def run(self, num_rows: int, only: np.ndarray | None = None) -> Manifest:
         """Read, tokenise and write everything.
 
         Args:
             num_rows: rows of the corpus, for the progress bar.
+            only: numbers of the rows to take, ascending; all without it.
 
         Raises:
             CorpusError: the corpus is wrong, or no sample is left of it.
@@ -136,7 +104,8 @@ class SampleWriter:
         try:
             with progress(num_rows, "tokenise", "row") as bar:
                 for batch in read_corpus(self._corpus):
-                    self._add(self._tokenise(batch))
+                    taken = batch if only is None else batch.only(only)
+                    self._add(self._tokenise(taken))
                     self._num_rows += batch.num_read
                     self._dropped["empty"] += batch.dropped
                     bar.update(batch.num_read)
@@ -167,14 +136,14 @@ class SampleWriter:
     def _tokenise(self, batch: RowBatch) -> Chunk:
         """One batch of rows as samples, the rule for lengths applied."""
         streams = {
-            name: self._tokenizers[stream.tokenizer].encode_ragged(
-                batch.fields[stream.field], stream.target
-            )
+            name: encode_stream(stream, self._tokenizers[stream.tokenizer], batch)
             for name, stream in self._streams.items()
         }
+        for name, stream in streams.items():
+            self._require_tokens(name, batch, stream)
         keep = np.ones(len(batch.rows), dtype=bool)
         for name, stream in streams.items():
-            keep &= self._short_enough(name, batch.rows, stream.lengths)
+            keep &= self._short_enough(name, batch, stream.lengths)
         self._dropped["too_long"] += int((~keep).sum())
         empty = np.any([stream.lengths == 0 for stream in streams.values()], axis=0) & keep
         self._dropped["no_tokens"] += int(empty.sum())
@@ -184,17 +153,29 @@ class SampleWriter:
             kept = np.flatnonzero(keep)
             streams = {name: stream.take(kept) for name, stream in streams.items()}
             fields = {name: [texts[i] for i in kept] for name, texts in fields.items()}
-        return Chunk(sample_ids_of(fields), batch.rows[keep], fields, streams)
+        ids = sample_ids_of(fields, batch.task, self._corpus.label)
+        rows = batch.rows[keep]
+        return Chunk(ids, rows, fields, streams, [batch.task] * len(rows))
 
-    def _short_enough(self, name: str, rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    def _require_tokens(self, name: str, batch: RowBatch, stream: Ragged) -> None:
+        """A task without a stream's field has its special tokens there, or would be dropped."""
+        field = self._streams[name].field
+        if field not in self._corpus.parts[batch.task].fields and not stream.lengths.all():
+            raise CorpusError(
+                f"task {batch.task!r} has no field {field!r}, so stream {name!r} would have no "
+                "tokens there, and every sample needs one; give the task that field, or leave out "
+                "the stream"
+            )
+
+    def _short_enough(self, name: str, batch: RowBatch, lengths: np.ndarray) -> np.ndarray:
         """[R] bool, which samples of a stream are within the limit."""
         if self._max_tokens is None:
-            return np.ones(len(rows), dtype=bool)
+            return np.ones(len(lengths), dtype=bool)
         fits: np.ndarray = lengths <= self._max_tokens
         if self._dump.too_long == "error" and not fits.all():
             first = int(np.flatnonzero(~fits)[0])
             raise CorpusError(
-                f"row {rows[first]} (from 0): stream {name!r} has {lengths[first]} tokens, at "
+                f"{batch.place(first)}: stream {name!r} has {lengths[first]} tokens, at "
                 f"most {self._max_tokens} are taken; shorten it, or set dump.too_long to drop"
             )
         return fits
@@ -223,14 +204,17 @@ class SampleWriter:
         streams, entries = {}, {}
         self._corpus_digest.update(ids, rows)
         for name, vocab_size in self._vocab_sizes.items():
-            tokens = concat([_trimmed(chunk.streams[name]) for chunk in chunks])
-            streams[name] = Ragged(tokens.offsets, split_ids(tokens.fields["id"], vocab_size))
+            tokens = concat([trimmed(chunk.streams[name]) for chunk in chunks])
+            beside = extra_fields(tokens.fields)
+            stored = {**split_ids(tokens.fields["id"], vocab_size), **beside}
+            streams[name] = Ragged(tokens.offsets, stored)
             entries[STREAM_PREFIX + name] = int(tokens.offsets[-1])
             self._num_tokens[name] += int(tokens.offsets[-1])
-            self._stream_digests[name].update(tokens.lengths, tokens.fields["id"])
+            self._stream_digests[name].update(tokens.lengths, tokens.fields["id"], beside)
         start, shard = self._num_samples, len(self._commits)
         stop = start + len(rows)
-        batch = samples_batch(self._schema, ids, rows, fields, streams)
+        tasks = [task for chunk in chunks for task in chunk.tasks]
+        batch = samples_batch(self._schema, ids, rows, fields, streams, tasks)
         part = self._writer.write_part(SAMPLES, shard, 0, start, stop, batch)
         self._commits.append(
             CommitRecord(
@@ -253,13 +237,17 @@ class SampleWriter:
                 num_samples=self._num_samples,
                 num_rows=self._num_rows,
                 dropped=self._dropped,
-                fields=list(self._corpus.fields),
+                fields=self._corpus.field_names,
+                tasks=list(self._corpus.tasks),
+                label=self._corpus.label,
             ),
             tokenizers={
                 name: TokenizerRecord(
                     digest=tokenizer.digest,
                     vocab_size=tokenizer.vocab_size,
                     **tokenizer.special_ids,
+                    mask_id=tokenizer.mask_id,
+                    special_ids=sorted(tokenizer.special_ids_all),
                     files=self._writer.put_tokenizer(name, tokenizer.files()),
                 )
                 for name, tokenizer in self._tokenizers.items()
@@ -267,6 +255,8 @@ class SampleWriter:
             streams={
                 name: StreamRecord(
                     field=stream.field,
+                    pair=stream.pair,
+                    template=stream.template,
                     tokenizer=stream.tokenizer,
                     target=stream.target,
                     digest=self._stream_digests[name].hexdigest(),
@@ -285,11 +275,27 @@ class SampleWriter:
         )
 
 
-def _trimmed(stream: Ragged) -> Ragged:
-    """A slice of a stream with its own entries alone, offsets from 0."""
-    begin, end = int(stream.offsets[0]), int(stream.offsets[-1])
-    fields = {name: values[begin:end] for name, values in stream.fields.items()}
-    return Ragged(stream.offsets - begin, fields)
+def check_templates(
+    streams: Mapping[str, StreamSection], tokenizers: Mapping[str, Tokenizer]
+) -> None:
+    """Refuse a stream of messages whose tokenizer cannot encode them.
+
+    Args:
+        streams: the recipe's.
+        tokenizers: by name, those that exist before the corpus is read.
+
+    Raises:
+        ModelError: it has no chat template, or is trained on the corpus and will have none.
+    """
+    for name, stream in streams.items():
+        if stream.template != "chat":
+            continue
+        if stream.tokenizer not in tokenizers:
+            raise ModelError(
+                f"dump.streams.{name}: tokenizer {stream.tokenizer!r} is trained on the corpus and "
+                "has no chat template; name one that has"
+            )
+        _ = tokenizers[stream.tokenizer].chat
 
 
 def manifest_recipe(recipe: Recipe, max_tokens: int | None) -> dict[str, Any]:
@@ -315,12 +321,18 @@ def check_recipe(manifest: Manifest, recipe: Recipe, path: Path) -> None:
     """
     given = manifest_recipe(recipe, recipe.dump.max_tokens)
     stands: dict[str, Any] = dict(manifest.recipe)
-    ignore = ["name", "corpus.path", "corpus.format", "corpus.fields"]
-    ignore += [f"dump.tokenizers.{name}.path" for name in recipe.dump.tokenizers]
+    tasks = list(recipe.corpus.tasks) if recipe.corpus else []
+    fields = recipe.corpus.field_names if recipe.corpus else []
+    places = ["corpus", *(f"corpus.tasks.{name}" for name in tasks)]
+    ignore = [f"{place}.{key}" for place in places for key in ("path", "format", "fields")]
+    ignore += ["name", *(f"dump.tokenizers.{name}.path" for name in recipe.dump.tokenizers)]
     if recipe.dump.max_tokens is None:
         ignore.append("dump.max_tokens")
-    faults = differences(stands, given, ignore)
-    fields = list(recipe.corpus.fields) if recipe.corpus else []
+    faults = []
+    if tasks != manifest.corpus.tasks:
+        faults.append(f"corpus.tasks: {manifest.corpus.tasks} in the cache, {tasks} given")
+        ignore.append("corpus.tasks")
+    faults += differences(stands, given, ignore)
     if fields != manifest.corpus.fields:
         faults.append(f"corpus.fields: {manifest.corpus.fields} in the cache, {fields} given")
     if faults:
@@ -347,7 +359,8 @@ def check_corpus(cache: Cache, corpus: CorpusSection) -> None:
             begin, end = np.searchsorted(kept, (num_rows - batch.num_read, num_rows))
             chosen = np.flatnonzero(np.isin(batch.rows, kept[begin:end], assume_unique=True))
             fields = {name: [texts[i] for i in chosen] for name, texts in batch.fields.items()}
-            digest.update(sample_ids_of(fields), batch.rows[chosen])
+            ids = sample_ids_of(fields, batch.task, corpus.label)
+            digest.update(ids, batch.rows[chosen])
             bar.update(batch.num_read)
     found = {"rows": num_rows, "empty": num_empty, "digest": digest.hexdigest()}
     expected = {

@@ -20,6 +20,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from kdcache.dump.block import Block, rows_and_ids
 from kdcache.dump.coding import (
     HostColumns,
     code_entropy,
@@ -38,7 +39,7 @@ from kdcache.dump.fixed_point import (
     group_sums,
     locate,
 )
-from kdcache.errors import ModelError
+from kdcache.dump.tails import log_tails, tail_sums
 from kdcache.formats.codec import (
     Codec,
     NucleusCodec,
@@ -50,10 +51,6 @@ from kdcache.formats.keyed import GOLDEN
 
 #: Entries of one float32 block on a CPU: as many as still stay in its last-level cache.
 BLOCK_ENTRIES = 1 << 19
-
-#: A sum of exponentials outside these bounds is taken again with its peak factored out.
-SAFE_SUM = (1e-30, 1e30)
-
 
 Found = TypeVar("Found")
 
@@ -67,7 +64,8 @@ class EncodedPositions:
         vocab_size: V.
         tokens: field to [N] tensor: gold, entropy, tail_0...; counts are below.
         exact: field to [E] tensor: id (not for `full`), code; None without exact entries.
-        drawn: field to [D] tensor: id, and code (a count) for `sampled`; None without draws.
+        drawn: field to [D] tensor: id, and code (a count for `sampled`, a log-prob for several
+            temperatures); None without draws.
         num_exact: [N] int64.
         num_drawn: [N] int64.
     """
@@ -160,53 +158,17 @@ def encode_logits(
         # An empty batch is one block without rows.
         for start in range(0, max(num_positions, 1), block_rows):
             rows = slice(start, start + block_rows)
-            block = _Block(logits[rows], buffers, start)
+            block = Block(logits[rows], buffers, start)
             _select(block, draw_hash[rows], codec)
             if codec.has_tail:
-                block.tail_sums = _tail_sums(block, temperatures)
+                block.tail_sums = tail_sums(block, temperatures)
             elif codec.name == "full":
                 block.codes = _full_codes(block, round_hash[rows], codec)
             pieces.append(block.release())
         return _assemble(pieces, logits, gold, round_hash, codec, temperatures, block_rows)
 
 
-class _Block:
-    """R rows of logits and what is found in them.
-
-    An entry is named by its place in the block: row x W + id, W the padded width. Whatever can
-    wait is left to `_assemble`, since a small operation costs a block as much as it costs all.
-    """
-
-    def __init__(self, logits: Tensor, buffers: Tensor, start: int) -> None:
-        num_rows, vocab_size = logits.shape
-        self.first = start * buffers.shape[2]
-        self.logits = logits.to(torch.float32)  # [R, V]
-        self.padded_probs, self.padded_scratch = buffers[:, :num_rows]  # [R, W], 0 from id V on
-        self.probs = self.padded_probs[:, :vocab_size]  # [R, V]
-        self.scratch = self.padded_scratch[:, :vocab_size]  # [R, V]
-        torch.softmax(self.logits, dim=-1, out=self.probs)
-        self.peak = self.probs.amax(dim=-1)  # [R]
-        if not math.isfinite(float(self.peak.sum())):
-            raise ModelError(
-                f"teacher logits: position {start + int(self.peak.isnan().nonzero()[0])} of the "
-                f"batch has a NaN, a +inf or nothing but -inf where finite numbers were "
-                f"expected; try dump.teacher.dtype float32"
-            )
-        self.peak_logit = self.logits.amax(dim=-1)  # [R]
-        self.mean_logit = torch.mul(self.probs, self.logits, out=self.scratch).sum(dim=-1)  # [R]
-        self.exact: Tensor | None = None  # [E] int64 places
-        self.drawn: Tensor | None = None  # [D] int64 places
-        self.counts: Tensor | None = None  # [D] int64
-        self.tail_sums: Tensor | None = None  # [R, n]
-        self.codes: Tensor | None = None  # [R, V]
-
-    def release(self) -> _Block:
-        """Itself without what the next block overwrites."""
-        del self.logits, self.padded_probs, self.padded_scratch, self.probs, self.scratch
-        return self
-
-
-def _select(block: _Block, draw_hash: Tensor, codec: Codec) -> None:
+def _select(block: Block, draw_hash: Tensor, codec: Codec) -> None:
     """Find a block's entries."""
     if isinstance(codec, ThresholdCodec):
         _threshold(block, draw_hash, codec)
@@ -218,11 +180,16 @@ def _select(block: _Block, draw_hash: Tensor, codec: Codec) -> None:
         _sampled(block, draw_hash, codec)
 
 
-def _threshold(block: _Block, draw_hash: Tensor, codec: ThresholdCodec) -> None:
-    """Ids of probability c or more; of the others systematic draws of weight c."""
-    bits = min(FIXED_BITS, SUM_BITS + math.floor(math.log2(codec.c)))
+def _threshold(block: Block, draw_hash: Tensor, codec: ThresholdCodec) -> None:
+    """Ids of probability c or more; of the others systematic draws of weight c.
+
+    With several temperatures an id's probability is the largest it has at any of them.
+    """
+    share = codec.c / len(codec.temperatures)  # such probabilities sum to one per temperature
+    bits = min(FIXED_BITS, SUM_BITS + math.floor(math.log2(share)))
     one, unit = 1 << bits, codec.c / (1 << bits)
-    torch.div(block.probs, unit, rounding_mode="trunc", out=block.scratch)
+    probs = _largest_probs(block, codec.temperatures)
+    torch.div(probs, unit, rounding_mode="trunc", out=block.scratch)
     fixed = block.padded_scratch
     sums = group_sums(fixed)  # [R, G]
     # Only a group that sums to one can hold an id of probability c or more.
@@ -242,7 +209,19 @@ def _threshold(block: _Block, draw_hash: Tensor, codec: ThresholdCodec) -> None:
     block.drawn = locate(fixed, sums, rows, (turn << bits) - start[rows])
 
 
-def _sampled(block: _Block, draw_hash: Tensor, codec: SampledCodec) -> None:
+def _largest_probs(block: Block, temperatures: Sequence[float]) -> Tensor:
+    """[R, V] largest probability of every id at the temperatures."""
+    largest = None
+    for temperature in temperatures:
+        probs = block.probs
+        if temperature != 1:  # from the peak, lest a cold one overflow
+            shifted = torch.sub(block.logits, block.peak_logit[:, None], out=block.scratch)
+            probs = torch.softmax(shifted.div_(temperature), dim=-1)
+        largest = probs if largest is None else torch.maximum(largest, probs)
+    return _of(largest)
+
+
+def _sampled(block: Block, draw_hash: Tensor, codec: SampledCodec) -> None:
     """Independent draws with replacement, as distinct ids with counts."""
     one = 1 << FIXED_BITS
     torch.div(block.probs, 1 / one, rounding_mode="trunc", out=block.scratch)
@@ -259,51 +238,31 @@ def _sampled(block: _Block, draw_hash: Tensor, codec: SampledCodec) -> None:
     block.drawn, block.counts = torch.unique_consecutive(places, return_counts=True)
 
 
-def _topk(block: _Block, codec: TopKCodec) -> None:
+def _topk(block: Block, codec: TopKCodec) -> None:
     """The k most probable ids."""
     k = codec.max_exact(block.probs.shape[1])
     ids = block.probs.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values  # [R, k]
-    block.exact = (ids + _row_places(block)).flatten()
+    block.exact = (ids + block.row_places()).flatten()
 
 
-def _nucleus(block: _Block, codec: NucleusCodec) -> None:
+def _nucleus(block: Block, codec: NucleusCodec) -> None:
     """The fewest most probable ids that reach p."""
     vocab_size = block.probs.shape[1]
     probs, ids = block.probs.topk(codec.max_exact(vocab_size), dim=-1)  # [R, k_max]
     before = probs.cumsum(dim=-1) - probs
     ids = ids.masked_fill(before >= codec.p, vocab_size).sort(dim=-1).values
-    block.exact = (ids + _row_places(block))[ids < vocab_size]
+    block.exact = (ids + block.row_places())[ids < vocab_size]
 
 
-def _full_codes(block: _Block, round_hash: Tensor, codec: Codec) -> Tensor:
+def _full_codes(block: Block, round_hash: Tensor, codec: Codec) -> Tensor:
     """[R, V] codes of all ids."""
     log_probs = block.logits - (block.peak_logit - block.peak.log())[:, None]
     ids = torch.arange(log_probs.shape[1], device=log_probs.device)
-    return code_values(codec, log_probs, round_hash[:, None], ids)
-
-
-def _tail_sums(block: _Block, temperatures: Sequence[float]) -> Tensor:
-    """[R, n] sums over the ids that are not exact; writes over the block.
-
-    Of probabilities to the power 1/T at T = 1 and 0.5, of exp(logits/T) otherwise.
-    """
-    assert block.exact is not None
-    block.padded_probs.view(-1)[block.exact] = 0
-    sums = []
-    for temperature in temperatures:
-        if temperature == 1:
-            sums.append(block.probs.sum(dim=-1))
-        elif temperature == 0.5:
-            sums.append(torch.linalg.vector_norm(block.probs, dim=-1).square())
-        else:  # exp2 is the fastest exponential there is
-            torch.mul(block.logits, 1 / (temperature * math.log(2)), out=block.scratch)
-            block.padded_scratch.view(-1)[block.exact] = -torch.inf
-            sums.append(block.scratch.exp2_().sum(dim=-1))
-    return torch.stack(sums, dim=1)
+    return code_values(codec, log_probs, round_hash[:, None], ids, codec.range_nats)
 
 
 def _assemble(
-    blocks: Sequence[_Block],
+    blocks: Sequence[Block],
     logits: Tensor,
     gold: Tensor,
     round_hash: Tensor,
@@ -329,72 +288,37 @@ def _assemble(
         "gold": code_gold(gold_logits - log_sum),
         "entropy": code_entropy(log_sum - mean_logit, vocab_size, round_hash),
     }
+
+    def codes(rows: Tensor, ids: Tensor, range_nats: float) -> Tensor:
+        log_probs = logits[rows, ids].to(torch.float32) - log_sum[rows]
+        return code_values(codec, log_probs, round_hash[rows], ids, range_nats)
+
     exact = drawn = None
     num_exact = num_drawn = torch.zeros_like(gold)
     if codec.name == "full":
         exact = {"code": torch.cat([_of(block.codes) for block in blocks]).flatten()}
         num_exact = torch.full_like(gold, vocab_size)
     elif codec.has_exact:
-        rows, ids = _rows_and_ids([(block.first, _of(block.exact)) for block in blocks], vocab_size)
-        log_probs = logits[rows, ids].to(torch.float32) - log_sum[rows]
-        exact = {"id": ids, "code": code_values(codec, log_probs, round_hash[rows], ids)}
+        rows, ids = rows_and_ids([(block.first, _of(block.exact)) for block in blocks], vocab_size)
+        exact = {"id": ids, "code": codes(rows, ids, codec.range_nats)}
         num_exact = torch.bincount(rows, minlength=num_positions)
     if codec.has_tail:
         sums = torch.cat([_of(block.tail_sums) for block in blocks])
-        tail = _tail(sums, logits, log_sum, (rows, ids), num_exact, temperatures, block_rows)
+        tail = log_tails(sums, logits, log_sum, (rows, ids), num_exact, temperatures, block_rows)
         tail = tail.to(torch.float16)  # [N, n]
         tokens |= {f"tail_{i}": tail[:, i] for i in range(len(temperatures))}
     if codec.has_drawn:
-        rows, ids = _rows_and_ids([(block.first, _of(block.drawn)) for block in blocks], vocab_size)
+        rows, ids = rows_and_ids([(block.first, _of(block.drawn)) for block in blocks], vocab_size)
         drawn = {"id": ids}
         num_drawn = torch.bincount(rows, minlength=num_positions)
         if isinstance(codec, SampledCodec):
             drawn["code"] = torch.cat([_of(block.counts) for block in blocks])
+        elif codec.has_drawn_log_probs:
+            drawn["code"] = codes(rows, ids, codec.drawn_range_nats)
     return EncodedPositions(codec, vocab_size, tokens, exact, drawn, num_exact, num_drawn)
-
-
-def _tail(
-    sums: Tensor,
-    logits: Tensor,
-    log_sum: Tensor,
-    exact: tuple[Tensor, Tensor],
-    num_exact: Tensor,
-    temperatures: Sequence[float],
-    block_rows: int,
-) -> Tensor:
-    """[N, n] log-sum-exp of the log-probs of the ids that are not exact, in nats."""
-    shifts = [0 if t in (1, 0.5) else 1 / t for t in temperatures]
-    tail = sums.log() - log_sum[:, None] * torch.tensor(shifts, device=sums.device)
-    smallest, largest = SAFE_SUM
-    unsafe = ((sums < smallest) | (sums > largest)).any(dim=1) & (num_exact < logits.shape[1])
-    rows, ids = exact
-    for again in torch.split(unsafe.nonzero()[:, 0], block_rows):
-        some = logits[again].to(torch.float32)
-        place = torch.full_like(num_exact, -1)
-        place[again] = torch.arange(len(again), device=again.device)
-        at = place[rows]
-        some[at[at >= 0], ids[at >= 0]] = -torch.inf
-        for i, temperature in enumerate(temperatures):
-            total = torch.logsumexp(some / temperature, dim=-1)
-            tail[again, i] = total - log_sum[again] / temperature
-    return tail
 
 
 def _of(found: Found | None) -> Found:
     """What the codec promises to have found."""
     assert found is not None
     return found
-
-
-def _rows_and_ids(pieces: Sequence[tuple[int, Tensor]], vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Positions and ids of all entries from their places in the blocks."""
-    width = -(-vocab_size // GROUP) * GROUP
-    places = torch.cat([piece + first for first, piece in pieces])
-    rows = places.div(width, rounding_mode="floor")
-    return rows, places - rows * width
-
-
-def _row_places(block: _Block) -> Tensor:
-    """[R, 1] place of the first id of each row."""
-    num_rows, width = block.padded_probs.shape
-    return torch.arange(0, num_rows * width, width, device=block.probs.device)[:, None]

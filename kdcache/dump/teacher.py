@@ -1,189 +1,194 @@
-"""The teacher: a transformers encoder-decoder, run forward once and never trained."""
+"""The teacher: a model, or several that speak as one, run forward and never trained."""
 
-# B batch, S source positions, T target positions, N valid target positions, V vocabulary
+# B batch, T positions, N positions that are predicted, V vocabulary, L chosen layers, D hidden,
+# H heads, C classes
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+import sys
+from abc import ABC
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
-import xxhash
 from torch import Tensor
 
+from kdcache.dump.batches import Batch
 from kdcache.errors import ModelError
-from kdcache.formats.manifest import TeacherRecord
-from kdcache.models import (
-    model_directory,
-    output_projection,
-    project_first,
-    project_only,
-    quiet_transformers,
-    resolve_device,
-    shift_right,
-)
-from kdcache.recipe import TeacherSection
+from kdcache.formats.signals import Side, TeacherRecord
+from kdcache.recipe.teacher import TeacherSection
 
-#: Keys of a config that name position limits, one name per family.
-POSITION_KEYS = (
-    "max_position_embeddings",
-    "max_encoder_position_embeddings",
-    "max_decoder_position_embeddings",
-    "max_source_positions",
-    "max_target_positions",
-)
-#: Keys of config.json that say how it was saved, not what the model is.
-VOLATILE_KEYS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
+Problem = Literal["classification", "regression", "multi_label"]
 
 
-class Teacher:
-    """A loaded teacher.
+class Teacher(ABC):
+    """What every teacher answers; a kind overrides what it has.
+
+    A class of your own (`kind: custom`) is a subclass with `load` and the methods of its
+    signals; `kdcache.dump.identity.own_record` makes its record.
 
     Attributes:
-        model: the transformers model, in eval mode on `device`.
+        kind: what it is, in the recipe's words.
+        signals: kinds of signals it can speak.
+        places: what `at` of a logits signal may be.
+        sides: which stacks have hidden states and attentions.
         record: what identifies it.
-        vocab_size: V, rows of its output.
-        max_positions: longest source or target it takes; None for no limit.
+        device: where its inputs go.
+        vocab_size: V, rows of its output projection (the tokenizer may have fewer ids); None
+            where it has none.
+        input_size: ids that it can read; None where that is not known.
+        max_positions: longest stream it takes; None for no limit.
+        pad_id: what batches are padded with.
+        labels: names of a classifier's C scores.
+        problem: what a classifier's scores are.
+        members: the transformers models that are run.
     """
 
-    def __init__(self, model: Any, record: TeacherRecord, device: torch.device) -> None:
-        self.model = model.eval().requires_grad_(False).to(device)
-        self.record = record
-        self.device = device
-        output = model.get_output_embeddings()
-        if output is None:
-            raise ModelError(f"{record.path}: {type(model).__name__} has no output projection")
-        self.vocab_size = int(output.weight.shape[0])
-        self.max_positions = max_positions(model.config)
-        pad = model.config.pad_token_id
-        self.pad_id = 0 if pad is None else int(pad)
+    kind: str = "custom"
+    signals: tuple[str, ...] = ()
+    places: tuple[str, ...] = ()
+    sides: tuple[Side, ...] = ()
+    record: TeacherRecord
+    device: torch.device
+    vocab_size: int | None = None
+    input_size: int | None = None
+    max_positions: int | None = None
+    pad_id: int = 0
+    labels: Sequence[str] = ()
+    problem: Problem = "classification"
+    members: Sequence[Any] = ()
 
     @classmethod
-    def load(cls, section: TeacherSection) -> Teacher:
-        """Load from a transformers directory or a hub id; only safetensors, no remote code.
+    def load(cls, section: TeacherSection, needs_attention: bool) -> Teacher:
+        """Make a custom teacher of its section (`path`, `device`, `dtype`, `options`).
 
         Raises:
-            ModelError: it is not there, has no safetensors, or is no encoder-decoder.
+            ModelError: this class is not one that a recipe can name.
         """
-        from transformers import AutoModelForSeq2SeqLM
+        raise ModelError(f"{section.model_class}: the class has no classmethod load; write one")
 
-        quiet_transformers()
-        device = resolve_device(section.device)
-        directory, revision = model_directory(section.path, section.revision)
-        weights = weight_files(directory, section.path)
-        options: dict[str, Any] = {}
-        if section.attention is not None:
-            options["attn_implementation"] = section.attention
-        try:
-            model = AutoModelForSeq2SeqLM.from_pretrained(
-                directory,
-                dtype=section.dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                **options,
-            )
-        except Exception as error:
-            # transformers raises whatever the model's class raises; one line serves for all.
-            raise ModelError(
-                f"{section.path}: transformers cannot load it as an encoder-decoder: "
-                f"{str(error).strip().split(chr(10))[0] or type(error).__name__}"
-            ) from None
-        record = TeacherRecord(
-            path=section.path,
-            revision=revision,
-            digest=_digest_weights(weights),
-            config_digest=_digest_config(directory),
-            model_type=model.config.model_type,
-            dtype=str(model.dtype).removeprefix("torch."),
-        )
-        return cls(model, record, device)
+    @classmethod
+    def positions(cls, section: TeacherSection) -> int | None:
+        """`max_positions` of a custom teacher that is not loaded."""
+        return None
 
-    @torch.inference_mode()
-    def logits(
-        self, src_ids: Tensor, src_mask: Tensor, labels: Tensor, label_mask: Tensor
-    ) -> Tensor:
-        """Teacher-forced logits of the valid target positions alone.
+    def logits(self, batch: Batch, at: Tensor) -> Tensor:
+        """The logits that predict some tokens.
 
         Args:
-            src_ids: [B, S] int64, padded with any valid id.
-            src_mask: [B, S] bool.
-            labels: [B, T] int64, padded on the right with anything.
-            label_mask: [B, T] bool, N of them true.
+            batch: what is read.
+            at: [B, T] bool, N of them true: the tokens that are predicted. An
+                encoder-decoder's and a causal model's logits see the tokens before; a masked
+                model's see all that `batch.ids` has, the position's own token too.
 
         Returns:
-            [N, V] in the model's dtype, the first sample's positions first.
-        """
-        with project_only(self.model, label_mask):
-            return self._forward(src_ids, src_mask, labels, label_mask)
+            [N, V] unnormalised in the model's dtype, the first sample's tokens first.
 
-    def logits_in_pieces(
-        self,
-        src_ids: Tensor,
-        src_mask: Tensor,
-        labels: Tensor,
-        label_mask: Tensor,
-        piece_entries: int,
-    ) -> Iterator[Tensor]:
-        """`logits`, some positions at a time, so that [N, V] never has to fit.
+        Raises:
+            ModelError: this teacher predicts no tokens, or not these.
+        """
+        return torch.cat(list(self.logits_in_pieces(batch, at, sys.maxsize)))
+
+    def logits_in_pieces(self, batch: Batch, at: Tensor, piece_entries: int) -> Iterator[Tensor]:
+        """`logits`, some rows at a time, so that [N, V] never has to fit.
 
         Args:
-            src_ids: as in `logits`.
-            src_mask: as in `logits`.
-            labels: as in `logits`.
-            label_mask: as in `logits`.
+            batch: as in `logits`.
+            at: as in `logits`.
             piece_entries: most logits in one piece, if that is a row or more.
 
         Yields:
-            [R, V] in the model's dtype, consecutive positions.
+            [R, V], consecutive rows; one empty piece where N is 0.
+
+        Raises:
+            ModelError: as in `logits`.
         """
-        rows = max(1, piece_entries // self.vocab_size)
-        with torch.inference_mode():
-            with project_first(self.model, label_mask) as kept:
-                first = self._forward(src_ids, src_mask, labels, label_mask)  # [1, V]
-            (hidden,) = kept  # [N, D]
-            if torch.equal(self._project(hidden[:1]), first):
-                yield from map(self._project, torch.split(hidden, rows))
-                return
-        # The model does more to its logits than is known here: let it do so itself.
-        yield from torch.split(self.logits(src_ids, src_mask, labels, label_mask), rows)
+        if type(self).logits is Teacher.logits:
+            raise self.cannot("logits")
+        logits = self.logits(batch, at)  # [N, V]
+        yield from torch.split(logits, max(1, piece_entries // logits.shape[1]))
 
-    def _forward(
-        self, src_ids: Tensor, src_mask: Tensor, labels: Tensor, label_mask: Tensor
-    ) -> Tensor:
-        """The model's logits, of whatever positions a hook lets through."""
-        logits: Tensor = self.model(
-            input_ids=src_ids,
-            attention_mask=src_mask.to(torch.long),
-            decoder_input_ids=self.decoder_inputs(labels, label_mask),
-            use_cache=False,
-        ).logits
-        return logits
+    def num_layers(self, side: Side) -> int:
+        """Layers of one side, its embedding output not counted."""
+        raise self.cannot("hidden states")
 
-    def _project(self, hidden: Tensor) -> Tensor:
-        """[R, D] inputs of the output projection to [R, V] logits."""
-        logits: Tensor = output_projection(self.model)(hidden)
-        bias = getattr(self.model, "final_logits_bias", None)  # of Marian and BART
-        return logits if bias is None else logits.add_(bias)
+    def width(self, side: Side) -> int:
+        """D, the size of one side's hidden states."""
+        raise self.cannot("hidden states")
 
-    def decoder_inputs(self, labels: Tensor, label_mask: Tensor) -> Tensor:
-        """[B, T] labels shifted right, the way the model itself does it."""
-        masked = labels.masked_fill(~label_mask, -100)
-        shift = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
-        if shift is not None:
-            inputs: Tensor = shift(labels=masked)
-            return inputs
-        start = self.model.config.decoder_start_token_id
-        if start is None:
-            raise ModelError(f"{self.record.path}: its config has no decoder_start_token_id")
-        return shift_right(masked, self.pad_id, int(start))
+    def heads(self, side: Side) -> int:
+        """H, the attention heads of one side."""
+        raise self.cannot("attentions")
+
+    def hidden(self, batch: Batch, side: Side, layers: Sequence[int]) -> Tensor:
+        """Hidden states of some layers.
+
+        Args:
+            batch: what is read. Row t of a causal model's states has read `ids[t]`; of an
+                encoder-decoder's decoder it is the state that predicts `ids[t]`.
+            side: which stack.
+            layers: L numbers: 0 is the embedding output, n the output of layer n; the last one
+                is after the final norm, as transformers has it.
+
+        Returns:
+            [B, T, L, D] in the model's dtype; rows outside `batch.mask` mean nothing.
+
+        Raises:
+            ModelError: this teacher has no such side or layer.
+        """
+        raise self.cannot("hidden states")
+
+    def attention(self, batch: Batch, side: Side, layers: Sequence[int]) -> Tensor:
+        """Self-attention probabilities of some layers.
+
+        Args:
+            batch: as in `hidden`.
+            side: which stack.
+            layers: L numbers, 1 is the first layer.
+
+        Returns:
+            [B, L, H, T, T], queries before keys; what is outside `batch.mask` means nothing.
+
+        Raises:
+            ModelError: this teacher has no such side or layer, or was loaded without.
+        """
+        raise self.cannot("attentions")
+
+    def scores(self, batch: Batch) -> Tensor:
+        """Class logits, or a regressor's scores.
+
+        Args:
+            batch: what is read.
+
+        Returns:
+            [B, C] in the model's dtype, in the order of `labels`.
+
+        Raises:
+            ModelError: this teacher has no classes.
+        """
+        raise self.cannot("class scores")
+
+    def cannot(self, what: str) -> ModelError:
+        """The error of a question that this kind has no answer to."""
+        able = ", ".join(self.signals) or "nothing"
+        return ModelError(
+            f"{self.record.path}: a teacher of kind {self.kind} has no {what}; it has {able}"
+        )
 
 
-def max_positions(config: Any) -> int | None:
-    """Longest input that a transformers config allows; None where positions are relative."""
-    limits = [getattr(config, key, None) for key in POSITION_KEYS]
-    return min((int(limit) for limit in limits if limit), default=None)
+def load_teacher(section: TeacherSection, needs_attention: bool = False) -> Teacher:
+    """Load a teacher from directories or hub ids; only safetensors, no remote code.
+
+    Args:
+        section: which one, and where it runs.
+        needs_attention: load it so that `attention` works.
+
+    Raises:
+        ModelError: it is not there, cannot be loaded, or its members do not fit together.
+    """
+    from kdcache.dump.loading import load
+
+    return load(section, needs_attention)
 
 
 def teacher_positions(section: TeacherSection) -> int | None:
@@ -192,48 +197,6 @@ def teacher_positions(section: TeacherSection) -> int | None:
     Raises:
         ModelError: its config cannot be read.
     """
-    from transformers import AutoConfig
+    from kdcache.dump.loading import positions
 
-    quiet_transformers()
-    directory, _ = model_directory(section.path, section.revision)
-    try:
-        return max_positions(AutoConfig.from_pretrained(directory, trust_remote_code=False))
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"{section.path}: cannot read its config.json ({reason})") from None
-
-
-def weight_files(directory: Path, path: str) -> list[Path]:
-    """The safetensors files of a model directory, in order.
-
-    Raises:
-        ModelError: there are none.
-    """
-    index = directory / "model.safetensors.index.json"
-    single = directory / "model.safetensors"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        return [directory / name for name in names]
-    raise ModelError(
-        f"{path}: found no model.safetensors; save the model with save_pretrained of a recent "
-        f"transformers (pickled weights are never read)"
-    )
-
-
-def _digest_weights(files: list[Path]) -> str:
-    """Digest over the bytes of all weights."""
-    hasher = xxhash.xxh3_128()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                hasher.update(block)
-    return hasher.hexdigest()
-
-
-def _digest_config(directory: Path) -> str:
-    """Digest over config.json by content."""
-    config = json.loads((directory / "config.json").read_bytes())
-    kept = {key: value for key, value in config.items() if key not in VOLATILE_KEYS}
-    return xxhash.xxh3_128_hexdigest(json.dumps(kept, sort_keys=True).encode())
+    return positions(section)

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
-from kdcache.errors import ModelError
+from kdcache.chat import ChatTemplate
+from kdcache.errors import CorpusError, ModelError
 from kdcache.formats.ragged import Ragged, offsets_of
 from kdcache.models import load_tokenizer, model_directory
 from kdcache.recipe import SentencePieceTokenizer
-
-#: Files of a tokenizer directory beside those its class names.
-COMMON_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
+from kdcache.tokenizers import (
+    all_special_ids,
+    directory_files,
+    encode_pairs,
+    encode_texts,
+    special_ids,
+    token_strings,
+    tokenizer_digest,
+    vocab_size,
 )
-#: Encoded on both sides for the digest, so that lower-casing, prefixes and the like count.
-PROBE = ["Hello, World! 12.5% Ärger, naïve", "  two  spaces\tand <unk> ", ""]
+
 #: Above this a tokenizer's model_max_length stands for "no limit".
 NO_LIMIT = 1_000_000
 
@@ -38,25 +40,24 @@ class Tokenizer:
         path: where it came from, for messages.
         digest: over vocabulary, special ids, vocabulary files and what a probe text becomes;
             the version of any library is not in it.
-        vocab_size: one more than the largest id.
+        vocab_size: one more than the largest id, added tokens included.
+        special_ids: ids of the tokens with a role, under the names of `TokenizerRecord`.
+        mask_id: of the mask token; None where there is none.
+        special_ids_all: ids of all special tokens, with a role or only flagged so.
         max_length: longest text it should encode, in tokens; None for no limit.
     """
 
     def __init__(self, backend: Any, directory: Path, path: str) -> None:
         self._backend = backend
         self.path = path
-        vocab = backend.get_vocab()
-        self.vocab_size = max(len(backend), max(vocab.values()) + 1)
-        self.special_ids: dict[str, int | None] = {
-            "pad_id": backend.pad_token_id,
-            "eos_id": backend.eos_token_id,
-            "bos_id": backend.bos_token_id,
-            "unk_id": backend.unk_token_id,
-        }
+        self.vocab_size = vocab_size(backend)
+        self.special_ids = special_ids(backend)
+        self.mask_id: int | None = backend.mask_token_id
+        self.special_ids_all = all_special_ids(backend)
         length = backend.model_max_length
         self.max_length = int(length) if length < NO_LIMIT else None
-        self._files = _directory_files(backend, directory)
-        self.digest = self._digest(vocab)
+        self._files = directory_files(backend, directory)
+        self.digest = tokenizer_digest(backend, self._files)
 
     @classmethod
     def load(cls, path: str, revision: str | None = None) -> Tokenizer:
@@ -86,61 +87,69 @@ class Tokenizer:
             texts: M texts.
             target: encode as labels (a tokenizer with two sides then uses its target side).
         """
-        if not texts:
-            return []
-        side = {"text_target": texts} if target else {"text": texts}
-        options = {"return_attention_mask": False, "return_token_type_ids": False}
-        encoded = self._backend(**side, **options, verbose=False)
-        ids: list[list[int]] = encoded["input_ids"]
-        return ids
+        return encode_texts(self._backend, texts, target)
 
     def encode_ragged(self, texts: list[str], target: bool) -> Ragged:
         """`encode` as one flat int64 array "id" and its offsets."""
-        encoded = self.encode(texts, target)
-        lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
-        flat = np.fromiter(chain.from_iterable(encoded), dtype=np.int64, count=int(lengths.sum()))
-        return Ragged(offsets_of(lengths), {"id": flat})
+        return _ragged(self.encode(texts, target))
+
+    def encode_pairs(self, texts: list[str], pairs: list[str], target: bool) -> Ragged:
+        """Pairs of texts as "id" int64 and "segment" uint8, the tokenizer's own token types.
+
+        Args:
+            texts: M texts.
+            pairs: M texts; one that is empty or white space leaves its partner alone.
+            target: encode as labels.
+        """
+        ids, segments = encode_pairs(self._backend, texts, pairs, target)
+        return _ragged(ids, segment=segments)
+
+    @cached_property
+    def chat(self) -> ChatTemplate:
+        """Its chat template.
+
+        Raises:
+            ModelError: it has none that can be used.
+        """
+        return ChatTemplate(self._backend, self.path)
+
+    def encode_chats(self, texts: list[str], place: Callable[[int], str]) -> Ragged:
+        """Conversations as "id" int64 and "loss" uint8, 1 for what the assistant wrote.
+
+        Args:
+            texts: M texts of messages, see `kdcache.messages`; an empty one has no tokens.
+            place: says for a message where one of them stands.
+
+        Raises:
+            ModelError: there is no chat template that can be used.
+            CorpusError: a conversation cannot be encoded; says which.
+        """
+        encoded = []
+        for row, text in enumerate(texts):
+            try:
+                encoded.append(self.chat.encode(text))
+            except CorpusError as error:
+                raise CorpusError(f"{place(row)}: {error}") from None
+        return _ragged([ids for ids, _ in encoded], loss=[mask for _, mask in encoded])
 
     def tokens(self) -> list[str]:
         """Token string of every id; ids that name nothing are empty."""
-        names = self._backend.convert_ids_to_tokens(list(range(self.vocab_size)))
-        return [name or "" for name in names]
+        return token_strings(self._backend)
 
     def files(self) -> dict[str, bytes]:
         """Name to bytes: a transformers tokenizer directory, and tokens.json (id to token)."""
         tokens = json.dumps(self.tokens(), ensure_ascii=False, indent=0) + "\n"
         return {**self._files, "tokens.json": tokens.encode("utf-8", "replace")}
 
-    def _digest(self, vocab: dict[str, int]) -> str:
-        """Canonical digest; JSON files enter by content, so re-saving does not change it."""
-        parts: dict[str, Any] = {
-            "vocab": vocab,
-            "special": self.special_ids,
-            "probe": [self.encode(PROBE, target) for target in (False, True)],
-        }
-        hasher = xxhash.xxh3_128(json.dumps(parts, sort_keys=True).encode())
-        vocabulary = {*self._backend.vocab_files_names.values(), "tokenizer.json"}
-        for name in sorted(vocabulary - {"tokenizer_config.json"}):
-            if name not in self._files:
-                continue
-            data = self._files[name]
-            if name.endswith(".json"):
-                data = json.dumps(json.loads(data), sort_keys=True).encode()
-            hasher.update(b"%d:%s%d:" % (len(name), name.encode(), len(data)))
-            hasher.update(data)
-        return hasher.hexdigest()
 
-
-def _directory_files(backend: Any, directory: Path) -> dict[str, bytes]:
-    """The files that make the directory loadable again, as they are."""
-    names = {*backend.vocab_files_names.values(), *COMMON_FILES}
-    files = {name: directory / name for name in sorted(names)}
-    found = {name: path.read_bytes() for name, path in files.items() if path.is_file()}
-    config = json.loads(found.get("tokenizer_config.json", b"{}"))
-    if "tokenizer_class" not in config and (directory / "config.json").is_file():
-        # Without a class of its own AutoTokenizer goes by the model's type.
-        found["config.json"] = (directory / "config.json").read_bytes()
-    return found
+def _ragged(ids: list[list[int]], **beside: list[list[int]]) -> Ragged:
+    """Lists of ids as one flat int64 array and its offsets; what stands beside them uint8."""
+    lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
+    total = int(lengths.sum())
+    fields = {"id": np.fromiter(chain.from_iterable(ids), dtype=np.int64, count=total)}
+    for name, values in beside.items():
+        fields[name] = np.fromiter(chain.from_iterable(values), dtype=np.uint8, count=total)
+    return Ragged(offsets_of(lengths), fields)
 
 
 def train_sentencepiece(

@@ -13,8 +13,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from kdcache.errors import FormatError, IntegrityError
-from kdcache.formats.integrity import check_file
-from kdcache.formats.listing import list_commits, list_signals, read_commit, read_signal
+from kdcache.formats.dense import DenseShard, open_dense_part
+from kdcache.formats.integrity import check_file, check_size
+from kdcache.formats.listing import list_commits, list_signals, part_of, read_commit, read_signal
 from kdcache.formats.manifest import (
     MANIFEST_NAME,
     SAMPLES,
@@ -22,13 +23,23 @@ from kdcache.formats.manifest import (
     FileRecord,
     Manifest,
     PartRecord,
-    SignalRecord,
     StreamRecord,
     TokenizerRecord,
     read_record,
 )
-from kdcache.formats.schema import logits_schema, ragged_columns, samples_schema
+from kdcache.formats.ragged import offsets_of
+from kdcache.formats.schema import ragged_columns, samples_schema, signal_schema, stream_extras
 from kdcache.formats.shard import SampleShard, SignalShard, open_part, sample_shard
+from kdcache.formats.signals import (
+    AttentionRecord,
+    BeamsRecord,
+    HiddenRecord,
+    LogitsRecord,
+    MasksRecord,
+    SignalRecord,
+)
+from kdcache.formats.units import label_counts
+from kdcache.formats.zarr_layout import METADATA_NAME
 
 
 def open_cache(path: str | Path) -> Cache:
@@ -64,6 +75,8 @@ class Cache:
         self.path = path
         self.manifest = _read_manifest(path)
         self.signals = {name: _checked_signal(self, name) for name in list_signals(path)}
+        for record in self.signals.values():
+            _check_inputs(self, record)
         self._commits: dict[tuple[str, int], CommitRecord] = {}
         self._checked: set[str] = set()
 
@@ -88,6 +101,21 @@ class Cache:
                 f"{self.path}: cache has no signal {name!r}; it has {sorted(self.signals)}"
             )
         return self.signals[name]
+
+    def logits(self, name: str) -> LogitsRecord:
+        """The record of a signal of soft labels.
+
+        Raises:
+            FormatError: the cache has none of that name, or it is of another kind.
+        """
+        record = self.signal(name)
+        if not isinstance(record, LogitsRecord):
+            kinds = sorted(n for n, r in self.signals.items() if isinstance(r, LogitsRecord))
+            raise FormatError(
+                f"{self.path}: signal {name!r} is of kind {record.kind}, expected logits; "
+                f"those are {kinds}"
+            )
+        return record
 
     def stream(self, name: str) -> StreamRecord:
         """The record of a stream.
@@ -152,12 +180,15 @@ class Cache:
     def samples_schema(self) -> pa.Schema:
         """Schema of the samples shards."""
         streams = {name: s.vocab_size for name, s in self.manifest.streams.items()}
-        return samples_schema(self.manifest.corpus.fields, streams)
+        extras = {
+            name: stream_extras(s.pair, s.template) for name, s in self.manifest.streams.items()
+        }
+        corpus = self.manifest.corpus
+        return samples_schema(corpus.fields, streams, extras, tasks=bool(corpus.tasks))
 
     def signal_schema(self, name: str) -> pa.Schema:
         """Schema of a signal's shards."""
-        record = self.signal(name)
-        return logits_schema(record.codec, record.vocab_size, record.temperatures)
+        return signal_schema(self.signal(name))
 
     def samples(self, shard: int) -> SampleShard:
         """The samples of one shard, mapped.
@@ -177,22 +208,73 @@ class Cache:
             FormatError: a file is not what its schema says.
         """
         schema = self.signal_schema(name)
-        record = self.commit_record(name, shard)
+        record = self._checked_commit(name, shard)
         parts = [
             (part.start, part.stop, ragged_columns(self._open(part, schema)))
             for part in record.parts
         ]
         return SignalShard(record.start, record.stop, parts)
 
+    def dense_shard(self, name: str, shard: int) -> DenseShard:
+        """One dense signal of one shard, mapped; its chunks are checked as they are read.
+
+        Raises:
+            IntegrityError: files are not those committed, or the commit is missing.
+            FormatError: the signal is not dense, or its arrays are not what its record says.
+        """
+        signal = self.signal(name)
+        if not isinstance(signal, HiddenRecord | AttentionRecord):
+            raise FormatError(
+                f"{self.path}: signal {name!r} is of kind {signal.kind}, which has no dense arrays"
+            )
+        record = self._checked_commit(name, shard)
+        counts = label_counts(self, signal, shard)
+        assert counts is not None, "dense signals have a row for each thing described"
+        offsets = offsets_of(counts)
+        parts = []
+        for part in record.parts:
+            for file in part.files:
+                self._check(file, bytes_too=file.path.endswith(METADATA_NAME))
+            first, last = offsets[part.start - record.start], offsets[part.stop - record.start]
+            folder = self.path / part_of(part.files[0].path)
+            rows = int(last - first)
+            parts.append(open_dense_part(folder, part.start, part.stop, signal, rows))
+        return DenseShard(record.start, record.stop, offsets, parts)
+
+    def _checked_commit(self, name: str, shard: int) -> CommitRecord:
+        """The commit of a signal's shard, made from the inputs that stand, in the right files."""
+        signal, record = self.signal(name), self.commit_record(name, shard)
+        found = {put: self.commit_record(put, shard).digest for put in signal.inputs}
+        if found != record.inputs:
+            wrong = next(
+                put
+                for put in {**found, **record.inputs}
+                if found.get(put) != record.inputs.get(put)
+            )
+            raise IntegrityError(
+                f"{self.path}: signal {name!r} shard {shard} was made from {wrong!r} of digest "
+                f"{record.inputs.get(wrong)}, the cache has {found.get(wrong)}: delete "
+                f"{name!r} and dump it again"
+            )
+        ending = ".zarr" if isinstance(signal, HiddenRecord | AttentionRecord) else ".arrow"
+        for part in record.parts:
+            path = part_of(part.files[0].path)
+            if not path.endswith(ending):
+                raise FormatError(
+                    f"{self.path / path}: a part of {name!r}, whose kind {signal.kind} is kept "
+                    f"as {ending}"
+                )
+        return record
+
     def _open(self, part: PartRecord, schema: pa.Schema) -> pa.RecordBatch:
-        checked = self._check(part.file)
+        checked = self._check(part.files[0])
         return open_part(self.path, part, schema, checked)
 
-    def _check(self, file: FileRecord) -> bool:
+    def _check(self, file: FileRecord, bytes_too: bool = True) -> bool:
         """Compare a file with its record the first time; say whether that was done before."""
         if file.path in self._checked:
             return True
-        check_file(self.path, file)
+        check_file(self.path, file) if bytes_too else check_size(self.path, file)
         self._checked.add(file.path)
         return False
 
@@ -262,11 +344,13 @@ def _read_manifest(path: Path) -> Manifest:
 def _checked_signal(cache: Cache, name: str) -> SignalRecord:
     """A signal's record whose streams are the manifest's."""
     record = read_signal(cache.path, name)
-    sides: Mapping[str, tuple[str, str]] = {
+    sides: Mapping[str, tuple[str | None, str | None]] = {
         "stream": (record.stream, record.stream_digest),
         "source": (record.source, record.source_digest),
     }
     for role, (stream, digest) in sides.items():
+        if stream is None:
+            continue
         if stream not in cache.manifest.streams:
             raise FormatError(
                 f"{cache.path}: signal {name!r}: its {role} {stream!r} is no stream of the cache; "
@@ -279,3 +363,20 @@ def _checked_signal(cache: Cache, name: str) -> SignalRecord:
                 f"{digest}, the cache has {found}: its labels belong to other tokens"
             )
     return record
+
+
+def _check_inputs(cache: Cache, record: SignalRecord) -> None:
+    """What a signal was made from must be there, of the right kind and over the same tokens."""
+    for role, name, kind in (
+        ("masks", record.masks, MasksRecord),
+        ("hypotheses", record.hypotheses, BeamsRecord),
+    ):
+        if name is None:
+            continue
+        found = cache.signals.get(name)
+        if not isinstance(found, kind) or found.stream != record.stream:
+            what = f"of kind {found.kind} over stream {found.stream!r}" if found else "missing"
+            raise FormatError(
+                f"{cache.path}: signal {record.name!r} was made from the {role} {name!r} over "
+                f"stream {record.stream!r}; that signal is {what}"
+            )

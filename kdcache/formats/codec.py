@@ -1,7 +1,7 @@
 """Codecs: how a teacher's distribution over V ids becomes a few entries, as records.
 
 A codec here is its name, its parameters and what follows from them for the bytes on
-disk. Selection on the device is `kdcache.dump.select`, decoding `kdcache.train.labels`.
+disk. Selection on the device is `kdcache.dump.select`, decoding `kdcache.labels`.
 """
 
 from __future__ import annotations
@@ -9,14 +9,20 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from fractions import Fraction
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, model_validator
 
 Values = Literal["uint8", "float16", "float32"]
 
 #: Range in nats of a uint8 code that no codec narrows, and of the gold log-prob.
 WIDE_RANGE_NATS = 25.0
+
+#: Largest range of any uint8 code, in nats: float32 probabilities reach no lower.
+_WIDEST_RANGE_NATS = 80.0
+
+#: ln of the largest vocabulary, whose ids have three bytes.
+_MAX_LOG_VOCAB = 24 * math.log(2)
 
 
 def _fraction(value: object) -> object:
@@ -71,8 +77,27 @@ class _Codec(BaseModel):
 
     @property
     def drawn_weight(self) -> float:
-        """Weight of a drawn entry (times its count where counts are stored)."""
+        """Weight of a drawn entry (times its count where counts are stored).
+
+        Where log-probs are stored with the draws it is the largest: at the temperature at which
+        the id is the most probable.
+        """
         raise AssertionError("no drawn entries")
+
+    @property
+    def drawn_temperatures(self) -> tuple[float, ...]:
+        """Temperatures at which drawn entries are unbiased."""
+        return (1.0,) if self.has_drawn else ()
+
+    @property
+    def has_drawn_log_probs(self) -> bool:
+        """Whether a drawn entry stores its log-prob, from which its weights follow."""
+        return False
+
+    @property
+    def drawn_range_nats(self) -> float:
+        """Largest -log_prob, in nats, that a uint8 code of a drawn entry can say."""
+        return WIDE_RANGE_NATS
 
     @abstractmethod
     def max_exact(self, vocab_size: int) -> int:
@@ -84,7 +109,11 @@ class _Codec(BaseModel):
 
 
 class ThresholdCodec(_Codec):
-    """Keep every id with t >= c exactly; draw the others systematically with weight c."""
+    """Keep every id with t >= c exactly; draw the others systematically with weight c.
+
+    With several temperatures the largest t over them decides. A drawn entry weighs c at the
+    temperature of its largest t, and less in proportion to t at the others.
+    """
 
     name: Literal["threshold"] = "threshold"
     c: FractionFloat = Field(
@@ -95,24 +124,56 @@ class ThresholdCodec(_Codec):
         "is drawn with probability t/c and then weighs c. Smaller c: less noise, more bytes. "
         "A number or a fraction such as 1/16.",
     )
+    temperatures: tuple[Annotated[FractionFloat, Field(ge=0.1, le=100)], ...] = Field(
+        (1.0,),
+        max_length=64,
+        description="Temperatures at which the drawn entries serve, ascending, each among the "
+        "signal's own. With others than 1 alone an id is kept with the largest of its "
+        "probabilities at these temperatures, over c, and a drawn entry takes one byte more (or "
+        "as many as `values` says) for its log-prob. Hot ones are noisy: at 5, a few draws of "
+        "weight c stand for thousands of nearly equal ids.",
+    )
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        if not self.temperatures or list(self.temperatures) != sorted(set(self.temperatures)):
+            found = ", ".join(f"{t:g}" for t in self.temperatures) or "none"
+            raise ValueError(f"temperatures of the codec are {found}; they must ascend, each once")
+        return self
 
     @property
     def range_nats(self) -> float:
-        return -math.log(self.c)
+        # An id with t >= c at T: its log-prob is at least T ln c, less where T < 1.
+        reach = -math.log(self.c)
+        most = max(t * reach + max(0.0, 1 - t) * _MAX_LOG_VOCAB for t in self.temperatures)
+        return min(most, max(reach, _WIDEST_RANGE_NATS))
 
     @property
     def has_drawn(self) -> bool:
         return True
 
     @property
+    def drawn_temperatures(self) -> tuple[float, ...]:
+        return self.temperatures
+
+    @property
+    def has_drawn_log_probs(self) -> bool:
+        return self.temperatures != (1.0,)
+
+    @property
+    def drawn_range_nats(self) -> float:
+        return min(WIDE_RANGE_NATS * max(1.0, self.temperatures[-1]), _WIDEST_RANGE_NATS)
+
+    @property
     def drawn_weight(self) -> float:
         return self.c
 
+    # Over all ids the largest probabilities sum to at most 1 for each temperature.
     def max_exact(self, vocab_size: int) -> int:
-        return min(vocab_size, math.floor(1 / self.c) + 1)
+        return min(vocab_size, math.floor(len(self.temperatures) / self.c) + 1)
 
     def max_drawn(self, vocab_size: int) -> int:
-        return min(vocab_size, math.floor(1 / self.c) + 1)
+        return min(vocab_size, math.floor(len(self.temperatures) / self.c) + 1)
 
 
 class TopKCodec(_Codec):

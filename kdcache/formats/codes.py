@@ -2,12 +2,13 @@
 
 An exact entry's uint8 code i means a log-prob of -(i/255)^2 x the codec's range: fine near
 probability 1, coarse where little mass lies. It is rounded stochastically in probability,
-so the mean over roundings is the probability itself. `gold` uses the same law over
+so the mean over roundings is the probability itself. Where drawn entries have log-probs, their
+codes follow the same law over a range of their own. `gold` uses the same law over
 `WIDE_RANGE_NATS`, rounded to the nearest; `entropy` is linear up to ln V, its largest value,
 and rounded stochastically. Tail sums are float16 nats as they are.
 """
 
-# E entries, N positions, V vocabulary
+# E entries, D drawn entries, N positions, V vocabulary
 
 from __future__ import annotations
 
@@ -39,8 +40,25 @@ def exact_log_probs(codec: Codec, codes: np.ndarray) -> np.ndarray:
     Returns:
         [E] float32 nats.
     """
+    return _log_probs(codec, codes, codec.range_nats)
+
+
+def drawn_log_probs(codec: Codec, codes: np.ndarray) -> np.ndarray:
+    """Log-probs of drawn entries from their codes, where the codec stores them.
+
+    Args:
+        codec: whose `values` say what the codes are.
+        codes: [D] uint8, float16 or float32.
+
+    Returns:
+        [D] float32 nats.
+    """
+    return _log_probs(codec, codes, codec.drawn_range_nats)
+
+
+def _log_probs(codec: Codec, codes: np.ndarray, range_nats: float) -> np.ndarray:
     if codec.values == "uint8":
-        return code_log_probs(codec.range_nats).astype(np.float32)[codes]
+        return code_log_probs(range_nats).astype(np.float32)[codes]
     return codes.astype(np.float32)
 
 

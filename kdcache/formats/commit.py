@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -86,6 +87,53 @@ def write_data(path: Path, write: Callable[[BinaryIO], Path]) -> Path:
             raise
         sync(final.parent)
     return final
+
+
+def write_directory(path: Path, write: Callable[[Path], Path]) -> Path:
+    """Fill a folder under a temporary name, make it durable, then give it its name.
+
+    Args:
+        path: a path beside the folder; names the temporary.
+        write: fills the folder it is given, every file through `write_file`, and returns the
+            folder's final path. What stands there is replaced.
+
+    Returns:
+        The final path.
+
+    Raises:
+        StorageError: the disk refused; the temporary is gone.
+    """
+    with storage_errors(path):
+        temporary = _temporary_beside(path)
+        try:
+            temporary.mkdir()
+            final = write(temporary)
+            for folder in [*(item for item in temporary.rglob("*") if item.is_dir()), temporary]:
+                sync(folder)
+            if final.exists():
+                shutil.rmtree(final)
+            temporary.rename(final)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        sync(final.parent)
+    return final
+
+
+def write_file(path: Path, pieces: Iterable[memoryview]) -> None:
+    """Write a file of a folder that is not yet named, durably.
+
+    Args:
+        path: of the file; its folders are made.
+        pieces: its bytes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(stream: BinaryIO) -> None:
+        for piece in pieces:
+            stream.write(piece)
+
+    _write_durably(path, write)
 
 
 def sync(path: Path) -> None:

@@ -56,27 +56,39 @@ class CorpusDigest:
 
 
 class StreamDigest:
-    """Digest of a stream: its tokenizer, the length of every sample and every token id."""
+    """Digest of a stream: its tokenizer, the length of every sample and every token id.
+
+    What is kept of every token beside its id (its segment, its loss) is in it too.
+    """
 
     def __init__(self, tokenizer_digest: str) -> None:
         """Start with no samples."""
         self._tokenizer_digest = tokenizer_digest
         self._lengths = xxhash.xxh3_128()
         self._ids = xxhash.xxh3_128()
+        self._extras: dict[str, xxhash.xxh3_128] = {}
 
-    def update(self, lengths: np.ndarray, ids: np.ndarray) -> None:
+    def update(
+        self, lengths: np.ndarray, ids: np.ndarray, extras: Mapping[str, np.ndarray] | None = None
+    ) -> None:
         """Take in the next samples.
 
         Args:
             lengths: [M] integer tokens of each sample.
             ids: [sum(lengths)] integer token ids.
+            extras: name to [sum(lengths)] uint8, the same names in every update.
         """
         self._lengths.update(np.asarray(lengths, dtype="<i8").tobytes())
         self._ids.update(np.asarray(ids, dtype="<i4").tobytes())
+        for name, values in (extras or {}).items():
+            hasher = self._extras.setdefault(name, xxhash.xxh3_128())
+            hasher.update(np.asarray(values, dtype=np.uint8).tobytes())
 
     def hexdigest(self) -> str:
         """32 hex digits of the samples so far."""
         joined = self._tokenizer_digest.encode() + self._lengths.digest() + self._ids.digest()
+        for name in sorted(self._extras):
+            joined += name.encode() + self._extras[name].digest()
         return xxhash.xxh3_128_hexdigest(joined)
 
 

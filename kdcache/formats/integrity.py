@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import google_crc32c
+import numpy as np
 import xxhash
 
 from kdcache.errors import IntegrityError, StorageError
@@ -12,7 +13,7 @@ from kdcache.formats.manifest import FileRecord
 
 CHUNK_BYTES = 1 << 20
 
-_REPAIR = "restore the file, or delete the cache and dump again"
+REPAIR = "restore the file, or delete the cache and dump again"
 
 
 class Digester:
@@ -28,12 +29,13 @@ class Digester:
         self._crc32c: int | None = 0 if crc32c else None
         self._xxh3 = xxhash.xxh3_64()
 
-    def update(self, piece: bytes) -> None:
+    def update(self, piece: bytes | memoryview) -> None:
         """Take in more bytes."""
-        self.bytes += len(piece)
+        flat = np.frombuffer(piece, dtype=np.uint8)  # crc32c takes no memoryview
+        self.bytes += len(flat)
         self._xxh3.update(piece)
         if self._crc32c is not None:
-            self._crc32c = google_crc32c.extend(self._crc32c, piece)
+            self._crc32c = google_crc32c.extend(self._crc32c, flat)
 
     @property
     def xxh3(self) -> str:
@@ -75,10 +77,32 @@ def _digest(file: Path, crc32c: bool) -> Digester:
             while piece := stream.read(CHUNK_BYTES):
                 digester.update(piece)
     except FileNotFoundError:
-        raise IntegrityError(f"{file}: missing; {_REPAIR}") from None
+        raise IntegrityError(f"{file}: missing; {REPAIR}") from None
     except OSError as error:
         raise StorageError(f"{file}: cannot be read: {error.strerror}") from None
     return digester
+
+
+def check_size(root: Path, record: FileRecord) -> None:
+    """Compare the size of a file with its record.
+
+    Args:
+        root: the cache.
+        record: what was committed.
+
+    Raises:
+        IntegrityError: it is missing or has another size.
+        StorageError: it cannot be read.
+    """
+    file = root / record.path
+    try:
+        size = file.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        raise IntegrityError(f"{file}: missing; {REPAIR}") from None
+    except OSError as error:
+        raise StorageError(f"{file}: cannot be read: {error.strerror}") from None
+    if size != record.bytes:
+        raise IntegrityError(f"{file}: {size} bytes, expected {record.bytes}; {REPAIR}")
 
 
 def check_file(root: Path, record: FileRecord, full: bool = False) -> None:
@@ -91,18 +115,12 @@ def check_file(root: Path, record: FileRecord, full: bool = False) -> None:
 
     Raises:
         IntegrityError: it is missing or its bytes are not those of the record.
+        StorageError: it cannot be read.
     """
+    check_size(root, record)
     file = root / record.path
-    try:
-        size = file.stat().st_size
-    except FileNotFoundError:
-        raise IntegrityError(f"{file}: missing; {_REPAIR}") from None
-    except OSError as error:
-        raise StorageError(f"{file}: cannot be read: {error.strerror}") from None
-    if size != record.bytes:
-        raise IntegrityError(f"{file}: {size} bytes, expected {record.bytes}; {_REPAIR}")
     found = _digest(file, crc32c=full)
     if found.xxh3 != record.xxh3:
-        raise IntegrityError(f"{file}: xxh3 {found.xxh3}, expected {record.xxh3}; {_REPAIR}")
+        raise IntegrityError(f"{file}: xxh3 {found.xxh3}, expected {record.xxh3}; {REPAIR}")
     if full and found.crc32c != record.crc32c:
-        raise IntegrityError(f"{file}: crc32c {found.crc32c}, expected {record.crc32c}; {_REPAIR}")
+        raise IntegrityError(f"{file}: crc32c {found.crc32c}, expected {record.crc32c}; {REPAIR}")

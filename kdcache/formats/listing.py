@@ -11,15 +11,15 @@ from kdcache.errors import FormatError, IntegrityError, StorageError
 from kdcache.formats.commit import is_temporary
 from kdcache.formats.manifest import (
     CommitRecord,
-    SignalRecord,
     commit_path,
     read_record,
     signal_path,
 )
+from kdcache.formats.signals import SignalRecord, signal_class
 
 _COMMIT_NAME = re.compile(r"([a-z][a-z0-9_]*)\.(\d{5,12})\.json")
 _SIGNAL_NAME = re.compile(r"([a-z][a-z0-9_]*)\.json")
-_DATA_NAME = re.compile(r"\d{5,12}\.\d{1,6}-[0-9a-f]{16}\.arrow")
+_DATA_NAME = re.compile(r"\d{5,12}\.\d{1,6}-[0-9a-f]{16}\.(arrow|zarr)")
 
 
 def names_in(folder: Path) -> list[str]:
@@ -79,7 +79,7 @@ def read_signal(root: Path, name: str) -> SignalRecord:
     """
     path = signal_path(name)
     try:
-        record = read_record(SignalRecord, root, path)
+        record = read_record(signal_class, root, path)
     except FileNotFoundError:
         raise FormatError(f"{root / path}: missing; no signal {name!r} in the cache") from None
     if record.name != name:
@@ -88,12 +88,16 @@ def read_signal(root: Path, name: str) -> SignalRecord:
 
 
 def leftovers(root: Path, named: Set[str]) -> list[str]:
-    """Paths of temporary files, and of data files that are not named, inside a cache.
+    """Paths of what is temporary, and of parts that are not named, inside a cache.
 
     Args:
         root: the cache.
         named: paths inside the cache that commits name.
+
+    Returns:
+        Files, and folders whose whole content goes with them.
     """
+    parts = {part_of(path) for path in named}
     found = []
     for folder in ["", *(name for name in names_in(root) if (root / name).is_dir())]:
         # Tokenizers lie one folder deeper and have no data files.
@@ -102,7 +106,34 @@ def leftovers(root: Path, named: Set[str]) -> list[str]:
         for place in inner:
             for name in names_in(root / place):
                 path = f"{place}/{name}" if place else name
-                loose = _DATA_NAME.fullmatch(name) and path not in named
-                if (is_temporary(name) or loose) and (root / path).is_file():
+                loose = _DATA_NAME.fullmatch(name) and path not in parts
+                # A Zarr group is a folder, everything else of ours a file.
+                ours = (root / path).is_dir() if name.endswith(".zarr") else (root / path).is_file()
+                if ours and (is_temporary(name) or loose):
                     found.append(path)
+    return found
+
+
+def part_of(path: str) -> str:
+    """The part that a data file belongs to: itself, or its Zarr group's folder.
+
+    Args:
+        path: inside the cache.
+    """
+    return "/".join(path.split("/")[:2])
+
+
+def unnamed_in(root: Path, folder: Path, named: Set[str]) -> list[str]:
+    """Paths inside the cache of what lies in a Zarr group and is not named.
+
+    Args:
+        root: the cache.
+        folder: of the group.
+        named: paths inside the cache that commits name.
+    """
+    found = []
+    for item in sorted(folder.rglob("*")):
+        path = item.relative_to(root).as_posix()
+        if not item.is_dir() and path not in named:
+            found.append(path)
     return found

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import google_crc32c
+import xxhash
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kdcache.errors import FormatError, IntegrityError, StorageError
-from kdcache.formats.codec import Codec
-from kdcache.formats.schema import MAX_VOCAB_SIZE
+
+#: Largest vocabulary that an id of two plus one bytes can name.
+MAX_VOCAB_SIZE = 1 << 24
 
 FORMAT_VERSION = 1
 MIN_READER_VERSION = 1
@@ -56,7 +58,6 @@ CachePath = Annotated[str, AfterValidator(inside)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16,64}$")]
 Crc32c = Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
 Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
-Temperature = Annotated[float, Field(gt=0)]
 
 
 class Record(BaseModel):
@@ -75,7 +76,11 @@ class FileRecord(Record):
 
 
 class TokenizerRecord(Record):
-    """One tokenizer and the files of its transformers directory."""
+    """One tokenizer and the files of its transformers directory.
+
+    `special_ids` are the ids of all special tokens, ascending: those with a role and those that
+    the tokenizer only flags so.
+    """
 
     digest: Digest
     vocab_size: VocabSize
@@ -83,16 +88,21 @@ class TokenizerRecord(Record):
     eos_id: Count | None
     bos_id: Count | None
     unk_id: Count | None
+    mask_id: Count | None = None
+    special_ids: list[Count] = Field(default_factory=list)
     files: list[FileRecord]
 
 
 class StreamRecord(Record):
-    """One stream: the tokens of one raw field under one tokenizer.
+    """One stream: the tokens of one raw field, or of a pair of them, under one tokenizer.
 
-    `digest` is over the tokenizer and every token, see `identity.StreamDigest`.
+    `template` chat: the field holds messages, and the tokens are those of the tokenizer's chat
+    template. `digest` is over the tokenizer and every token, see `identity.StreamDigest`.
     """
 
     field: Name
+    pair: Name | None = None
+    template: Literal["none", "chat"] = "none"
     tokenizer: Name
     target: bool
     digest: Digest
@@ -128,7 +138,8 @@ class CorpusRecord(Record):
     """What was dumped.
 
     `digest` is over sample ids and rows, see `identity.CorpusDigest`; `num_rows` counts the
-    rows read, `dropped` those left out, by reason.
+    rows read, `dropped` those left out, by reason. `tasks` names the sub-corpora in their order
+    (none where there is one corpus), `label` the field that holds a sample's gold label.
     """
 
     digest: Digest
@@ -136,6 +147,8 @@ class CorpusRecord(Record):
     num_rows: Count
     dropped: dict[str, Count]
     fields: list[Name]
+    tasks: list[Name] = Field(default_factory=list)
+    label: Name | None = None
 
 
 class Manifest(Record):
@@ -154,11 +167,15 @@ class Manifest(Record):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         _contiguous("shards", self.shards, 0, self.corpus.num_samples)
-        if len(set(self.corpus.fields)) != len(self.corpus.fields):
-            raise ValueError(f"corpus.fields repeats a name: {self.corpus.fields}")
+        for key, names in (("fields", self.corpus.fields), ("tasks", self.corpus.tasks)):
+            if len(set(names)) != len(names):
+                raise ValueError(f"corpus.{key} repeats a name: {names}")
+        if self.corpus.label not in (None, *self.corpus.fields):
+            raise ValueError(f"corpus.label: no field {self.corpus.label!r} in the corpus")
         for name, stream in self.streams.items():
-            if stream.field not in self.corpus.fields:
-                raise ValueError(f"streams.{name}: no field {stream.field!r} in the corpus")
+            for field in (stream.field, stream.pair):
+                if field not in (None, *self.corpus.fields):
+                    raise ValueError(f"streams.{name}: no field {field!r} in the corpus")
             if stream.tokenizer not in self.tokenizers:
                 raise ValueError(f"streams.{name}: no tokenizer {stream.tokenizer!r}")
         for name, tokenizer in self.tokenizers.items():
@@ -168,72 +185,50 @@ class Manifest(Record):
         return self
 
 
-class TeacherRecord(Record):
-    """The model that spoke: where it came from and what identifies it."""
-
-    path: str
-    revision: str | None
-    digest: Digest
-    config_digest: Digest
-    model_type: str
-    dtype: str
-
-
-class SignalRecord(Record):
-    """signals/NAME.json: what a teacher says about one stream, and how it is coded."""
-
-    name: SignalName
-    kind: Literal["logits"] = "logits"
-    stream: Name
-    source: Name
-    stream_digest: Digest
-    source_digest: Digest
-    vocab_size: VocabSize
-    codec: Codec
-    temperatures: Annotated[tuple[Temperature, ...], Field(strict=False, max_length=64)]
-    seed: Count
-    teacher: TeacherRecord
-    recipe: dict[str, Any]
-    versions: dict[str, str]
-
-    @model_validator(mode="after")
-    def _usable(self) -> Self:
-        try:
-            self.codec.max_exact(self.vocab_size)
-        except OverflowError:
-            raise ValueError("codec: its parameters are out of range") from None
-        if list(self.temperatures) != sorted(set(self.temperatures)):
-            raise ValueError(f"temperatures {list(self.temperatures)} do not ascend")
-        return self
-
-
 class PartRecord(_Range):
-    """One data file of a shard and the samples in it, counted over the whole corpus."""
+    """One part of a shard: its files, and its samples counted over the whole corpus.
 
-    file: FileRecord
+    An Arrow part is one file; a Zarr part is a directory, all its files listed in order of path.
+    """
+
+    files: Annotated[list[FileRecord], Field(min_length=1)]
 
 
 class CommitRecord(_Range):
     """commits/SIGNAL.SHARD.json: what makes one signal's shard real.
 
-    `tokens` counts the positions of the signal's stream (of all streams for `samples`), and
-    `entries` the records of every ragged column.
+    `tokens` counts what the signal describes, one by one (see `units.label_counts`; the tokens
+    of all streams for `samples`), and `entries` the records of every column. `inputs` are the
+    signals it was made from (masks, hypotheses) and the digest of their commit of this shard.
     """
 
     signal: Name
     shard: Count
     tokens: Count
     entries: dict[str, Count]
+    inputs: dict[Name, Digest] = Field(default_factory=dict)
     parts: list[PartRecord]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         _contiguous("parts", self.parts, self.start, self.stop)
         for number, part in enumerate(self.parts):
-            expected = data_path(self.signal, self.shard, number, part.file.xxh3)
-            if part.file.path != expected:
-                raise ValueError(f"parts.{number}: path {part.file.path}, expected {expected}")
+            expected = part_path(self.signal, self.shard, number, part.files)
+            paths = [file.path for file in part.files]
+            if len(paths) == 1 and paths[0] != expected:
+                raise ValueError(f"parts.{number}: path {paths[0]}, expected {expected}")
+            elsewhere = [path for path in paths if not path.startswith(f"{expected}/")]
+            if len(paths) > 1 and elsewhere:
+                raise ValueError(f"parts.{number}: path {elsewhere[0]}, expected one in {expected}")
+            if paths != sorted(set(paths)):
+                raise ValueError(f"parts.{number}: its files are not in order of path")
         return self
+
+    @property
+    def digest(self) -> str:
+        """32 hex digits over the digests of all files, in order."""
+        joined = "".join(file.xxh3 for part in self.parts for file in part.files)
+        return xxhash.xxh3_128_hexdigest(joined.encode())
 
 
 def _contiguous(what: str, ranges: Sequence[_Range], start: int, stop: int) -> None:
@@ -246,9 +241,24 @@ def _contiguous(what: str, ranges: Sequence[_Range], start: int, stop: int) -> N
         raise ValueError(f"{what} end at sample {at}, expected {stop}")
 
 
-def data_path(signal: str, shard: int, part: int, xxh3: str) -> str:
-    """Path of a data file inside the cache."""
-    return f"{signal}/{shard:05d}.{part}-{xxh3}.arrow"
+def part_path(signal: str, shard: int, part: int, files: Sequence[FileRecord]) -> str:
+    """Path of a part inside the cache: an Arrow file, or the directory of a Zarr group.
+
+    Args:
+        signal: signal name, or "samples".
+        shard: shard number.
+        part: part number.
+        files: its files; of a Zarr group all, in order of path.
+    """
+    ending = "arrow" if len(files) == 1 else "zarr"
+    return f"{signal}/{shard:05d}.{part}-{part_digest(files)}.{ending}"
+
+
+def part_digest(files: Sequence[FileRecord]) -> str:
+    """16 hex digits of a part: those of its only file, or over those of all files in order."""
+    if len(files) == 1:
+        return files[0].xxh3
+    return xxhash.xxh3_64_hexdigest("".join(file.xxh3 for file in files).encode())
 
 
 def commit_path(signal: str, shard: int) -> str:
@@ -316,10 +326,18 @@ def _no_constant(name: str) -> None:
 
 
 R = TypeVar("R", bound=Record)
+#: The class of a record, or what finds it from the JSON.
+Kind = type[R] | Callable[[dict[str, Any]], type[R]]
 
 
-def decode_record(kind: type[R], data: bytes, where: str) -> R:
+def decode_record(kind: Kind[R], data: bytes, where: str) -> R:
     """Parse and validate the bytes of one record's file.
+
+    Args:
+        kind: which record it holds, or a function of its JSON that says so (by a ValueError
+            that there is none).
+        data: bytes of the file.
+        where: path for messages.
 
     Raises:
         FormatError: one line that names every fault by its path.
@@ -328,13 +346,16 @@ def decode_record(kind: type[R], data: bytes, where: str) -> R:
     if kind is Manifest:
         _check_version(tree, where)
     try:
-        return kind.model_validate(tree)
+        found: type[R] = kind if isinstance(kind, type) else kind(tree)
+        return found.model_validate(tree)
     except ValidationError as error:
         faults = [
             f"{'.'.join(map(str, fault['loc'])) or 'record'}: "
             f"{fault['msg'].removeprefix('Value error, ')}"
             for fault in error.errors()
         ]
+    except ValueError as error:
+        faults = [str(error)]
     except (RecursionError, ArithmeticError) as error:
         faults = [f"cannot be read: {type(error).__name__}"]
     shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
@@ -352,7 +373,7 @@ def _check_version(tree: dict[str, Any], where: str) -> None:
         )
 
 
-def read_record(kind: type[R], root: Path, path: str) -> R:
+def read_record(kind: Kind[R], root: Path, path: str) -> R:
     """Read one record's file of a cache.
 
     Args:

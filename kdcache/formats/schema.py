@@ -14,14 +14,21 @@ import numpy as np
 import pyarrow as pa
 
 from kdcache.errors import FormatError
-from kdcache.formats.codec import Codec, SampledCodec
+from kdcache.formats.codec import Codec, SampledCodec, Values
+from kdcache.formats.manifest import MAX_VOCAB_SIZE
 from kdcache.formats.ragged import Ragged
+from kdcache.formats.signals import (
+    BeamsRecord,
+    ClassesRecord,
+    LogitsRecord,
+    MasksRecord,
+    SignalRecord,
+)
 
 FIELD_PREFIX = "field."
 STREAM_PREFIX = "stream."
-
-#: Largest vocabulary that an id of two plus one bytes can name.
-MAX_VOCAB_SIZE = 1 << 24
+#: Column of a samples shard that names every sample's task.
+TASK = "task"
 
 _VALUE_TYPES = {"uint8": pa.uint8(), "float16": pa.float16(), "float32": pa.float32()}
 
@@ -84,19 +91,42 @@ def count_dtype(largest: int) -> np.dtype:
     raise FormatError(f"a count of {largest} does not fit four bytes")
 
 
-def samples_schema(fields: Sequence[str], streams: Mapping[str, int]) -> pa.Schema:
+def stream_extras(pair: str | None, template: str) -> tuple[str, ...]:
+    """Names of the uint8 fields that a stream's tokens have beside their id.
+
+    Args:
+        pair: second field of the stream, which gives every token a segment; None without one.
+        template: "chat" tells of every token whether it has a loss; "none" does not.
+    """
+    segment = () if pair is None else ("segment",)
+    return (*segment, "loss") if template == "chat" else segment
+
+
+def extra_fields(fields: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a stream keeps of its tokens beside the ids."""
+    return {name: values for name, values in fields.items() if name not in ("id", "id_high")}
+
+
+def samples_schema(
+    fields: Sequence[str],
+    streams: Mapping[str, int],
+    extras: Mapping[str, Sequence[str]] | None = None,
+    tasks: bool = False,
+) -> pa.Schema:
     """Schema of a samples shard.
 
     Args:
         fields: names of the raw text fields, in manifest order.
         streams: name to vocabulary size, in any order; the columns are sorted by name.
+        extras: name of a stream to the uint8 fields of its tokens beside the id; none without it.
+        tasks: whether the corpus has tasks, so that every sample names its own.
     """
     columns = [_field("sample_id", pa.binary(16)), _field("row", pa.int64())]
+    columns += [_field(TASK, pa.string())] if tasks else []
     columns += [_field(FIELD_PREFIX + name, pa.string()) for name in fields]
-    columns += [
-        _ragged_field(STREAM_PREFIX + name, id_fields(vocab_size))
-        for name, vocab_size in sorted(streams.items())
-    ]
+    for name, vocab_size in sorted(streams.items()):
+        beside = [_field(extra, pa.uint8()) for extra in (extras or {}).get(name, ())]
+        columns.append(_ragged_field(STREAM_PREFIX + name, [*id_fields(vocab_size), *beside]))
     return pa.schema(columns)
 
 
@@ -126,8 +156,66 @@ def logits_schema(codec: Codec, vocab_size: int, temperatures: Sequence[float]) 
         drawn = id_fields(vocab_size)
         if isinstance(codec, SampledCodec):
             drawn.append(_count_field("code", codec.n))
+        elif codec.has_drawn_log_probs:
+            drawn.append(_field("code", _VALUE_TYPES[codec.values]))
         columns.append(_ragged_field("drawn", drawn))
     return pa.schema(columns)
+
+
+def beams_schema(vocab_size: int) -> pa.Schema:
+    """Schema of a beams shard: hypotheses best first, and their tokens one after another.
+
+    Args:
+        vocab_size: V of the stream they are written in.
+    """
+    hypothesis = [
+        _field("num_tokens", pa.uint16()),
+        _field("log_prob", pa.float32()),
+        _field("score", pa.float32()),
+    ]
+    return pa.schema(
+        [
+            _ragged_field("hypotheses", hypothesis),
+            _ragged_field("tokens", id_fields(vocab_size)),
+        ]
+    )
+
+
+def masks_schema(vocab_size: int) -> pa.Schema:
+    """Schema of a masks shard: replicas, and their masked positions one after another.
+
+    Args:
+        vocab_size: V of the masked stream.
+    """
+    masked = [_field("position", pa.uint16()), *id_fields(vocab_size)]
+    return pa.schema(
+        [
+            _ragged_field("replicas", [_field("num_masked", pa.uint16())]),
+            _ragged_field("masked", masked),
+        ]
+    )
+
+
+def classes_schema(values: Values) -> pa.Schema:
+    """Schema of a classes shard: the scores of every label, replica by replica."""
+    return pa.schema([_ragged_field("scores", [_field("value", _VALUE_TYPES[values])])])
+
+
+def signal_schema(record: SignalRecord) -> pa.Schema:
+    """Schema of the shards of a signal that is kept in Arrow.
+
+    Raises:
+        FormatError: it is kept in Zarr.
+    """
+    if isinstance(record, LogitsRecord):
+        return logits_schema(record.codec, record.vocab_size, record.temperatures)
+    if isinstance(record, BeamsRecord):
+        return beams_schema(record.vocab_size)
+    if isinstance(record, MasksRecord):
+        return masks_schema(record.vocab_size)
+    if isinstance(record, ClassesRecord):
+        return classes_schema(record.values)
+    raise FormatError(f"signal {record.name!r} is of kind {record.kind}, which has no Arrow files")
 
 
 def _count_field(name: str, largest: int) -> pa.Field:
@@ -156,6 +244,7 @@ def samples_batch(
     rows: np.ndarray,
     fields: Mapping[str, Sequence[str]],
     streams: Mapping[str, Ragged],
+    tasks: Sequence[str] | None = None,
 ) -> pa.RecordBatch:
     """Record batch of a samples shard.
 
@@ -164,7 +253,8 @@ def samples_batch(
         sample_ids: [M, 16] uint8.
         rows: [M] integer corpus rows.
         fields: name to M texts.
-        streams: name to a ragged column with the fields of `split_ids`.
+        streams: name to a ragged column with the fields of `split_ids`, and those beside the id.
+        tasks: M names, where the schema has tasks.
     """
     packed = np.ascontiguousarray(sample_ids, dtype=np.uint8).reshape(-1)
     ids = pa.FixedSizeBinaryArray.from_buffers(
@@ -175,6 +265,8 @@ def samples_batch(
         if column.name.startswith(FIELD_PREFIX):
             texts = fields[column.name.removeprefix(FIELD_PREFIX)]
             arrays.append(pa.array(texts, type=pa.string()))
+        elif column.name == TASK:
+            arrays.append(pa.array(tasks, type=pa.string()))
         else:
             arrays.append(_list_array(column, streams[column.name.removeprefix(STREAM_PREFIX)]))
     return pa.RecordBatch.from_arrays(arrays, schema=schema)

@@ -5,16 +5,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from kdcache.errors import FormatError, StorageError
 from kdcache.formats.manifest import PartRecord
 from kdcache.formats.ragged import Ragged
-from kdcache.formats.schema import FIELD_PREFIX, STREAM_PREFIX, ragged_columns
+from kdcache.formats.schema import FIELD_PREFIX, STREAM_PREFIX, TASK, ragged_columns
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class SampleShard:
         stop: sample after the last.
         sample_id: [M, 16] uint8.
         row: [M] int64 corpus rows.
-        streams: name to ragged token ids (`schema.join_ids` makes them int32).
+        streams: name to ragged token ids (`schema.join_ids` makes them int32), and what is kept
+            beside them: `segment` of a pair, `loss` of a chat.
     """
 
     start: int
@@ -39,6 +42,34 @@ class SampleShard:
     def text(self, name: str) -> pa.Array:
         """Raw texts of one field, as an Arrow string array of M values."""
         return self._batch.column(FIELD_PREFIX + name)
+
+    def tasks(self) -> pa.Array | None:
+        """Task of every sample, as an Arrow string array of M values; None without tasks."""
+        return self._batch.column(TASK) if TASK in self._batch.schema.names else None
+
+    def task_index(self, tasks: Sequence[str]) -> np.ndarray:
+        """Task of every sample by its number.
+
+        Args:
+            tasks: the manifest's `corpus.tasks`.
+
+        Returns:
+            [M] int64 into `tasks`; 0 throughout where the corpus has none.
+
+        Raises:
+            FormatError: a sample is of a task that the manifest does not name.
+        """
+        names = self.tasks()
+        if names is None:
+            return np.zeros(len(self.row), dtype=np.int64)
+        index = pc.index_in(names, value_set=pa.array(tasks, type=pa.string()))
+        if index.null_count:
+            unknown = names.filter(index.is_null())[0].as_py()
+            raise FormatError(
+                f"samples {self.start} to {self.stop}: task {unknown!r}, expected one of "
+                f"{list(tasks)}"
+            )
+        return index.to_numpy().astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -69,7 +100,7 @@ def open_part(root: Path, part: PartRecord, schema: pa.Schema, checked: bool) ->
         FormatError: it is not one record batch of that schema with the part's samples.
         StorageError: it cannot be read.
     """
-    file = root / part.file.path
+    file = root / part.files[0].path
     try:
         with pa.memory_map(str(file)) as source, pa.ipc.open_file(source) as reader:
             if not reader.schema.equals(schema):

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from kdcache.formats.codec import Codec
 from kdcache.formats.identity import sample_id
+from kdcache.formats.manifest import CorpusRecord
 from kdcache.formats.ragged import Ragged
 from kdcache.formats.schema import join_ids
 from kdcache.formats.shard import SampleShard
@@ -34,13 +35,13 @@ def offset_faults(name: str, column: Ragged) -> list[str]:
 
 
 def sample_faults(
-    shard: SampleShard, fields: Sequence[str], streams: Mapping[str, int]
+    shard: SampleShard, corpus: CorpusRecord, streams: Mapping[str, int]
 ) -> list[str]:
     """Check one samples shard.
 
     Args:
         shard: the shard.
-        fields: raw fields in the manifest's order.
+        corpus: its fields, tasks and label.
         streams: name to vocabulary size.
     """
     faults: list[str] = []
@@ -49,13 +50,42 @@ def sample_faults(
         broken = offset_faults(f"stream {name}", column)
         faults += broken
         if not broken:
-            faults += _range_faults(f"stream {name}", join_ids(column.fields), vocab_size)
-    texts = [shard.text(name).to_pylist() for name in fields]
-    for m, values in enumerate(zip(*texts, strict=True)):
-        if sample_id(values) != shard.sample_id[m].tobytes():
+            faults += range_faults(f"stream {name}", join_ids(column.fields), vocab_size)
+            if "loss" in column.fields and column.fields["loss"].max(initial=0) > 1:
+                faults.append(f"stream {name}: a loss is neither 0 nor 1")
+    tasks = shard.tasks()
+    named = [""] * len(shard.row) if tasks is None else tasks.to_pylist()
+    unknown = sorted(set(named) - {*corpus.tasks, *([] if corpus.tasks else [""])})
+    if unknown:
+        faults.append(f"task {unknown[0]!r}, expected one of {corpus.tasks}")
+    texts = [shard.text(name).to_pylist() for name in corpus.fields]
+    golds = texts[corpus.fields.index(corpus.label)] if corpus.label else [""] * len(named)
+    rows = zip(named, golds, *texts, strict=True)
+    for m, (task, gold, *values) in enumerate(rows):
+        if sample_id(values, task, gold) != shard.sample_id[m].tobytes():
             faults.append(f"sample {shard.start + m}: sample_id is not that of its fields")
             break
     return faults
+
+
+def label_faults(name: str, column: Ragged, expected: np.ndarray | None) -> list[str]:
+    """A main column must have the records that its samples demand.
+
+    Args:
+        name: of the column.
+        column: the main column.
+        expected: [M] from `units.label_counts`; None where nothing is demanded.
+    """
+    if expected is None:
+        return []
+    wrong = np.flatnonzero(column.lengths != expected)
+    if not len(wrong):
+        return []
+    m = int(wrong[0])
+    return [
+        f"{name}: {len(wrong)} samples have another number of records than they must have, the "
+        f"first is sample {m} of the part: {int(column.lengths[m])}, expected {int(expected[m])}"
+    ]
 
 
 def logits_faults(
@@ -67,26 +97,20 @@ def logits_faults(
         codec: its codec.
         vocab_size: V.
         columns: its ragged columns.
-        lengths: [M] tokens of each sample in the signal's stream.
+        lengths: [M] labels that each sample must have.
     """
     faults = [fault for name, column in columns.items() for fault in offset_faults(name, column)]
+    faults = faults or label_faults("tokens", columns["tokens"], lengths)
     if faults:
         return faults
     tokens = columns["tokens"]
-    wrong = np.flatnonzero(tokens.lengths != lengths)
-    if len(wrong):
-        m = int(wrong[0])
-        return [
-            f"tokens: {len(wrong)} samples have another number of labels than of tokens, the "
-            f"first is sample {m} of the part: {int(tokens.lengths[m])} and {int(lengths[m])}"
-        ]
     keys: dict[str, np.ndarray] = {}
     if codec.has_exact:
         num_positions = int(tokens.offsets[-1])
         counts = tokens.fields.get("num_exact", np.full(num_positions, vocab_size))
         exact = columns["exact"]
         faults += _count_faults("exact", tokens, exact, counts, codec.max_exact(vocab_size))
-        faults += _code_faults(codec, exact.fields["code"])
+        faults += _code_faults(codec, "exact", exact.fields["code"])
         if not faults and "id" in exact.fields:
             faults += _id_faults("exact", exact, counts, vocab_size, keys)
     if codec.has_drawn:
@@ -98,6 +122,8 @@ def logits_faults(
             faults += _id_faults("drawn", drawn, counts, vocab_size, keys)
             if codec.name == "sampled":
                 faults += _draw_faults(codec.n, counts, drawn.fields["code"])
+            elif codec.has_drawn_log_probs:
+                faults += _code_faults(codec, "drawn", drawn.fields["code"])
     both = list(keys.values())
     if len(both) == 2 and len(np.intersect1d(both[0], both[1], assume_unique=True)):
         faults.append("drawn: an id was kept exactly at the same position")
@@ -108,7 +134,8 @@ def logits_faults(
     return faults
 
 
-def _range_faults(name: str, ids: np.ndarray, vocab_size: int) -> list[str]:
+def range_faults(name: str, ids: np.ndarray, vocab_size: int) -> list[str]:
+    """Token ids must be below V."""
     if len(ids) and int(ids.max()) >= vocab_size:
         return [f"{name}: id {int(ids.max())}, the vocabulary has {vocab_size}"]
     return []
@@ -120,12 +147,27 @@ def _count_faults(
     """Entries counted at the positions must be those the column has, sample by sample."""
     if len(counts) and int(counts.max()) > most:
         return [f"{name}: {int(counts.max())} entries at one position, at most {most} expected"]
+    return sum_faults(name, tokens, column, counts, f"num_{name}")
+
+
+def sum_faults(
+    name: str, outer: Ragged, column: Ragged, counts: np.ndarray, field: str
+) -> list[str]:
+    """What the records of one column count must be the records of another, sample by sample.
+
+    Args:
+        name: of the counted column.
+        outer: the column that counts.
+        column: the counted column.
+        counts: one for every record of `outer`.
+        field: what holds them, for messages.
+    """
     ends = np.zeros(len(counts) + 1, dtype=np.int64)
     np.cumsum(counts, out=ends[1:])
-    wrong = np.flatnonzero(ends[tokens.offsets] != column.offsets)
+    wrong = np.flatnonzero(ends[outer.offsets] != column.offsets)
     if len(wrong):
         m = int(wrong[0]) - 1
-        return [f"{name}: entries of sample {m} of the part do not add up to num_{name}"]
+        return [f"{name}: entries of sample {m} of the part do not add up to {field}"]
     return []
 
 
@@ -134,7 +176,7 @@ def _id_faults(
 ) -> list[str]:
     """Ids must be below V and ascend within a position; leaves (position, id) keys behind."""
     ids = join_ids(column.fields).astype(np.int64)
-    faults = _range_faults(name, ids, vocab_size)
+    faults = range_faults(name, ids, vocab_size)
     position = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
     key = position * (1 << 24) + ids
     if np.any(key[1:] <= key[:-1]):
@@ -145,14 +187,14 @@ def _id_faults(
     return faults
 
 
-def _code_faults(codec: Codec, codes: np.ndarray) -> list[str]:
+def _code_faults(codec: Codec, name: str, codes: np.ndarray) -> list[str]:
     if codec.values == "uint8":
         return []
     bad = np.isnan(codes) | (codes > _ABOVE_ZERO_NATS)
     if codec.name == "threshold":
         bad |= np.isinf(codes)
     if bad.any():
-        return [f"exact.code: {int(bad.sum())} values are no log-probs"]
+        return [f"{name}.code: {int(bad.sum())} values are no log-probs"]
     return []
 
 

@@ -11,18 +11,22 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from kdcache.errors import FormatError, StorageError
 from kdcache.formats.cache import Cache, open_cache
+from kdcache.formats.dense import DenseRecord
 from kdcache.formats.identity import CorpusDigest, StreamDigest
 from kdcache.formats.integrity import check_file
-from kdcache.formats.listing import leftovers, list_commits, list_signals
+from kdcache.formats.listing import leftovers, list_commits, list_signals, unnamed_in
 from kdcache.formats.manifest import SAMPLES, CommitRecord, FileRecord
 from kdcache.formats.ragged import Ragged
-from kdcache.formats.schema import STREAM_PREFIX, join_ids
+from kdcache.formats.schema import STREAM_PREFIX, extra_fields, join_ids
 from kdcache.formats.shard import SampleShard
-from kdcache.formats.structure import logits_faults, sample_faults
+from kdcache.formats.signals import AttentionRecord, HiddenRecord, SignalRecord
+from kdcache.formats.structure import sample_faults
+from kdcache.formats.structure_dense import dense_faults
+from kdcache.formats.structure_ragged import ragged_faults
+from kdcache.formats.units import MAIN_COLUMN, label_counts
 from kdcache.progress import progress
 
 
@@ -159,7 +163,7 @@ class _Verifier:
         if not self._guarded(lambda: record.append(self.cache.commit_record(signal, shard))):
             self.unread.add(f"{signal}/{shard:05d}.")
             return None
-        sound = self._files([part.file for part in record[0].parts])
+        sound = self._files([file for part in record[0].parts for file in part.files])
         return record[0] if sound else None
 
     def _samples(self, shards: set[int], advance: Callable[[], object]) -> None:
@@ -180,7 +184,8 @@ class _Verifier:
                 continue
             corpus.update(samples.sample_id, samples.row)
             for name, column in samples.streams.items():
-                digests[name].update(column.lengths, join_ids(column.fields))
+                ids, extras = join_ids(column.fields), extra_fields(column.fields)
+                digests[name].update(column.lengths, ids, extras)
                 totals[name] += _records(column)
         if whole:
             self._compare("corpus digest", corpus.hexdigest(), manifest.corpus.digest)
@@ -196,8 +201,8 @@ class _Verifier:
             return None
         samples, manifest = opened[0], self.cache.manifest
         vocab_sizes = {name: stream.vocab_size for name, stream in manifest.streams.items()}
-        where = record.parts[0].file.path
-        faults = sample_faults(samples, manifest.corpus.fields, vocab_sizes)
+        where = record.parts[0].files[0].path
+        faults = sample_faults(samples, manifest.corpus, vocab_sizes)
         for fault in faults:
             self._fault(where, fault)
         if faults:
@@ -217,28 +222,51 @@ class _Verifier:
 
     def _signal(self, name: str, shards: set[int], advance: Callable[[], object]) -> None:
         self._covered(name, shards)
-        schema = self.cache.signal_schema(name)
+        signal = self.cache.signals[name]
         for shard in sorted(shards & set(range(self.cache.num_shards))):
             advance()
             record = self._commit(name, shard)
-            if record is not None and shard in self.lengths:
-                self._guarded(partial(self._labels, record, schema))
+            if record is None or shard not in self.lengths:
+                continue
+            if isinstance(signal, HiddenRecord | AttentionRecord):
+                self._guarded(partial(self._dense, signal, record))
+            else:
+                self._guarded(partial(self._ragged, signal, record))
 
-    def _labels(self, record: CommitRecord, schema: pa.Schema) -> None:
-        """Structure of one shard of a signal, against its stream."""
-        signal = self.cache.signals[record.signal]
-        lengths = self.lengths[record.shard][signal.stream]
+    def _ragged(self, signal: SignalRecord, record: CommitRecord) -> None:
+        """Structure of one shard of a signal in Arrow, against what it describes."""
         opened = self.cache.signal_shard(record.signal, record.shard)
-        entries = dict.fromkeys(schema.names, 0)
+        expected = label_counts(self.cache, signal, record.shard)
+        lengths = self.lengths[record.shard][signal.stream]
+        entries = dict.fromkeys(self.cache.signal_schema(record.signal).names, 0)
         for part, (start, stop, columns) in zip(record.parts, opened.parts, strict=True):
-            mine = lengths[start - record.start : stop - record.start]
-            for fault in logits_faults(signal.codec, signal.vocab_size, columns, mine):
-                self._fault(part.file.path, fault)
+            mine = slice(start - record.start, stop - record.start)
+            counts = None if expected is None else expected[mine]
+            for fault in ragged_faults(signal, columns, counts, lengths[mine]):
+                self._fault(part.files[0].path, fault)
             for column, ragged in columns.items():
                 entries[column] += _records(ragged)
+        self._counts(record, entries, entries[MAIN_COLUMN[signal.kind]])
+
+    def _dense(self, signal: DenseRecord, record: CommitRecord) -> None:
+        """Structure of one shard of a dense signal: its files, every chunk and value."""
+        opened = self.cache.dense_shard(record.signal, record.shard)
+        lengths = self.lengths[record.shard][signal.stream]
+        for part in opened.parts:
+            for path in unnamed_in(self.cache.path, part.folder, self.named):
+                self._fault(path, "its commit does not name this file; remove it")
+            mine = slice(part.start - record.start, part.stop - record.start)
+            counts = np.diff(opened.offsets)[mine]
+            for fault in dense_faults(signal, part, counts, lengths[mine]):
+                self._fault(str(part.folder.relative_to(self.cache.path)), fault)
+        rows = int(opened.offsets[-1])
+        self._counts(record, {MAIN_COLUMN[signal.kind]: rows}, rows)
+
+    def _counts(self, record: CommitRecord, entries: dict[str, int], tokens: int) -> None:
+        """What a commit counts must be what its files hold."""
         where = f"the commit of {record.signal!r} shard {record.shard}"
         self._compare(f"entries in {where}", entries, record.entries)
-        self._compare(f"tokens in {where}", int(lengths.sum()), record.tokens)
+        self._compare(f"tokens in {where}", tokens, record.tokens)
 
 
 def _records(column: Ragged) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 
 from kdcache.errors import IntegrityError
 from kdcache.formats.ragged import Ragged, gather, offsets_of
+from kdcache.formats.units import MAIN_COLUMN, label_counts
 
 if TYPE_CHECKING:
     from kdcache.formats.cache import Cache
@@ -29,7 +30,7 @@ class WindowReader:
             cache: the cache.
             shards: shard numbers, in the order of the window.
             streams: streams to serve.
-            signals: signals to serve.
+            signals: signals to serve, of kinds that are kept in Arrow.
 
         Raises:
             FormatError: a stream or signal is not in the cache, or a file is damaged.
@@ -48,14 +49,17 @@ class WindowReader:
         self._parts: dict[str, list[dict[str, Ragged]]] = {}
         self._part_starts: dict[str, np.ndarray] = {}
         for name in signals:
-            stream = cache.signal(name).stream
+            record = cache.signal(name)
             parts: list[dict[str, Ragged]] = []
             counts: list[int] = []
-            for shard, held in zip(shards, samples, strict=True):
-                tokens = held.streams[stream].lengths
-                for start, stop, columns in cache.signal_shard(name, shard).parts:
-                    mine = tokens[start - held.start : stop - held.start]
-                    _check_lengths(cache, name, shard, mine, columns["tokens"].lengths)
+            for shard in shards:
+                held = cache.signal_shard(name, shard)
+                expected = label_counts(cache, record, shard)
+                for start, stop, columns in held.parts:
+                    if expected is not None:
+                        mine = expected[start - held.start : stop - held.start]
+                        found = columns[MAIN_COLUMN[record.kind]].lengths
+                        _check_lengths(cache, name, shard, mine, found)
                     parts.append(columns)
                     counts.append(stop - start)
             self._parts[name] = parts
@@ -108,14 +112,14 @@ def _locate(starts: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _check_lengths(
-    cache: Cache, name: str, shard: int, tokens: np.ndarray, labels: np.ndarray
+    cache: Cache, name: str, shard: int, expected: np.ndarray, labels: np.ndarray
 ) -> None:
-    """Labels of another length than their tokens would slide against them."""
-    wrong = np.flatnonzero(tokens != labels)
+    """Labels of another number than what they describe would slide against it."""
+    wrong = np.flatnonzero(expected != labels)
     if len(wrong):
         first = int(wrong[0])
         raise IntegrityError(
             f"{cache.path}: signal {name!r} shard {shard}: {len(wrong)} samples have another "
-            f"number of labels than of tokens, the first {int(labels[first])} labels for "
-            f"{int(tokens[first])} tokens; delete the cache and dump again"
+            f"number of labels than they must have, the first {int(labels[first])}, "
+            f"expected {int(expected[first])}; delete the cache and dump again"
         )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self, TypeVar
 
+import numpy as np
 import pyarrow as pa
 
 from kdcache.errors import FormatError, IdentityError, KDCacheError, StorageError
@@ -18,9 +20,12 @@ from kdcache.formats.commit import (
     is_temporary,
     storage_errors,
     write_data,
+    write_directory,
 )
+from kdcache.formats.data_files import write_group, write_ipc
+from kdcache.formats.dense import SCALE, VALUES
 from kdcache.formats.identity import differences
-from kdcache.formats.integrity import CHUNK_BYTES, Digester, check_file, digest_bytes
+from kdcache.formats.integrity import check_file, digest_bytes
 from kdcache.formats.listing import leftovers, list_commits, names_in, read_commit
 from kdcache.formats.manifest import (
     MANIFEST_NAME,
@@ -30,14 +35,15 @@ from kdcache.formats.manifest import (
     Manifest,
     PartRecord,
     Record,
-    SignalRecord,
     commit_path,
-    data_path,
     encode_record,
     inside,
+    part_digest,
+    part_path,
     read_record,
     signal_path,
 )
+from kdcache.formats.signals import SignalRecord
 
 R = TypeVar("R", bound=Record)
 
@@ -139,15 +145,19 @@ class CacheWriter:
             Paths inside the cache of what was removed.
         """
         named = {
-            part.file.path
+            file.path
             for signal, shards in list_commits(self.path).items()
             for shard in shards
             for part in self.commit_record(signal, shard).parts
+            for file in part.files
         }
         removed = []
         with storage_errors(self.path):
             for path in leftovers(self.path, named):
-                (self.path / path).unlink(missing_ok=True)
+                if (self.path / path).is_dir() and not (self.path / path).is_symlink():
+                    shutil.rmtree(self.path / path)
+                else:
+                    (self.path / path).unlink(missing_ok=True)
                 removed.append(path)
         return removed
 
@@ -249,27 +259,71 @@ class CacheWriter:
                 f"samples {start} to {stop}"
             )
         if shard in self.committed(signal):
-            return self._compare_part(signal, shard, part, batch)
+            return self._compare_part(signal, shard, part, [write_ipc(batch, None)])
         record: list[FileRecord] = []
 
         def write(stream: BinaryIO) -> Path:
-            digester = _write_ipc(batch, stream)
-            record.append(digester.record(data_path(signal, shard, part, digester.xxh3)))
-            return self.path / record[0].path
+            found = write_ipc(batch, stream)
+            path = part_path(signal, shard, part, [found])
+            record.append(found.model_copy(update={"path": path}))
+            return self.path / path
 
         write_data(self.path / signal / f"{shard:05d}.{part}.arrow", write)
-        return PartRecord(start=start, stop=stop, file=record[0])
+        return PartRecord(start=start, stop=stop, files=record)
+
+    def write_dense_part(
+        self,
+        signal: str,
+        shard: int,
+        part: int,
+        start: int,
+        stop: int,
+        values: np.ndarray,
+        scale: np.ndarray | None = None,
+    ) -> PartRecord:
+        """Write one Zarr group of a shard that is to be committed.
+
+        Where the shard's commit stands, nothing is written: the bytes must be those committed.
+
+        Args:
+            signal: signal name.
+            shard: shard number.
+            part: part number, from 0.
+            start: first sample, counted over the corpus.
+            stop: sample after the last.
+            values: [rows, layers, width] as `dense.dense_arrays` says, for all of the samples.
+            scale: [rows, layers] float32, for int8.
+
+        Raises:
+            IdentityError: the shard is committed with other bytes.
+            StorageError: the disk refused; nothing is left behind.
+        """
+        arrays = {VALUES: values} | ({} if scale is None else {SCALE: scale})
+        if shard in self.committed(signal):
+            return self._compare_part(signal, shard, part, write_group(None, arrays))
+        files: list[FileRecord] = []
+
+        def write(folder: Path) -> Path:
+            found = write_group(folder, arrays)
+            path = part_path(signal, shard, part, found)
+            files.extend(f.model_copy(update={"path": f"{path}/{f.path}"}) for f in found)
+            return self.path / path
+
+        write_directory(self.path / signal / f"{shard:05d}.{part}.zarr", write)
+        return PartRecord(start=start, stop=stop, files=files)
 
     def _compare_part(
-        self, signal: str, shard: int, part: int, batch: pa.RecordBatch
+        self, signal: str, shard: int, part: int, given: list[FileRecord]
     ) -> PartRecord:
+        """The part that stands, if it has the bytes that are given."""
         standing = self.commit_record(signal, shard).parts
-        digester = _write_ipc(batch, None)
-        if part >= len(standing) or standing[part].file.xxh3 != digester.xxh3:
-            found = standing[part].file.xxh3 if part < len(standing) else "no such part"
+        found = "no such part"
+        if part < len(standing):
+            found = part_digest(standing[part].files)
+        if found != part_digest(given):
             raise IdentityError(
                 f"{self.path}: {signal} shard {shard} part {part} holds xxh3 {found} in the cache, "
-                f"{digester.xxh3} given: corpus, tokenizer or recipe changed; use those the "
+                f"{part_digest(given)} given: corpus, tokenizer or recipe changed; use those the "
                 "cache was begun with, or choose another output"
             )
         return standing[part]
@@ -284,7 +338,8 @@ class CacheWriter:
             IdentityError: a different commit of the shard stands.
         """
         for part in record.parts:
-            check_file(self.path, part.file)
+            for file in part.files:
+                check_file(self.path, file)
         return self._create(commit_path(record.signal, record.shard), record, ())
 
     def _create(
@@ -320,43 +375,6 @@ def _empty(folder: Path) -> None:
 
 def _tree(record: Record) -> dict[str, Any]:
     return record.model_dump(mode="json")
-
-
-class _DigestingSink:
-    """A file object that passes on what Arrow writes and digests it on the way."""
-
-    closed = False
-
-    def __init__(self, stream: BinaryIO | None) -> None:
-        self._stream = stream
-        self.digester = Digester()
-
-    def write(self, data: Any) -> int:
-        """Take in a buffer of Arrow's, or bytes."""
-        piece = memoryview(data)
-        if self._stream is not None:
-            self._stream.write(piece)
-        for begin in range(0, len(piece), CHUNK_BYTES):
-            self.digester.update(bytes(piece[begin : begin + CHUNK_BYTES]))
-        return len(piece)
-
-    def writable(self) -> bool:
-        """Arrow asks."""
-        return True
-
-    def flush(self) -> None:
-        """The owner of the stream flushes it."""
-
-    def close(self) -> None:
-        """The owner of the stream closes it."""
-
-
-def _write_ipc(batch: pa.RecordBatch, stream: BinaryIO | None) -> Digester:
-    """Digest a batch as an Arrow IPC file, and write it where a stream is given."""
-    sink = _DigestingSink(stream)
-    with pa.ipc.new_file(pa.PythonFile(sink, "w"), batch.schema) as writer:
-        writer.write_batch(batch)
-    return sink.digester
 
 
 def _standing(kind: type[R], root: Path, path: str) -> R | None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kdcache.report.text import listing, number, size, table
-
-#: Positions of a sample and entries of a label that are shown; JSON has all.
-MAX_POSITIONS = 12
-MAX_ENTRIES = 4
+from kdcache.formats.manifest import SAMPLES
+from kdcache.report.sample_text import sample_text
+from kdcache.report.signal_text import signal_text, signals_table
+from kdcache.report.text import listing, percent, size, table
 
 
 def inspection_text(inspection: Mapping[str, Any]) -> str:
@@ -18,30 +17,35 @@ def inspection_text(inspection: Mapping[str, Any]) -> str:
     Args:
         inspection: from `inspect_cache`.
     """
+    signals = inspection["signals"]
     blocks = [_head(inspection), _streams(inspection)]
+    if len(signals) > 1:
+        blocks.append(signals_table(signals))
     blocks += [
-        _signal(name, signal, inspection["num_shards"])
-        for name, signal in inspection["signals"].items()
+        signal_text(name, found, inspection["num_shards"]) for name, found in signals.items()
     ]
-    blocks += [_sample(sample) for sample in inspection["samples"]]
+    blocks += [sample_text(sample, signals) for sample in inspection["samples"]]
     return "\n\n".join(blocks)
 
 
 def _head(inspection: Mapping[str, Any]) -> str:
     corpus = inspection["corpus"]
     dropped = ", ".join(f"{count:,} {why}" for why, count in corpus["dropped"].items() if count)
-    sizes = ", ".join(
-        f"{name} {size(value)}" for name, value in inspection["bytes"].items() if name != "total"
-    )
+    sizes = dict(inspection["bytes"])
+    total, samples, tokenizers = (sizes.pop(key) for key in ("total", SAMPLES, "tokenizers"))
+    tasks = ", ".join(f"{name} {percent(share)}" for name, share in corpus["task_shares"].items())
+    label = f" (gold label: {corpus['label']})" if corpus["label"] else ""
     return listing(
         {
             "cache": inspection["path"],
             "format": f"version {inspection['format_version']}",
             "samples": f"{corpus['num_samples']:,} of {corpus['num_rows']:,} rows"
             + (f" ({dropped} left out)" if dropped else ""),
-            "fields": corpus["fields"],
+            **({"tasks": tasks} if tasks else {}),
+            "fields": ", ".join(corpus["fields"]) + label,
             "shards": inspection["num_shards"],
-            "size": f"{size(inspection['bytes']['total'])} ({sizes})",
+            "size": f"{size(total)} (samples {size(samples)}, signals {size(sum(sizes.values()))}, "
+            f"tokenizers {size(tokenizers)})",
             "corpus": corpus["digest"],
             "made with": ", ".join(f"{k} {v}" for k, v in inspection["versions"].items()),
         }
@@ -52,7 +56,7 @@ def _streams(inspection: Mapping[str, Any]) -> str:
     rows = [
         (
             name,
-            stream["field"],
+            _made_of(stream),
             stream["tokenizer"],
             stream["vocab_size"],
             stream["num_tokens"],
@@ -60,69 +64,13 @@ def _streams(inspection: Mapping[str, Any]) -> str:
         )
         for name, stream in inspection["streams"].items()
     ]
-    return table(("stream", "field", "tokenizer", "ids", "tokens", "per sample"), rows)
+    return table(("stream", "made of", "tokenizer", "ids", "tokens", "per sample"), rows)
 
 
-def _signal(name: str, signal: Mapping[str, Any], num_shards: int) -> str:
-    codec = dict(signal["codec"])
-    settings = ", ".join(f"{key} {number(value)}" for key, value in codec.items() if key != "name")
-    entries = ", ".join(f"{v:.2f} {k}" for k, v in signal["entries_per_token"].items())
-    teacher = signal["teacher"]
-    full = signal["full_float16_bytes_per_token"]
-    done = signal["num_shards_committed"]
-    unfinished = "" if done == num_shards else f" (unfinished: {done} of {num_shards} shards)"
-    values = {
-        "signal": f"{name}: {signal['kind']} of {signal['stream']}{unfinished}",
-        "teacher": f"{teacher['path']} ({teacher['model_type']}, {teacher['dtype']}, "
-        f"digest {teacher['digest'][:16]})",
-        "codec": f"{codec['name']} ({settings})",
-        "temperatures": signal["temperatures"],
-        "tokens": signal["num_tokens"],
-        "entries per token": entries or "-",
-        "bytes per token": f"{signal['bytes_per_token']:.2f}, labels alone "
-        f"{signal['label_bytes_per_token']:.2f} (all {signal['vocab_size']:,} ids in float16: "
-        f"{full:,})",
-    }
-    if signal["teacher_loss_nats"] is not None:
-        values["teacher's loss"] = (
-            f"{signal['teacher_loss_nats']:.3f} nats a token, perplexity "
-            f"{signal['teacher_perplexity']:.2f}; entropy {signal['entropy_nats']:.3f} nats"
-        )
-    return listing(values)
-
-
-def _sample(sample: Mapping[str, Any]) -> str:
-    lines = [f"row {sample['row']:,}"]
-    width = max(len(name) for name in sample["fields"])
-    lines += [f"  {name:<{width}}  {text}" for name, text in sample["fields"].items()]
-    for name, positions in sample["labels"].items():
-        rows = [
-            (
-                position["target"],
-                f"{position['target_probability']:.3f}",
-                f"{position['entropy_nats']:.2f}",
-                _label(position),
-            )
-            for position in positions[:MAX_POSITIONS]
-        ]
-        text = table(("target", "p", "entropy", f"{name}: exact | drawn | rest"), rows)
-        lines += [f"  {line}" for line in text.split("\n")]
-        if len(positions) > MAX_POSITIONS:
-            lines.append(f"  ... {len(positions) - MAX_POSITIONS} more positions")
-    return "\n".join(lines)
-
-
-def _label(position: Mapping[str, Any]) -> str:
-    """Entries of one position: `the .61 a .20 | an .06 | .13`."""
-    cells = []
-    for column in ("exact", "drawn"):
-        entries = position.get(column)
-        if entries is None:
-            continue
-        shown = " ".join(f"{token} {weight:.3f}" for token, weight in entries[:MAX_ENTRIES])
-        left = position[f"num_{column}"] - min(len(entries), MAX_ENTRIES)
-        more = f" +{left}" if left else ""
-        cells.append(shown + more or "-")
-    if "tail_mass" in position:
-        cells.append(f"{position['tail_mass']:.3f}")
-    return " | ".join(cells)
+def _made_of(stream: Mapping[str, Any]) -> str:
+    """The field of a stream, or its pair, or how much of a chat the assistant says."""
+    if stream["pair"]:
+        return f"{stream['field']} and {stream['pair']}, as a pair"
+    if stream["template"] == "chat":
+        return f"{stream['field']}, as a chat ({percent(stream['loss_share'])} the assistant's)"
+    return str(stream["field"])

@@ -33,6 +33,25 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:,.1f} {unit}"
 
 
+def percent(share: float) -> str:
+    """A share in hundredths: 0.1512 is `15.1%`."""
+    return f"{100 * share:.1f}%"
+
+
+def one_line(text: str, most: int | None = None) -> str:
+    """A text without line breaks and control characters, which are shown escaped.
+
+    Args:
+        text: any text.
+        most: letters that are shown; the rest is counted. None: all.
+    """
+    shown = text if most is None else text[:most]
+    rest = len(text) - len(shown)
+    # Only what prints goes to a terminal: other characters could move its cursor.
+    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+    return safe + (f" ... {rest:,} more characters" if rest else "")
+
+
 def listing(values: Mapping[str, Any]) -> str:
     """One `key  value` line per entry, nested keys joined by dots, values in one column."""
     lines = list(_flat(values, ()))

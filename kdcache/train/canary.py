@@ -16,7 +16,7 @@ import numpy as np
 from kdcache.errors import TrainingError
 from kdcache.formats.codec import WIDE_RANGE_NATS, Codec, SampledCodec, ThresholdCodec
 from kdcache.formats.codes import exact_log_probs, gold_log_probs
-from kdcache.train.labels import CodedLabels
+from kdcache.labels import CodedLabels
 from kdcache.train.stream import Batch
 
 #: Share of the positions that may disagree: none should, beyond the rounding of codes.
@@ -134,7 +134,7 @@ def _exact_against_gold(
     # What is more probable than the least of the kept entries must be among them.
     least = np.full(num, -np.inf)
     np.maximum.at(least, rows, entry)
-    if isinstance(codec, ThresholdCodec):
+    if isinstance(codec, ThresholdCodec) and 1.0 in codec.temperatures:
         least[:] = math.sqrt(-math.log(codec.c))
     missing = ~held & (gold < least - tolerance)
     return int(held.sum() + missing.sum()), int((difference > tolerance).sum() + missing.sum())

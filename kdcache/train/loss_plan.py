@@ -12,38 +12,13 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import TrainingError
+from kdcache.labels import SparseTarget
 
 # Floats of a block, per thread: it and its softmax, 2 MiB each, stay about in a core's caches.
 # Blocks of a quarter pay in calls, blocks of four times the size in memory traffic.
 _CPU_BLOCK = 2**19
 # Large enough to hide the kernel launches, small enough for a data centre card's cache.
 _CUDA_BLOCK = 2**22
-
-
-@dataclass(frozen=True)
-class SparseTarget:
-    """A density over the vocabulary for each of N positions, as a list of entries.
-
-    The density of id i at position n is uniform[n] plus every value listed for (n, i): repeats
-    add. Its mass W is taken as it is and never renormalised. None of the tensors gets a gradient.
-
-    Attributes:
-        rows: [E] int64, position of each entry, ascending.
-        ids: [E] int64, vocabulary id of each entry.
-        values: [E] float, mass of each entry.
-        uniform: [N] float, mass that every one of the V ids has besides; None for none.
-        bucket: [N] float, mass of one extra class, "an id that is not listed here", whose student
-            probability is the sum over the ids not listed; None for none. Exclusive with uniform.
-        constant: [N] float, nats, what the loss adds to make it a divergence (the negative entropy
-            of the density, or what is known of it); zeros for a cross-entropy.
-    """
-
-    rows: Tensor
-    ids: Tensor
-    values: Tensor
-    uniform: Tensor | None
-    bucket: Tensor | None
-    constant: Tensor
 
 
 @dataclass(frozen=True)

@@ -21,16 +21,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kdcache.errors import TrainingError
-from kdcache.train.loss_plan import (
-    LossPlan,
-    LossTerm,
-    SparseTarget,
-    TermPlan,
-    compute_dtype,
-    plan_terms,
-)
+from kdcache.labels import SparseTarget
+from kdcache.train.loss_plan import LossPlan, LossTerm, TermPlan, compute_dtype, plan_terms
 
-__all__ = ["LossTerm", "SparseTarget", "cross_entropy", "forward_kl", "fused_loss", "hard_target"]
+__all__ = ["LossTerm", "cross_entropy", "forward_kl", "fused_loss", "hard_target"]
 
 _SPENT = "_kdcache_spent"  # marks a tensor whose logits an inplace loss has overwritten
 

@@ -5,15 +5,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 
 from kdcache.errors import IdentityError, RecipeError
-from kdcache.formats.manifest import SignalRecord
+from kdcache.formats.signals import LogitsRecord, SignalRecord
+from kdcache.labels import SparseTarget, decode, resolve_tail
 from kdcache.recipe import CrossEntropyTerm, ForwardKLTerm, Term
-from kdcache.train.labels import decode, resolve_tail
-from kdcache.train.losses import LossTerm, SparseTarget, hard_target
+from kdcache.train.losses import LossTerm, hard_target
+from kdcache.train.narrowing import narrowed
 from kdcache.train.stream import Batch
 
 
@@ -45,7 +45,7 @@ class Objective:
                 "train.objective has no term with a weight; give at least "
                 "{loss: cross_entropy, weight: 1.0}"
             )
-        self.records: dict[str, SignalRecord] = {}
+        self.records: dict[str, LogitsRecord] = {}
         for number, term in enumerate(terms):
             if isinstance(term, ForwardKLTerm) and term.weight > 0:
                 record = _checked(f"train.objective.{number}", term, signals, source, target)
@@ -92,11 +92,17 @@ class Objective:
                 coded = batch.labels_of[term.signal]
                 target = decode(coded, temperature, term.tail)
                 if coded.spec.vocab_size > vocab_size:
-                    target = _narrowed(target, vocab_size)
+                    target = self._narrowed(term, target, vocab_size)
                 if term.temperature_squared:
                     weight *= temperature**2
             built.append(LossTerm(target, temperature, weight, row_weight))
         return built
+
+    def _narrowed(self, term: ForwardKLTerm, target: SparseTarget, num_ids: int) -> SparseTarget:
+        """A target over the ids that the student has."""
+        record = self.records[term.signal]
+        tail = resolve_tail(record.codec, record.temperatures, term.temperature, term.tail)
+        return narrowed(target, record.vocab_size, num_ids, drawn=tail == "sampled")
 
 
 def _checked(
@@ -105,12 +111,18 @@ def _checked(
     signals: Mapping[str, SignalRecord],
     source: str,
     target: str,
-) -> SignalRecord:
+) -> LogitsRecord:
     """The signal of a term, if it can serve it."""
     record = signals.get(term.signal)
     if record is None:
         raise RecipeError(
             f"{where}.signal: cache has no signal {term.signal!r}; it has {sorted(signals)}"
+        )
+    if not isinstance(record, LogitsRecord) or not _of_references(record):
+        usable = sorted(name for name, other in signals.items() if _of_references(other))
+        raise RecipeError(
+            f"{where}.signal: {term.signal!r} is {_described(record)}; {term.loss} needs logits "
+            f"at the reference's targets, of which the cache has {usable}"
         )
     for role, found, expected in (
         ("labels stream", record.stream, target),
@@ -128,7 +140,16 @@ def _checked(
     return record
 
 
-def _narrowed(target: SparseTarget, vocab_size: int) -> SparseTarget:
-    """Without the ids that the student does not have: a teacher's padded vocabulary."""
-    keep = target.ids < vocab_size
-    return replace(target, rows=target.rows[keep], ids=target.ids[keep], values=target.values[keep])
+def _of_references(record: SignalRecord) -> bool:
+    """Whether a signal labels the tokens that a student is to predict."""
+    labels = isinstance(record, LogitsRecord) and record.at == "targets"
+    return labels and record.hypotheses is None
+
+
+def _described(record: SignalRecord) -> str:
+    """A signal in a word or three."""
+    if not isinstance(record, LogitsRecord):
+        return f"of kind {record.kind}"
+    if record.hypotheses is not None:
+        return f"logits of hypotheses ({record.hypotheses})"
+    return f"logits at {record.at}"

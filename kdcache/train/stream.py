@@ -19,7 +19,7 @@ from kdcache.formats.cache import Cache
 from kdcache.formats.ragged import Ragged
 from kdcache.formats.schema import join_ids
 from kdcache.formats.window import WindowReader
-from kdcache.train.labels import CodedLabels, LogitsSpec, coded_labels
+from kdcache.labels import CodedLabels, LogitsSpec, coded_labels
 from kdcache.train.order import (
     ORDER_VERSION,
     OrderState,
@@ -150,7 +150,7 @@ class BatchStream:
         }
         self._specs = {
             name: LogitsSpec(record.codec, record.vocab_size, tuple(record.temperatures))
-            for name, record in cache.signals.items()
+            for name, record in ((name, cache.logits(name)) for name in signals)
         }
         shards = [(shard.start, shard.stop) for shard in manifest.shards]
         self._plan = plan_digest(manifest.corpus.digest, shards)

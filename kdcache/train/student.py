@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,10 @@ from kdcache.formats.manifest import TokenizerRecord
 from kdcache.models import project_only, quiet_transformers, shift_right
 from kdcache.recipe import StudentSection
 
-#: A cache's own list of token strings; no file of a tokenizer.
-TOKENS_FILE = "tokens.json"
-
 
 def build_student(
     section: StudentSection,
     tokenizer: TokenizerRecord,
-    num_ids: int,
     vocab_size: int,
     seed: int,
 ) -> Any:
@@ -35,13 +31,12 @@ def build_student(
     Args:
         section: the recipe's student.
         tokenizer: the cache's record of the tokenizer whose ids the student predicts.
-        num_ids: ids of the streams it reads and predicts; a loaded student has at least as many.
-        vocab_size: V, rows of a new student's output projection, at least `num_ids`.
+        vocab_size: V, rows of a new student's output projection, unless its config says another
+            number.
         seed: recipe seed; a student from a config is a function of it.
 
     Raises:
-        ModelError: the config or the directory gives no encoder-decoder, or its vocabulary is
-            too small.
+        ModelError: the config or the directory gives no encoder-decoder that writes tokens.
     """
     quiet_transformers()
     if section.path is not None:
@@ -51,11 +46,10 @@ def build_student(
             model = _from_config(dict(section.config or {}), tokenizer, vocab_size)
             if section.init == "glorot":
                 initialise(model)
-    rows = output_rows(model)
-    if rows < num_ids:
+    if not output_rows(model):
         raise ModelError(
-            f"student: {rows} rows in its output projection, the cache's streams have {num_ids} "
-            "ids; use a student of the same tokenizer"
+            f"student: {type(model).__name__} has no output projection; expected an "
+            "encoder-decoder that writes tokens"
         )
     return model.train()
 
@@ -64,6 +58,13 @@ def output_rows(model: Any) -> int:
     """V, rows of a model's output projection; 0 without one."""
     projection = model.get_output_embeddings()
     return 0 if projection is None else int(projection.weight.shape[0])
+
+
+def embedding_rows(model: Any) -> tuple[int, int]:
+    """Ids that a student's encoder can read, and that its decoder can both read and write."""
+    encoder = int(model.get_input_embeddings().weight.shape[0])
+    decoder = int(model.get_decoder().get_input_embeddings().weight.shape[0])
+    return encoder, min(decoder, output_rows(model))
 
 
 def student_logits(
@@ -132,17 +133,17 @@ def initialise(model: Any) -> None:
                 parameter.zero_()
 
 
-def save_student(model: Any, tokenizer_dir: Path, out: Path) -> None:
+def save_student(model: Any, tokenizer_files: Sequence[Path], out: Path) -> None:
     """Write a transformers directory, tokenizer included, that `from_pretrained` loads.
 
     Args:
         model: the student.
-        tokenizer_dir: the cache's tokenizer directory.
+        tokenizer_files: of the tokenizer that goes with it, see `vocabulary.tokenizer_files`.
         out: a directory that is there and empty.
     """
     model.save_pretrained(out)
-    for file in sorted(tokenizer_dir.iterdir()):
-        if file.name != TOKENS_FILE and not (out / file.name).exists():
+    for file in tokenizer_files:
+        if not (out / file.name).exists():
             shutil.copyfile(file, out / file.name)
 
 

@@ -34,6 +34,7 @@ from kdcache.train.student import (
     student_logits,
 )
 from kdcache.train.validate import TokenPairs, encode, score_tokens
+from kdcache.train.vocabulary import KnownIds, check_tokenizer, tokenizer_files
 
 #: Steps whose losses may wait on an accelerator before the host reads them.
 MAX_PENDING = 64
@@ -69,16 +70,19 @@ class Trainer:
             max_epochs=section.max_epochs,
             pin=self.device.type == "cuda",
         )
-        num_ids = max(stream.vocab_size for stream in streams)
         teachers = [record.vocab_size for record in self.objective.records.values()]
-        self.tokenizer = streams[1].tokenizer
+        tokenizer = streams[1].tokenizer
+        own = check_tokenizer(section.student, cache, tokenizer)
         self.model = build_student(
             section.student,
-            cache.tokenizer(self.tokenizer),
-            num_ids,
-            max([num_ids, *teachers]),
+            cache.tokenizer(tokenizer),
+            max([*(stream.vocab_size for stream in streams), *teachers]),
             section.seed,
         ).to(self.device)
+        unknown = section.student.path is not None and not own
+        self.ids = KnownIds.of(self.model, cache, section.source, section.target, unknown)
+        self.tokenizer = tokenizer
+        self.tokenizer_files = tokenizer_files(cache, self.ids, own)
         self.vocab_size = self.objective.vocab_size(output_rows(self.model))
         self.max_positions = max_positions(self.model)
         self.optimizer = build_optimizer(section.optimizer, self.model, self.device)
@@ -96,7 +100,7 @@ class Trainer:
         sides = {"source": self.section.source, "target": self.section.target}
         signals = {
             name: record.model_dump(mode="json", include={"codec", "temperatures", "seed"})
-            | {"teacher": record.teacher.digest}
+            | {"teacher": record.teacher.digest if record.teacher else None}
             for name, record in self.objective.records.items()
         }
         return {
@@ -167,7 +171,7 @@ class Trainer:
                 f"{longest} tokens; set train.student.config.max_position_embeddings, or dump "
                 f"with dump.max_tokens {self.max_positions}"
             )
-        micro = micro.to(self.device)
+        micro = self.ids.checked(micro).to(self.device)
         with self._autocast():
             logits = student_logits(
                 self.model, micro.src, micro.src_mask, micro.labels, micro.label_mask
@@ -219,15 +223,18 @@ class Trainer:
             )
         batches = list(read_corpus(section.corpus))
         for stream in streams:
-            tokenizer = load_tokenizer(self.cache.tokenizer_dir(stream.tokenizer))
+            directory = self.cache.tokenizer_dir(stream.tokenizer)
+            if stream.tokenizer == self.tokenizer:
+                directory = self.tokenizer_files[0].parent
+            tokenizer = load_tokenizer(directory)
             texts = [text for batch in batches for text in batch.fields[stream.field]]
             sides.append(encode(tokenizer, texts, stream.target))
         pairs = TokenPairs(*sides).within(self.max_positions)
         if not len(pairs):
             raise RecipeError("train.validation.corpus: no row fits the student's positions")
+        pairs.check_ids(self.model)
         return pairs.limited(section.limit_tokens)
 
     def save_model(self, out: Path) -> None:
         """Write the student as it is now."""
-        tokenizer_dir = self.cache.tokenizer_dir(self.tokenizer)
-        publish(out, lambda folder: save_student(self.model, tokenizer_dir, folder))
+        publish(out, lambda folder: save_student(self.model, self.tokenizer_files, folder))

@@ -19,7 +19,7 @@ import torch
 
 from kdcache.errors import CorpusError
 from kdcache.progress import progress
-from kdcache.train.student import max_positions
+from kdcache.train.student import embedding_rows, max_positions
 
 
 def translate(
@@ -49,14 +49,14 @@ def translate(
         The best hypothesis of every text, in the order of the texts, special tokens left out.
 
     Raises:
-        CorpusError: a text has more tokens than the model has positions.
+        CorpusError: a text has more tokens than the model has positions, or an id it lacks.
     """
     if not texts:
         return []
     was_training = model.training
     model.eval()
     ids = [list(row) for row in tokenizer(list(texts))["input_ids"]]
-    _check_lengths(ids, max_positions(model))
+    _check_rows(ids, max_positions(model), embedding_rows(model)[0])
     hypotheses = [""] * len(texts)
     try:
         with _bar(len(texts), description) as bar, torch.inference_mode():
@@ -112,11 +112,16 @@ def _generate(
     return found
 
 
-def _check_lengths(ids: Sequence[Sequence[int]], positions: int | None) -> None:
-    """Refuse what position embeddings cannot take: torch would fail without naming the row."""
+def _check_rows(ids: Sequence[Sequence[int]], positions: int | None, num_ids: int) -> None:
+    """Refuse what the embeddings cannot take: torch would fail without naming the row."""
     for row, tokens in enumerate(ids):
         if positions is not None and len(tokens) > positions:
             raise CorpusError(
                 f"sentence {row} (from 0) has {len(tokens)} tokens; the model takes {positions}: "
                 "shorten it or leave it out"
+            )
+        if tokens and max(tokens) >= num_ids:
+            raise CorpusError(
+                f"sentence {row} (from 0) has the token id {max(tokens)}; the model has {num_ids} "
+                "ids: use the tokenizer that it was trained with, or leave it out"
             )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdcache.errors import CorpusError
 from kdcache.formats.keyed import permutation, text_key
-from kdcache.train.student import max_positions, student_logits
+from kdcache.train.student import embedding_rows, max_positions, student_logits
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,23 @@ class TokenPairs:
         sides = zip(self.src, self.tgt, strict=True)
         kept = [pair for pair in sides if max(map(len, pair)) <= positions]
         return TokenPairs([src for src, _ in kept], [tgt for _, tgt in kept])
+
+    def check_ids(self, model: Any) -> None:
+        """Refuse ids that a model has no row for: torch would fail without naming them.
+
+        Raises:
+            CorpusError: with the pair and the id.
+        """
+        for side, lists, rows in zip(
+            ("source", "target"), (self.src, self.tgt), embedding_rows(model), strict=True
+        ):
+            for number, ids in enumerate(lists):
+                if len(ids) and int(ids.max()) >= rows:
+                    raise CorpusError(
+                        f"pair {number} (from 0): its {side} has the token id {int(ids.max())}, "
+                        f"the model has {rows} ids; use the tokenizer that it was trained with, "
+                        "or leave out the pair"
+                    )
 
     def shuffled(self) -> TokenPairs:
         """Every target beside the source of another pair (of itself if there is but one)."""
@@ -130,11 +147,12 @@ def score_tokens(model: Any, pairs: TokenPairs, device: torch.device, batch_toke
     """Score encoded pairs; those longer than the model's positions are left out.
 
     Raises:
-        CorpusError: none is left.
+        CorpusError: none is left, or one has an id that the model does not know.
     """
     pairs = pairs.within(max_positions(model))
     if not len(pairs):
         raise CorpusError("nothing to score: no pair of texts fits the model's positions")
+    pairs.check_ids(model)
     longest = np.array(
         [max(1, len(s), len(t)) for s, t in zip(pairs.src, pairs.tgt, strict=True)], dtype=np.int64
     )

@@ -7,6 +7,7 @@ import torch
 
 from kdcache.dump.runner import dump
 from kdcache.recipe import parse_recipe
+from tests.dump import zoo as zoo_models
 from tests.dump.world import THRESHOLD, make_bart, make_lines, make_marian, make_t5, tree
 
 
@@ -26,6 +27,20 @@ def world(tmp_path_factory):
     make_t5(root / "t5", [*src, *tgt])
     make_bart(root / "bart", [*src, *tgt])
     return SimpleNamespace(root=root, src=src, tgt=tgt)
+
+
+@pytest.fixture(scope="session")
+def zoo(world, tmp_path_factory):
+    """Directory of a tiny model: `zoo("bert")`, `zoo("bert", "classifier")`; see zoo.py."""
+    root = tmp_path_factory.mktemp("zoo")
+
+    def directory(architecture: str, head: str = "lm"):
+        path = root / f"{architecture}-{head}"
+        if not path.exists():
+            zoo_models.make(architecture, head, path, [*world.src, *world.tgt])
+        return path
+
+    return directory
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ def test_labels_are_those_of_a_forward_per_sample(
     assert rows == list(range(60))
     assert summary["shards"] == cache.num_shards > 1
     assert max(len(cache.signal_shard("logits", s).parts) for s in range(cache.num_shards)) > 1
-    assert summary["tokens"]["tgt"] == summary["signals"]["logits"]["tokens"]
+    assert summary["tokens"]["tgt"] == summary["signals"]["logits"]["labels"]
     assert summary["bytes"] == sum(p.stat().st_size for p in tmp_path.rglob("*.arrow"))
 
 

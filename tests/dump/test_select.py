@@ -19,6 +19,10 @@ TEMPERATURES = (0.5, 1.0, 2.0, 5.0)
 CODECS = [
     pytest.param(ThresholdCodec(), id="threshold"),
     pytest.param(ThresholdCodec(c=1 / 3, values="float16"), id="threshold-float16"),
+    pytest.param(ThresholdCodec(temperatures=(1, 2, 5)), id="threshold-set"),
+    pytest.param(
+        ThresholdCodec(temperatures=(0.5, 2), values="float16"), id="threshold-set-float16"
+    ),
     pytest.param(TopKCodec(k=5), id="topk"),
     pytest.param(TopKCodec(k=1000, values="float32"), id="topk-all"),
     pytest.param(NucleusCodec(p=0.9, k_max=12), id="nucleus"),

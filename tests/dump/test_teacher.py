@@ -1,72 +1,138 @@
-import json
+"""Loading a teacher: kinds, records, refusals."""
 
-import numpy as np
+import json
+import sys
+
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoConfig, BertConfig, BertForPreTraining, T5Config, T5Model
 
 from kdcache import models
-from kdcache.dump.batches import pad, plan_batches
-from kdcache.dump.teacher import Teacher, teacher_positions
-from kdcache.dump.tokenize import Tokenizer
+from kdcache.dump.identity import own_record
+from kdcache.dump.teacher import Teacher, load_teacher, teacher_positions
 from kdcache.errors import ModelError
-from kdcache.formats.ragged import Ragged, offsets_of
-from kdcache.models import resolve_device, shift_right
 from kdcache.recipe import TeacherSection
+from tests.dump import zoo as zoo_models
+from tests.dump.reading import batch_of, close, plain
 from tests.dump.world import FAMILIES
 
 
-def load(world, family, **keys):
-    return Teacher.load(TeacherSection(path=str(world.root / family), device="cpu", **keys))
+def load(directory, needs_attention=False, **keys):
+    section = TeacherSection(path=str(directory), device="cpu", **keys)
+    return load_teacher(section, needs_attention)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("attention", [None, "eager"])
-def test_logits_are_those_of_the_plain_forward(world, family, attention):
-    teacher = load(world, family, attention=attention)
-    tokenizer = Tokenizer.load(str(world.root / family))
-    rows = np.array([5, 0, 3, 11])
-    src_ids, src_mask = pad(tokenizer.encode_ragged(world.src, False), rows, teacher.pad_id)
-    labels, mask = pad(tokenizer.encode_ragged(world.tgt, True), rows, teacher.pad_id)
-    logits = teacher.logits(*map(torch.from_numpy, (src_ids, src_mask, labels, mask)))
-    assert logits.shape == (mask.sum(), teacher.vocab_size)
-
-    model = AutoModelForSeq2SeqLM.from_pretrained(world.root / family).eval()
-    found = []
-    for row in rows:  # one by one: no padding at all
-        ids = torch.tensor([tokenizer.encode([world.src[row]], False)[0]])
-        target = torch.tensor([tokenizer.encode([world.tgt[row]], True)[0]])
-        with torch.no_grad():
-            found.append(model(input_ids=ids, labels=target).logits[0])
-    torch.testing.assert_close(logits, torch.cat(found), rtol=1e-4, atol=1e-5)
+def copied(directory, to, **config):
+    """A copy of a model's directory whose config has other values; None takes a key away."""
+    to.mkdir(exist_ok=True)
+    for file in directory.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    tree = {**json.loads((to / "config.json").read_text()), **config}
+    kept = {key: tree[key] for key in tree if config.get(key, "") is not None}
+    (to / "config.json").write_text(json.dumps(kept))
+    return to
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("known", [True, False])
-def test_pieces_are_the_whole(world, family, known, monkeypatch):
-    teacher = load(world, family)
-    bias = getattr(teacher.model, "final_logits_bias", None)
-    if bias is not None:
-        bias.copy_(torch.linspace(-1, 1, teacher.vocab_size))
-    if not known:  # a model that does more to its logits than kdcache knows of
-        forward = Teacher._forward
-        monkeypatch.setattr(Teacher, "_forward", lambda *args: forward(*args).tanh())
-    tokenizer = Tokenizer.load(str(world.root / family))
-    rows = np.array([5, 0, 3, 11])
-    src = pad(tokenizer.encode_ragged(world.src, False), rows, teacher.pad_id)
-    tgt = pad(tokenizer.encode_ragged(world.tgt, True), rows, teacher.pad_id)
-    batch = [torch.from_numpy(array) for array in (*src, *tgt)]
-    whole = teacher.logits(*batch)
-    for num_rows in (1, 7, 1000):
-        pieces = list(teacher.logits_in_pieces(*batch, num_rows * teacher.vocab_size))
-        assert [len(piece) for piece in pieces[:-1]] == [num_rows] * (len(pieces) - 1)
-        torch.testing.assert_close(torch.cat(pieces), whole, rtol=1e-5, atol=1e-5)
+KINDS = [
+    *[(name, "lm", "encoder_decoder") for name in zoo_models.ENCODER_DECODERS],
+    *[(name, "lm", "causal_lm") for name in zoo_models.CAUSAL],
+    *[(name, "lm", "masked_lm") for name in zoo_models.MASKED],
+    *[(name, "classifier", "classifier") for name in zoo_models.CLASSIFIERS],
+    *[(name, "encoder", "encoder") for name in zoo_models.ENCODERS],
+]
+
+
+@pytest.mark.parametrize(("architecture", "head", "kind"), KINDS)
+def test_the_architecture_says_the_kind(zoo, architecture, head, kind):
+    teacher = load(zoo(architecture, head))
+    assert teacher.kind == teacher.record.kind == kind
+    assert teacher.record.model_type == architecture
+    assert teacher.members == [teacher.model]
+    assert not teacher.model.training
+
+
+def test_a_kind_may_be_chosen(zoo, tmp_path):
+    assert load(zoo("bert"), kind="encoder").kind == "encoder"  # its pooler is not there
+    assert load(zoo("t5"), kind="encoder").sides == ("encoder",)
+    unnamed = copied(zoo("bert"), tmp_path / "unnamed", architectures=None)
+    with pytest.raises(ModelError, match=r"no architecture in its config.json.*set dump.teacher"):
+        load(unnamed)
+    assert load(unnamed, kind="masked_lm").kind == "masked_lm"
+    other = copied(zoo("bert"), tmp_path / "other", architectures=["BertForTokenClassification"])
+    with pytest.raises(ModelError, match="found the architecture BertForTokenClassification"):
+        load(other)
+
+
+def test_a_model_of_two_heads_is_a_masked_lm(tmp_path):
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    BertForPreTraining(BertConfig(vocab_size=30, hidden_size=8, **sizes)).save_pretrained(tmp_path)
+    assert load(tmp_path).kind == "masked_lm"
+
+
+def test_a_bare_model_of_two_stacks_is_an_encoder(tmp_path):
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    model = T5Model(T5Config(vocab_size=30, **sizes)).eval()
+    model.save_pretrained(tmp_path)
+    teacher = load(tmp_path)
+    assert (teacher.kind, teacher.sides) == ("encoder", ("encoder",))
+    with torch.no_grad():
+        expected = model.encoder(torch.tensor([[5, 6, 7]])).last_hidden_state
+    close(teacher.hidden(batch_of(teacher, [[5, 6, 7]]), "encoder", [1])[:, :, 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "head", "kind", "lacks"),
+    [
+        ("bert", "lm", "classifier", "bert.pooler.dense.bias"),
+        ("distilbert", "lm", "classifier", "classifier.bias"),
+        ("llama", "lm", "classifier", "score.weight"),
+        ("bert", "encoder", "masked_lm", "cls.predictions.bias"),
+        ("gpt2", "lm", "masked_lm", None),
+        ("bert", "lm", "encoder_decoder", None),
+    ],
+)
+def test_a_kind_that_the_model_is_not(zoo, architecture, head, kind, lacks):
+    with pytest.raises(ModelError) as error:
+        load(zoo(architecture, head), kind=kind)
+    message = str(error.value)
+    assert "\n" not in message
+    assert (f"{lacks} among them" if lacks else "transformers cannot load it as") in message
+
+
+@pytest.mark.parametrize(
+    ("architecture", "head", "ask", "message"),
+    [
+        ("bert", "lm", "scores", "kind masked_lm has no class scores; it has logits, hidden"),
+        ("bert", "classifier", "logits", "kind classifier has no logits; it has classes, hidden"),
+        ("bert", "encoder", "logits", "kind encoder has no logits; it has hidden, attention"),
+        ("bert", "lm", "decoder", "kind masked_lm has no decoder side; expected side encoder"),
+        ("gpt2", "lm", "encoder", "kind causal_lm has no encoder side; expected side decoder"),
+        ("gpt2", "lm", "first", "a causal model predicts no first token"),
+        ("bart", "lm", "decoder", "decoder side needs a source; the batch has none"),
+        ("bart", "lm", "logits", "decoder side needs a source; the batch has none"),
+    ],
+)
+def test_questions_without_an_answer(zoo, architecture, head, ask, message):
+    teacher = load(zoo(architecture, head))
+    batch = batch_of(teacher, [[5, 6, 7]])
+    at = torch.tensor([[False, True, True]])
+    questions = {
+        "scores": lambda: teacher.scores(batch),
+        "first": lambda: teacher.logits(batch, ~at),
+        "logits": lambda: teacher.logits(batch, at),
+        "encoder": lambda: teacher.hidden(batch, "encoder", [0]),
+        "decoder": lambda: teacher.hidden(batch, "decoder", [0]),
+    }
+    with pytest.raises(ModelError, match=message) as error:
+        questions[ask]()
+    assert str(error.value).startswith(str(zoo(architecture, head)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_hook_is_gone_afterwards(world, family):
-    teacher = load(world, family)
+    teacher = load(world.root / family)
     ids = torch.tensor([[5, 6, 1]])
     two = torch.tensor([[True, True, False]])
     with torch.no_grad():
@@ -77,100 +143,250 @@ def test_the_hook_is_gone_afterwards(world, family):
         assert teacher.model(input_ids=ids, decoder_input_ids=ids).logits.dim() == 3
 
 
-def test_shift_right():
-    labels = torch.tensor([[5, 6, 7], [8, -100, -100]])
-    assert shift_right(labels, pad=1, start=2).tolist() == [[2, 5, 6], [2, 8, 1]]
+def test_a_consumer_of_pieces_is_not_in_inference_mode(zoo):
+    teacher = load(zoo("gpt2"))
+    batch = batch_of(teacher, [[5, 6, 7]])
+    at = torch.tensor([[False, True, True]])
+    for _ in teacher.logits_in_pieces(batch, at, 1):
+        assert not torch.is_inference_mode_enabled()
 
 
 def test_record_is_the_weights_and_the_config(world, tmp_path):
-    first = load(world, "marian")
+    first = load(world.root / "marian")
     assert first.max_positions == 64
     assert first.record.model_type == "marian"
     assert first.record.dtype == "float32"
-    assert load(world, "marian", dtype="bfloat16").record.dtype == "bfloat16"
-    assert load(world, "t5").max_positions is None
-    assert teacher_positions(TeacherSection(path=str(world.root / "bart"))) == 48
+    assert load(world.root / "marian", dtype="bfloat16").record.dtype == "bfloat16"
 
-    for file in (world.root / "marian").iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["transformers_version"] = "0.0"
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    moved = Teacher.load(TeacherSection(path=str(tmp_path), device="cpu")).record
+    moved = load(copied(world.root / "marian", tmp_path / "a", transformers_version="0.0")).record
     assert moved.model_copy(update={"path": first.record.path}) == first.record
-    weights = load_file(tmp_path / "model.safetensors")
+    weights = load_file(tmp_path / "a" / "model.safetensors")
     weights["model.shared.weight"][5, 3] += 1e-3
-    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    changed = Teacher.load(TeacherSection(path=str(tmp_path), device="cpu")).record
+    save_file(weights, tmp_path / "a" / "model.safetensors", {"format": "pt"})
+    changed = load(tmp_path / "a").record
     assert changed.digest != first.record.digest
     assert changed.config_digest == first.record.config_digest
+    scaled = load(copied(world.root / "marian", tmp_path / "b", scale_embedding=True)).record
+    assert scaled.digest == first.record.digest
+    assert scaled.config_digest != first.record.config_digest
 
 
 def test_pickled_weights_are_not_read(world, tmp_path):
     (tmp_path / "config.json").write_bytes((world.root / "t5" / "config.json").read_bytes())
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(ModelError, match=r"found no model.safetensors"):
-        Teacher.load(TeacherSection(path=str(tmp_path), device="cpu"))
+        load(tmp_path)
 
 
-def test_a_decoder_is_no_teacher(world, tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(
-        (world.root / "t5" / "model.safetensors").read_bytes()
-    )
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(ModelError, match="cannot load it as an encoder-decoder") as error:
-        Teacher.load(TeacherSection(path=str(tmp_path), device="cpu"))
+def test_a_directory_without_a_model(zoo, tmp_path):
+    with pytest.raises(ModelError, match=r"found no model.safetensors"):
+        load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"cannot read its config.json .*No such file"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ModelError, match=r"config.json is no JSON object"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"cannot read its config.json"):
+        teacher_positions(TeacherSection(path=str(tmp_path)))
+    broken = copied(zoo("bert"), tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(ModelError, match="cannot load it as a masked LM") as error:
+        load(broken)
     assert "\n" not in str(error.value)
+
+
+def test_remote_code_is_never_run(zoo, tmp_path):
+    marker = tmp_path / "was-run"
+    remote = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.Own"}
+    own = copied(zoo("gpt2"), tmp_path / "own", model_type="own", auto_map=remote)
+    (own / "modeling_own.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    for ask in (load, lambda path: teacher_positions(TeacherSection(path=str(path)))):
+        with pytest.raises(ModelError, match="remote code is never run") as error:
+            ask(own)
+        assert "\n" not in str(error.value)
+        assert "kind: custom" in str(error.value)
+    headless = copied(
+        zoo("marian"),
+        tmp_path / "head",
+        auto_map={"AutoModelForSequenceClassification": "modeling_own.Own"},
+    )
+    (headless / "modeling_own.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    with pytest.raises(ModelError, match="remote code is never run"):
+        load(headless, kind="classifier")
+    assert load(headless).kind == "encoder_decoder"  # transformers has this one itself
+    assert not marker.exists()
+
+
+def test_a_device_that_is_full(zoo, monkeypatch):
+    def refuse(*args, **keys):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.to", refuse)
+    with pytest.raises(ModelError, match=r"cannot be moved to cpu .*memory.*device_map") as error:
+        load(zoo("gpt2"))
+    assert "\n" not in str(error.value)
+
+
+def test_device_map_needs_accelerate(zoo, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="device_map 'auto' needs the accelerate package"):
+        load(zoo("gpt2"), device_map="auto")
+
+
+def test_device_map_is_handed_on(zoo, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    asked = {}
+    load_plain = AutoModelForCausalLM.from_pretrained
+
+    def spread(*args, device_map, **keys):
+        asked["device_map"] = device_map
+        return load_plain(*args, **keys)
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spread)
+    teacher = load(zoo("gpt2"), device_map="auto")
+    assert asked == {"device_map": "auto"}
+    assert teacher.device.type == "cpu"
+
+
+POSITIONS = [
+    ("marian", "lm", 64),
+    ("t5", "lm", None),
+    ("bart", "lm", 64),
+    ("mbart", "lm", 64),
+    ("gpt2", "lm", 96),
+    ("llama", "lm", 96),
+    ("bert", "lm", 64),
+    ("roberta", "lm", 62),
+    ("modernbert", "lm", 64),
+    ("distilbert", "classifier", 64),
+    ("roberta", "encoder", 62),
+]
+
+
+@pytest.mark.parametrize(("architecture", "head", "limit"), POSITIONS)
+def test_positions(zoo, architecture, head, limit):
+    section = TeacherSection(path=str(zoo(architecture, head)), device="cpu")
+    assert teacher_positions(section) == load_teacher(section).max_positions == limit
+    if architecture in ("marian", "bart", "gpt2", "bert", "roberta", "distilbert"):
+        model = plain(zoo(architecture, head), architecture, head)
+        words = torch.full((1, limit), 6)
+        more = {"decoder_input_ids": words} if architecture in ("marian", "bart") else {}
+        with torch.no_grad():
+            model(words, **more)
+            with pytest.raises((IndexError, RuntimeError)):  # a token more has no position
+                model(torch.full((1, limit + 1), 6), **more)
+
+
+def test_positions_of_other_models():
+    from kdcache.dump.positions import max_positions
+
+    def of(model_type, **keys):
+        return max_positions(AutoConfig.for_model(model_type, **keys))
+
+    assert of("xlm-roberta", max_position_embeddings=514, pad_token_id=1) == 512
+    assert of("mpnet", max_position_embeddings=514) == 512
+    assert of("bloom") is None
+    assert of("gemma3") == AutoConfig.for_model("gemma3").text_config.max_position_embeddings
+    assert of("xlnet") is None
+
+
+class Loud(Teacher):
+    """A custom teacher: logits by rule, over eight ids."""
+
+    signals = ("logits",)
+    places = ("positions",)
+
+    def __init__(self, section):
+        self.record = own_record(section)
+        self.device = torch.device("cpu")
+        self.vocab_size = 8
+        self.loudness = section.options["loudness"]
+
+    @classmethod
+    def load(cls, section, needs_attention):
+        return cls(section)
+
+    @classmethod
+    def positions(cls, section):
+        return 17
+
+    def logits(self, batch, at):
+        return torch.nn.functional.one_hot(batch.ids[at], 8) * self.loudness
+
+
+NOTHING = 3
+
+
+class Odd(Teacher):
+    @classmethod
+    def load(cls, section, needs_attention):
+        return "odd"
+
+
+class Bare(Teacher):
+    pass
+
+
+def custom(name, **options):
+    return TeacherSection(path="x", kind="custom", model_class=name, options=options)
+
+
+def test_options_are_for_classes_of_your_own():
+    with pytest.raises(ValidationError, match="options go with kind custom alone"):
+        TeacherSection(path="x", options={"head": "sst2"})
+
+
+@pytest.fixture
+def classes(monkeypatch):
+    monkeypatch.setitem(sys.modules, "my_teachers", sys.modules[__name__])
+
+
+def test_a_class_of_your_own(classes):
+    section = custom("my_teachers:Loud", loudness=2.5)
+    teacher = load_teacher(section)
+    assert teacher_positions(section) == 17
+    batch = batch_of(teacher, [[1, 2, 3], [4, 5]])
+    at = torch.tensor([[False, True, True], [False, True, False]])
+    found = teacher.logits(batch, at)
+    assert found.argmax(1).tolist() == [2, 3, 5]
+    assert found.max() == 2.5
+    pieces = list(teacher.logits_in_pieces(batch, at, 16))
+    assert [len(piece) for piece in pieces] == [2, 1]
+    assert torch.equal(torch.cat(pieces), found)
+    for ask in (teacher.scores, lambda batch: teacher.hidden(batch, "encoder", [0])):
+        with pytest.raises(ModelError, match=r"kind custom has no .*; it has logits"):
+            ask(batch)
+    louder = load_teacher(custom("my_teachers:Loud", loudness=3.0)).record
+    assert louder.config_digest != teacher.record.config_digest
+    assert louder.kind == "custom"
 
 
 @pytest.mark.parametrize(
-    ("path", "message"),
-    [("./none", "no such directory"), ("a/b/c", "no such directory"), ("who/what", "the hub")],
+    ("name", "message"),
+    [
+        ("Loud", "expected module:Name"),
+        ("no_such_module_here:Loud", "cannot import the module 'no_such_module_here' .No module"),
+        ("my_teachers:Quiet", "the module has no 'Quiet'"),
+        ("my_teachers:NOTHING", "no subclass of kdcache.dump.teacher.Teacher"),
+        ("json:JSONDecoder", "no subclass of kdcache.dump.teacher.Teacher"),
+        ("my_teachers:Odd", "its load gave str; expected a kdcache.dump.teacher.Teacher"),
+        ("my_teachers:Bare", "the class has no classmethod load"),
+    ],
 )
-def test_no_such_teacher(path, message, monkeypatch):
-    def refuse(*args, **keys):
-        raise ConnectionError("no network\nat all")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+def test_no_class_of_your_own(classes, name, message):
     with pytest.raises(ModelError, match=message) as error:
-        models.model_directory(path)
+        load_teacher(custom(name))
     assert "\n" not in str(error.value)
+    assert name in str(error.value)
 
 
-def test_a_hub_id_is_resolved_to_its_commit(tmp_path, monkeypatch):
-    snapshot = tmp_path / "0123abc"
-    snapshot.mkdir()
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: str(snapshot))
-    assert models.model_directory("who/what", "main") == (snapshot, "0123abc")
-    with pytest.raises(ModelError, match="no revision"):
-        models.model_directory(str(tmp_path), "main")
-
-
-def test_devices():
-    assert resolve_device("cpu").type == "cpu"
-    assert resolve_device("auto").type in ("cpu", "cuda", "mps")
-    with pytest.raises(ModelError, match="device 'warp'"):
-        resolve_device("warp")
-    with pytest.raises(ModelError, match=r"found . cuda devices"):
-        resolve_device("cuda:99")
-
-
-def test_batches_hold_every_sample_once_within_the_budget():
-    generator = np.random.Generator(np.random.PCG64(1))
-    src, tgt = generator.integers(1, 40, (2, 500))
-    plan = plan_batches(src, tgt, 300)
-    assert sorted(np.concatenate(plan).tolist()) == list(range(500))
-    sizes = [len(rows) * (src[rows].max() + tgt[rows].max()) for rows in plan]
-    assert max(sizes) <= 300
-    padded, real = sum(sizes), src.sum() + tgt.sum()
-    assert padded / real < 1.5
-    assert plan_batches(src, tgt, 300)[7].tolist() == plan[7].tolist()
-    assert [rows.tolist() for rows in plan_batches(src[:2], tgt[:2], 1)] in ([[0], [1]], [[1], [0]])
-    assert plan_batches(src[:0], tgt[:0], 300) == []
-
-
-def test_pad():
-    column = Ragged(offsets_of(np.array([2, 0, 3])), {"id": np.array([5, 6, 7, 8, 9], "u2")})
-    ids, mask = pad(column, np.array([2, 0, 1]), 1)
-    assert ids.tolist() == [[7, 8, 9], [5, 6, 1], [1, 1, 1]]
-    assert mask.tolist() == [[True] * 3, [True, True, False], [False] * 3]
+def test_a_module_that_breaks(tmp_path, monkeypatch):
+    (tmp_path / "breaking_teacher.py").write_text("raise OSError('out of\\nluck')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModelError, match=r"cannot import .*\(out of\)") as error:
+        load_teacher(custom("breaking_teacher:Name"))
+    assert "\n" not in str(error.value)

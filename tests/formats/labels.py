@@ -21,9 +21,7 @@ from kdcache.formats.manifest import (
     Manifest,
     PartRecord,
     ShardRecord,
-    SignalRecord,
     StreamRecord,
-    TeacherRecord,
     TokenizerRecord,
 )
 from kdcache.formats.plan import plan_parts, plan_shards
@@ -37,6 +35,7 @@ from kdcache.formats.schema import (
     samples_schema,
     split_ids,
 )
+from kdcache.formats.signals import LogitsRecord, TeacherRecord
 from kdcache.formats.writer import CacheWriter
 
 VOCAB = 12
@@ -325,9 +324,10 @@ def _manifest(writer, texts, sample_ids, rows, streams, plan, shard_tokens) -> M
 
 def _signal(
     name: str, codec: Codec, manifest: Manifest, temperatures: tuple[float, ...]
-) -> SignalRecord:
-    return SignalRecord(
+) -> LogitsRecord:
+    return LogitsRecord(
         name=name,
+        at="targets",
         stream="tgt",
         source="src",
         stream_digest=manifest.streams["tgt"].digest,
@@ -349,5 +349,6 @@ def teacher_record(digest: str = "cd" * 16) -> TeacherRecord:
         digest=digest,
         config_digest="ef" * 16,
         model_type="marian",
+        kind="encoder_decoder",
         dtype="float32",
     )

@@ -208,7 +208,7 @@ def test_a_commit_under_the_name_of_another_is_refused(tiny_cache: Path) -> None
 def replaced(root: Path, batch: pa.RecordBatch | list[pa.RecordBatch]) -> None:
     """Commit other Arrow bytes for the first logits shard, checksums and all."""
     from kdcache.formats.integrity import digest_bytes
-    from kdcache.formats.manifest import data_path
+    from kdcache.formats.manifest import part_path
 
     batches = batch if isinstance(batch, list) else [batch]
     sink = pa.BufferOutputStream()
@@ -217,11 +217,11 @@ def replaced(root: Path, batch: pa.RecordBatch | list[pa.RecordBatch]) -> None:
             writer.write_batch(item)
     data = sink.getvalue().to_pybytes()
     file = digest_bytes(data, "x")
-    path = data_path("logits", 0, 0, file.xxh3)
+    path = part_path("logits", 0, 0, [file])
     (root / path).write_bytes(data)
 
     def change(tree: dict) -> None:
-        tree["parts"][0]["file"] = file.model_copy(update={"path": path}).model_dump()
+        tree["parts"][0]["files"] = [file.model_copy(update={"path": path}).model_dump()]
 
     rewrite(root, "commits/logits.00000.json", CommitRecord, change)
 
@@ -253,13 +253,15 @@ def test_an_arrow_file_of_another_shape_is_refused(tiny_cache: Path, change, mes
 def test_bytes_that_are_no_arrow_file_are_refused(tiny_cache: Path) -> None:
     commit = open_cache(tiny_cache).commit_record("logits", 0)
     from kdcache.formats.integrity import digest_bytes
-    from kdcache.formats.manifest import data_path
+    from kdcache.formats.manifest import part_path
 
     for data in (b"", b"ARROW1\0\0nonsense", first_batch(tiny_cache).serialize().to_pybytes()):
         file = digest_bytes(data, "x")
-        path = data_path("logits", 0, 0, file.xxh3)
+        path = part_path("logits", 0, 0, [file])
         (tiny_cache / path).write_bytes(data)
-        part = commit.parts[0].model_copy(update={"file": file.model_copy(update={"path": path})})
+        part = commit.parts[0].model_copy(
+            update={"files": [file.model_copy(update={"path": path})]}
+        )
         record = commit.model_copy(update={"parts": [part]})
         (tiny_cache / "commits" / "logits.00000.json").write_bytes(encode_record(record))
         with pytest.raises(KDCacheError) as caught:

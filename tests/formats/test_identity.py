@@ -49,6 +49,33 @@ def test_stream_digest_sees_tokens_lengths_and_tokenizer() -> None:
     assert whole not in others
 
 
+def test_stream_digest_sees_what_stands_beside_the_ids() -> None:
+    def digest(*chunks: tuple[list[int], list[int], dict[str, list[int]]]) -> str:
+        stream = StreamDigest("t")
+        for lengths, ids, extras in chunks:
+            arrays = {name: np.array(values, dtype=np.uint8) for name, values in extras.items()}
+            stream.update(np.array(lengths), np.array(ids), arrays)
+        return stream.hexdigest()
+
+    plain = digest(([2, 1], [5, 6, 7], {}))
+    # Caches of plain streams keep their digests.
+    assert plain == "fe68c9e799639bdf812d1134762bbcb1"
+    both = digest(([2, 1], [5, 6, 7], {"segment": [0, 0, 1], "loss": [1, 1, 0]}))
+    pieces = digest(
+        ([2], [5, 6], {"loss": [1, 1], "segment": [0, 0]}),
+        ([1], [7], {"loss": [0], "segment": [1]}),
+    )
+    assert pieces == both
+    others = [
+        plain,
+        digest(([2, 1], [5, 6, 7], {"segment": [0, 0, 1]})),
+        digest(([2, 1], [5, 6, 7], {"loss": [0, 0, 1]})),
+        digest(([2, 1], [5, 6, 7], {"segment": [0, 0, 0], "loss": [1, 1, 0]})),
+        digest(([2, 1], [5, 6, 7], {"segment": [1, 1, 0], "loss": [0, 0, 1]})),
+    ]
+    assert len({both, *others}) == 6
+
+
 def test_differences_name_keys_and_both_sides() -> None:
     standing = {"codec": {"name": "topk", "k": 8}, "versions": {"a": "1"}, "files": [1, 2]}
     given = {"codec": {"name": "topk", "k": 12}, "versions": {"a": "2"}, "files": [1]}

@@ -17,13 +17,14 @@ from kdcache.formats.manifest import (
     Manifest,
     PartRecord,
     Record,
-    SignalRecord,
     StreamRecord,
     TokenizerRecord,
     decode_record,
     encode_record,
+    part_path,
     read_record,
 )
+from kdcache.formats.signals import HiddenRecord, LogitsRecord, MasksRecord, signal_class
 from tests.formats.labels import teacher_record
 
 FILE = FileRecord(
@@ -36,10 +37,11 @@ COMMIT = CommitRecord(
     stop=2,
     tokens=5,
     entries={"tokens": 5},
-    parts=[PartRecord(start=0, stop=2, file=FILE)],
+    parts=[PartRecord(start=0, stop=2, files=[FILE])],
 )
-SIGNAL = SignalRecord(
+SIGNAL = LogitsRecord(
     name="logits",
+    at="targets",
     stream="tgt",
     source="src",
     stream_digest="a" * 32,
@@ -52,6 +54,32 @@ SIGNAL = SignalRecord(
     recipe={"grüße": [1, None, {"x": 1.5}]},
     versions={},
 )
+HIDDEN = HiddenRecord(
+    **{
+        key: getattr(SIGNAL, key)
+        for key in ("stream", "stream_digest", "seed", "teacher", "recipe", "versions")
+    },
+    name="hidden",
+    side="encoder",
+    layers=(0, 2),
+    width=4,
+    pool="none",
+    values="int8",
+)
+
+
+def group(*names: str) -> CommitRecord:
+    """A commit of one Zarr part with these files."""
+    plain = [
+        FILE.model_copy(update={"path": name, "xxh3": f"{i:016x}"}) for i, name in enumerate(names)
+    ]
+    path = part_path("hidden", 0, 0, plain)
+    files = [file.model_copy(update={"path": f"{path}/{file.path}"}) for file in plain]
+    part = PartRecord(start=0, stop=2, files=files)
+    return COMMIT.model_copy(update={"signal": "hidden", "parts": [part]})
+
+
+GROUP = group("values/c/0/0/0", "values/zarr.json", "zarr.json")
 MANIFEST = Manifest(
     corpus=CorpusRecord(digest="a" * 32, num_samples=0, num_rows=0, dropped={}, fields=["src"]),
     tokenizers={
@@ -83,7 +111,11 @@ def resealed(record: Record, change) -> bytes:
     return sealed(json.dumps(tree)[1:] + "\n")
 
 
-@pytest.mark.parametrize("record", [COMMIT, SIGNAL, MANIFEST], ids=["commit", "signal", "manifest"])
+@pytest.mark.parametrize(
+    "record",
+    [COMMIT, GROUP, SIGNAL, HIDDEN, MANIFEST],
+    ids=["commit", "commit of a group", "signal", "hidden", "manifest"],
+)
 def test_records_round_trip(record: Record) -> None:
     data = encode_record(record)
     assert decode_record(type(record), data, "x") == record
@@ -122,7 +154,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE.keys())
-@pytest.mark.parametrize("kind", [Manifest, SignalRecord, CommitRecord])
+@pytest.mark.parametrize("kind", [Manifest, LogitsRecord, CommitRecord])
 def test_hostile_bytes_are_a_format_error_of_one_line(kind: type[Record], data: bytes) -> None:
     with pytest.raises(FormatError) as caught:
         decode_record(kind, data, "kdcache.json")
@@ -145,15 +177,15 @@ def put(*keys: str | int):
 @pytest.mark.parametrize(
     ("record", "change", "message"),
     [
-        (COMMIT, put("parts", 0, "file", "path", "../etc/passwd"), "stays inside the cache"),
-        (COMMIT, put("parts", 0, "file", "path", "/etc/passwd"), "stays inside the cache"),
-        (COMMIT, put("parts", 0, "file", "path", "logits\\a"), "stays inside the cache"),
-        (COMMIT, put("parts", 0, "file", "path", "logits/../../a"), "stays inside the cache"),
-        (COMMIT, put("parts", 0, "file", "path", "logits//a"), "stays inside the cache"),
-        (COMMIT, put("parts", 0, "file", "path", "logits/\x00"), "stays inside the cache"),
-        (COMMIT, put("parts", 0, "file", "path", "samples/a.arrow"), "expected logits/"),
-        (COMMIT, put("parts", 0, "file", "bytes", -1), "parts.0.file.bytes"),
-        (COMMIT, put("parts", 0, "file", "bytes", 1.5), "parts.0.file.bytes"),
+        (COMMIT, put("parts", 0, "files", 0, "path", "../etc/passwd"), "stays inside the cache"),
+        (COMMIT, put("parts", 0, "files", 0, "path", "/etc/passwd"), "stays inside the cache"),
+        (COMMIT, put("parts", 0, "files", 0, "path", "logits\\a"), "stays inside the cache"),
+        (COMMIT, put("parts", 0, "files", 0, "path", "logits/../../a"), "stays inside the cache"),
+        (COMMIT, put("parts", 0, "files", 0, "path", "logits//a"), "stays inside the cache"),
+        (COMMIT, put("parts", 0, "files", 0, "path", "logits/\x00"), "stays inside the cache"),
+        (COMMIT, put("parts", 0, "files", 0, "path", "samples/a.arrow"), "expected logits/"),
+        (COMMIT, put("parts", 0, "files", 0, "bytes", -1), "parts.0.files.0.bytes"),
+        (COMMIT, put("parts", 0, "files", 0, "bytes", 1.5), "parts.0.files.0.bytes"),
         (COMMIT, put("parts", []), "parts end at sample 0, expected 2"),
         (COMMIT, put("parts", 0, "start", 1), "parts.0 starts at sample 1, expected 0"),
         (COMMIT, put("start", 2), "holds no samples"),
@@ -171,12 +203,32 @@ def put(*keys: str | int):
         (SIGNAL, put("temperatures", [0.0]), "temperatures.0"),
         (SIGNAL, put("temperatures", [1.0 + i for i in range(65)]), "temperatures"),
         (SIGNAL, put("vocab_size", 1 << 25), "vocab_size"),
+        (SIGNAL, put("at", "masked"), "at 'masked' with masks None"),
+        (SIGNAL, put("masks", "masks"), "at 'targets' with masks 'masks'"),
+        (
+            SIGNAL.model_copy(update={"hypotheses": "beams"}),
+            put("at", "positions"),
+            "at 'positions' with hypotheses 'beams'",
+        ),
+        (HIDDEN, put("layers", [2, 0]), "layers .2, 0. do not ascend"),
+        (HIDDEN, put("layers", [1, 1]), "layers .1, 1. do not ascend"),
+        (HIDDEN, put("layers", []), "layers: "),
+        (HIDDEN, put("width", 0), "width: "),
+        (HIDDEN, put("hypotheses", "beams"), "hypotheses: 'beams', a hidden signal has none"),
+        (GROUP, put("parts", 0, "files", 1, "path", "hidden/x"), "path hidden/x, expected one in"),
+        (GROUP, put("parts", 0, "files", 1, "xxh3", "9" * 16), "expected one in hidden/00000.0-"),
+        (group("b", "a"), put("tokens", 1), "its files are not in order of path"),
+        (group("a", "a"), put("tokens", 1), "its files are not in order of path"),
         (MANIFEST, put("min_reader_version", 2), "this kdcache reads version 1"),
         (MANIFEST, put("min_reader_version", "1"), "this kdcache reads version 1"),
         (MANIFEST, put("corpus", "num_samples", 1), "shards end at sample 0, expected 1"),
         (MANIFEST, put("corpus", "fields", ["src", "src"]), "repeats a name"),
         (MANIFEST, put("streams", "src", "tokenizer", "none"), "no tokenizer 'none'"),
+        (MANIFEST, put("corpus", "tasks", ["a", "a"]), "corpus.tasks repeats a name"),
+        (MANIFEST, put("corpus", "label", "none"), "corpus.label: no field 'none'"),
         (MANIFEST, put("streams", "src", "field", "none"), "no field 'none'"),
+        (MANIFEST, put("streams", "src", "pair", "none"), "no field 'none'"),
+        (MANIFEST, put("streams", "src", "template", "jinja"), "streams.src.template"),
         (MANIFEST, put("tokenizers", {"../x": {}}), "tokenizers"),
         (
             MANIFEST,
@@ -191,6 +243,16 @@ def test_a_wrong_record_says_where(record: Record, change, message: str) -> None
     assert "\n" not in str(caught.value)
 
 
+def test_the_kind_of_a_signal_names_its_class() -> None:
+    assert decode_record(signal_class, encode_record(HIDDEN), "x") == HIDDEN
+    assert decode_record(signal_class, encode_record(SIGNAL), "x") == SIGNAL
+    for kind in ("magic", None, ["masks"]):
+        with pytest.raises(FormatError, match=r"kind: .*, expected one of"):
+            decode_record(signal_class, resealed(SIGNAL, put("kind", kind)), "x")
+    with pytest.raises(FormatError, match="kind: Input should be 'masks'"):
+        decode_record(MasksRecord, encode_record(SIGNAL), "x")
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
     lambda inner: (
@@ -200,7 +262,7 @@ JSON = st.recursive(
 )
 
 
-@given(st.sampled_from([COMMIT, SIGNAL, MANIFEST]), st.data())
+@given(st.sampled_from([COMMIT, GROUP, SIGNAL, HIDDEN, MANIFEST]), st.data())
 @settings(max_examples=80, deadline=None)
 def test_any_json_anywhere_is_a_record_or_a_format_error(record: Record, data) -> None:
     tree = record.model_dump(mode="json")

@@ -11,9 +11,10 @@ from kdcache.errors import FormatError, KDCacheError
 from kdcache.formats.cache import open_cache
 from kdcache.formats.codec import Codec, FullCodec, NucleusCodec, SampledCodec, TopKCodec
 from kdcache.formats.integrity import digest_bytes
-from kdcache.formats.manifest import CommitRecord, Manifest, SignalRecord, data_path
+from kdcache.formats.manifest import CommitRecord, Manifest, part_path
 from kdcache.formats.ragged import Ragged
 from kdcache.formats.schema import ragged_batch, ragged_columns
+from kdcache.formats.signals import LogitsRecord
 from kdcache.formats.verify import verify_cache
 from kdcache.formats.window import WindowReader
 from tests.formats.labels import THRESHOLD, make_cache
@@ -170,7 +171,7 @@ def test_labels_for_other_tokens_are_caught(tiny_cache: Path) -> None:
     def change(tree: dict) -> None:
         tree["stream_digest"] = "0" * 32
 
-    rewrite(tiny_cache, "signals/logits.json", SignalRecord, change)
+    rewrite(tiny_cache, "signals/logits.json", LogitsRecord, change)
     assert_caught(tiny_cache)
 
 
@@ -181,11 +182,11 @@ def recommitted(root: Path, batch: pa.RecordBatch, signal: str = "logits") -> No
         writer.write_batch(batch)
     data = sink.getvalue().to_pybytes()
     file = digest_bytes(data, "x")
-    path = data_path(signal, 1, 0, file.xxh3)
+    path = part_path(signal, 1, 0, [file])
     (root / path).write_bytes(data)
 
     def change(tree: dict) -> None:
-        tree["parts"][0]["file"] = file.model_copy(update={"path": path}).model_dump()
+        tree["parts"][0]["files"] = [file.model_copy(update={"path": path}).model_dump()]
 
     rewrite(root, f"commits/{signal}.00001.json", CommitRecord, change)
 

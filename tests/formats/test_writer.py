@@ -14,11 +14,12 @@ import pyarrow as pa
 import pytest
 
 from kdcache.errors import FormatError, IdentityError, IntegrityError, StorageError
-from kdcache.formats import writer as writer_module
+from kdcache.formats import data_files
 from kdcache.formats.cache import open_cache
 from kdcache.formats.codec import TopKCodec
 from kdcache.formats.commit import Lock
-from kdcache.formats.manifest import CommitRecord, Manifest, PartRecord, SignalRecord
+from kdcache.formats.manifest import CommitRecord, Manifest, PartRecord
+from kdcache.formats.signals import LogitsRecord
 from kdcache.formats.writer import CacheWriter
 from tests.formats.labels import SENTENCES, make_cache, teacher_record, tokenizer_files
 
@@ -108,10 +109,10 @@ def test_sweep_keeps_what_a_commit_names(tmp_path: Path) -> None:
         kept = writer.write_part("logits", 0, 0, 0, 2, batch(1, 2))
         writer.commit(commit_of(kept))
         loose = writer.write_part("logits", 1, 0, 2, 3, batch(3))
-        assert writer.sweep() == [loose.file.path]
+        assert writer.sweep() == [loose.files[0].path]
         assert writer.committed("logits") == {0}
         assert writer.commit_record("logits", 0).parts == [kept]
-    assert (root / kept.file.path).is_file()
+    assert (root / kept.files[0].path).is_file()
 
 
 def test_a_committed_part_must_be_given_the_same_again(tmp_path: Path) -> None:
@@ -142,7 +143,7 @@ def test_commits_are_create_only(tmp_path: Path) -> None:
 def test_a_commit_needs_its_files(tmp_path: Path) -> None:
     with CacheWriter(tmp_path / "cache") as writer:
         part = writer.write_part("logits", 0, 0, 0, 2, batch(1, 2))
-        (tmp_path / "cache" / part.file.path).unlink()
+        (tmp_path / "cache" / part.files[0].path).unlink()
         with pytest.raises(IntegrityError, match="missing"):
             writer.commit(commit_of(part))
         assert writer.committed("logits") == set()
@@ -195,14 +196,14 @@ def test_a_damaged_manifest_stops_the_writer_and_frees_the_lock(tiny_cache: Path
 def test_a_disk_that_fails_in_mid_shard_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, message: str
 ) -> None:
-    class FullDisk(writer_module._DigestingSink):
+    class FullDisk(data_files.DigestingSink):
         def write(self, data: object) -> int:
             if self.digester.bytes > 300:
                 raise OSError(number, os.strerror(number))
             return super().write(data)
 
     with CacheWriter(tmp_path / "cache") as writer:
-        monkeypatch.setattr(writer_module, "_DigestingSink", FullDisk)
+        monkeypatch.setattr(data_files, "DigestingSink", FullDisk)
         with pytest.raises(StorageError, match=message) as caught:
             writer.write_part("logits", 0, 0, 0, 2000, batch(*range(2000)))
         assert "\n" not in str(caught.value)
@@ -222,7 +223,7 @@ def test_an_output_that_cannot_be_made_is_one_line(
         CacheWriter(tmp_path / "cache").__enter__()
 
 
-def changed(record: SignalRecord, **changes: object) -> SignalRecord:
+def changed(record: LogitsRecord, **changes: object) -> LogitsRecord:
     return record.model_copy(update=changes)
 
 
@@ -244,7 +245,7 @@ def changed(record: SignalRecord, **changes: object) -> SignalRecord:
     ids=["codec", "teacher", "stream", "seed", "temperatures"],
 )
 def test_a_signal_of_another_identity_shows_both_sides(
-    tiny_cache: Path, change: Callable[[SignalRecord], SignalRecord], message: str
+    tiny_cache: Path, change: Callable[[LogitsRecord], LogitsRecord], message: str
 ) -> None:
     standing = open_cache(tiny_cache).signals["logits"]
     before = tree(tiny_cache)
@@ -294,9 +295,9 @@ def test_tokenizer_files_of_a_dump_that_died_are_replaced(tmp_path: Path) -> Non
 def test_data_files_are_named_by_their_content(tmp_path: Path) -> None:
     with CacheWriter(tmp_path / "cache") as writer:
         part = writer.write_part("logits", 3, 1, 5, 7, batch(1, 2))
-        file = tmp_path / "cache" / part.file.path
-        assert part.file.path == f"logits/00003.1-{part.file.xxh3}.arrow"
-        assert part.file.bytes == file.stat().st_size
+        file = tmp_path / "cache" / part.files[0].path
+        assert part.files[0].path == f"logits/00003.1-{part.files[0].xxh3}.arrow"
+        assert part.files[0].bytes == file.stat().st_size
         with pa.ipc.open_file(file.read_bytes()) as reader:
             assert reader.get_batch(0) == batch(1, 2)
 

@@ -98,6 +98,7 @@ def test_text_shows_every_signal(found: dict) -> None:
     for name in CODECS:
         assert f"{name}: logits of tgt" in text
     assert "teacher's loss" in text
+    assert text.count("tail at temperatures 0.5, 1, 2") == 2
     assert "unfinished" not in text
 
 
@@ -108,7 +109,7 @@ def test_an_unfinished_signal_is_shown_as_such(tmp_path: Path) -> None:
     path = make_cache(tmp_path / "none", skip_commits=[("logits", n) for n in range(3)])
     inspection = inspect_cache(path)
     assert "unfinished: 0 of 3 shards" in inspection_text(inspection)
-    assert inspection["samples"] == []
+    assert [sample["labels"] for sample in inspection["samples"]] == [{}] * 3
 
 
 def test_samples_alone(tmp_path: Path) -> None:

@@ -12,14 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.errors import TrainingError
-from kdcache.train.losses import (
-    LossTerm,
-    SparseTarget,
-    cross_entropy,
-    forward_kl,
-    fused_loss,
-    hard_target,
-)
+from kdcache.labels import SparseTarget
+from kdcache.train.losses import LossTerm, cross_entropy, forward_kl, fused_loss, hard_target
 
 N, V = 23, 37
 KINDS = ["repeats", "uniform", "bucket"]

@@ -1,5 +1,7 @@
 """Objectives: what is refused, what is built, and the canary."""
 
+import math
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.errors import IdentityError, RecipeError, TrainingError
+from kdcache.errors import FormatError, IdentityError, RecipeError, TrainingError
 from kdcache.formats.cache import open_cache
 from kdcache.recipe import CrossEntropyTerm, ForwardKLTerm
 from kdcache.train.canary import Alignment, alignment, check_batch
-from kdcache.train.labels import decode
 from kdcache.train.losses import fused_loss
 from kdcache.train.objective import Objective
 from kdcache.train.stream import BatchStream
+from tests.report.kinds import make_kinds
 
 SIGNALS = ["threshold", "sampled", "full"]
 
@@ -22,6 +24,11 @@ SIGNALS = ["threshold", "sampled", "full"]
 @pytest.fixture(scope="module")
 def cache(world):
     return open_cache(world.cache)
+
+
+@pytest.fixture(scope="module")
+def every_kind(tmp_path_factory):
+    return open_cache(make_kinds(tmp_path_factory.mktemp("kinds") / "cache").path)
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +84,69 @@ def test_the_loss_is_the_mean_over_the_global_batch(cache, batch):
     assert total.item() == pytest.approx((0.3 * nll.item() + 0.7 * 4 * kl.item()) / 2, rel=1e-4)
 
 
-def test_a_student_with_fewer_rows_drops_the_ids_it_lacks(cache, batch):
-    objective = make_objective(cache, ForwardKLTerm(signal="full"))
-    full = decode(batch.labels_of["full"])
-    assert objective.vocab_size(1000) == cache.signals["full"].vocab_size
-    (term,) = objective.loss_terms(batch, 1, 30)
-    assert term.target.ids.max() == 29
-    assert term.target.values.sum() < full.values.sum()
+@pytest.mark.parametrize(
+    ("signal", "what"),
+    [
+        ("hidden", "of kind hidden"),
+        ("pooled", "of kind hidden"),
+        ("attention", "of kind attention"),
+        ("beams", "of kind beams"),
+        ("nli", "of kind classes"),
+        ("masks", "of kind masks"),
+        ("causal", "logits at positions"),
+        ("mlm", "logits at masked"),
+        ("segment", "logits at segment"),
+        ("best", r"logits of hypotheses \(beams\)"),
+        ("every", r"logits of hypotheses \(beams\)"),
+    ],
+)
+def test_signals_of_other_kinds_are_refused_in_a_line(signal, what, every_kind):
+    with pytest.raises(RecipeError) as caught:
+        Objective([ForwardKLTerm(signal=signal)], every_kind.signals, "src", "tgt")
+    expected = (
+        rf"train\.objective\.0\.signal: '{signal}' is {what}; forward_kl needs logits at the "
+        r"reference's targets, of which the cache has \['targets'\]"
+    )
+    assert re.fullmatch(expected, str(caught.value))
+
+
+def test_other_signals_do_not_stand_in_the_way(every_kind):
+    objective = Objective([ForwardKLTerm(signal="targets")], every_kind.signals, "src", "tgt")
+    stream = BatchStream(every_kind, "src", "tgt", objective.signals, 200, 1, 9, max_epochs=1)
+    batches = list(stream)
+    assert sum(batch.num_tokens for batch in batches) == every_kind.stream("tgt").num_tokens
+    assert all(micro.labels_of.keys() == {"targets"} for b in batches for micro in b.micro)
+    with pytest.raises(FormatError, match="signal 'hidden' is of kind hidden, expected logits"):
+        BatchStream(every_kind, "src", "tgt", ["hidden"], 200, 1, 9)
+
+
+def test_a_student_with_fewer_rows_gets_labels_over_its_own(cache, batch):
+    assert (
+        make_objective(cache, ForwardKLTerm(signal="full")).vocab_size(1000)
+        == cache.logits("full").vocab_size
+    )
+    num = len(batch.targets)
+    shares = {}
+    for signal, term in (
+        ("full", {}),
+        ("threshold", {"tail": "uniform"}),
+        ("threshold", {"tail": "bucket"}),
+        ("threshold", {"tail": "sampled"}),
+        ("sampled", {}),
+    ):
+        objective = make_objective(cache, ForwardKLTerm(signal=signal, **term))
+        (found,) = objective.loss_terms(batch, 1, 30)
+        assert found.target.ids.max() == 29
+        uniform = 0 if found.target.uniform is None else 30 * found.target.uniform.sum()
+        bucket = 0 if found.target.bucket is None else found.target.bucket.sum()
+        mass = float(found.target.values.sum() + uniform + bucket)
+        shares[signal, term.get("tail")] = mass / num
+        logits = torch.randn(num, 30, generator=torch.Generator().manual_seed(0))
+        assert math.isfinite(fused_loss(logits, [found])[0].item())
+    drawn = {key: share for key, share in shares.items() if "sampled" in key}
+    assert len(drawn) == 2
+    assert all(share < 0.95 for share in drawn.values())
+    assert all(abs(shares[key] - 1) < 1e-4 for key in shares.keys() - drawn.keys())
 
 
 @pytest.mark.parametrize("signal", SIGNALS)

@@ -24,9 +24,7 @@ def online_losses(cache, recipe, teacher, temperature: float) -> list[float]:
     """Brute force: both models over all padded positions, torch's own losses and Adam."""
     section = recipe.train
     record = cache.tokenizer("teacher")
-    student = build_student(
-        section.student, record, record.vocab_size, teacher.config.vocab_size, section.seed
-    )
+    student = build_student(section.student, record, teacher.config.vocab_size, section.seed)
     optimizer = torch.optim.Adam(student.parameters(), betas=(0.9, 0.98), eps=1e-9)
     stream = BatchStream(
         cache, "src", "tgt", [], section.batch_tokens, section.seed, section.window_shards

@@ -13,14 +13,39 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import RecipeError
-from kdcache.formats.codec import Codec
+from kdcache.formats.codec import Codec, Values
 from kdcache.formats.codes import code_log_probs, entropy_step
 from kdcache.formats.knots import interpolation_weights
 from kdcache.formats.ragged import Ragged
 from kdcache.formats.schema import join_ids
-from kdcache.train.losses import SparseTarget
 
 Tail = Literal["auto", "sampled", "uniform", "bucket", "renormalise"]
+
+
+@dataclass(frozen=True)
+class SparseTarget:
+    """A density over the vocabulary for each of N positions, as a list of entries.
+
+    The density of id i at position n is uniform[n] plus every value listed for (n, i): repeats
+    add. Its mass W is taken as it is and never renormalised. None of the tensors gets a gradient.
+
+    Attributes:
+        rows: [E] int64, position of each entry, ascending.
+        ids: [E] int64, vocabulary id of each entry.
+        values: [E] float, mass of each entry.
+        uniform: [N] float, mass that every one of the V ids has besides; None for none.
+        bucket: [N] float, mass of one extra class, "an id that is not listed here", whose student
+            probability is the sum over the ids not listed; None for none. Exclusive with uniform.
+        constant: [N] float, nats, what the loss adds to make it a divergence (the negative entropy
+            of the density, or what is known of it); zeros for a cross-entropy.
+    """
+
+    rows: Tensor
+    ids: Tensor
+    values: Tensor
+    uniform: Tensor | None
+    bucket: Tensor | None
+    constant: Tensor
 
 
 @dataclass(frozen=True)
@@ -52,7 +77,8 @@ class CodedLabels:
         exact_id: [E] int32, or None for `full`, whose ids are 0..V-1.
         exact_code: [E] uint8, float16 or float32, or None without exact entries.
         drawn_id: [D] int32, or None without drawn entries.
-        drawn_code: [D] int32 number of draws, or None where every id was drawn once.
+        drawn_code: [D] int32 number of draws under `sampled`; log-prob as uint8, float16 or
+            float32 under a codec that draws for other temperatures than 1; else None.
     """
 
     spec: LogitsSpec
@@ -97,8 +123,10 @@ def coded_labels(spec: LogitsSpec, columns: Mapping[str, Ragged]) -> CodedLabels
     if codec.has_drawn:
         num_drawn = torch.from_numpy(tokens["num_drawn"].astype(np.int64))
         drawn_id = torch.from_numpy(join_ids(columns["drawn"].fields))
-        if "code" in columns["drawn"].fields:
-            drawn_code = torch.from_numpy(columns["drawn"].fields["code"].astype(np.int32))
+        code = columns["drawn"].fields.get("code")
+        if code is not None:
+            counts = not codec.has_drawn_log_probs
+            drawn_code = torch.from_numpy(code.astype(np.int32) if counts else code)
     if codec.has_tail:
         knots = [tokens[f"tail_{i}"] for i in range(len(spec.temperatures))]
         tail = torch.from_numpy(np.stack(knots, axis=1))
@@ -130,7 +158,7 @@ def resolve_tail(
     Raises:
         RecipeError: the codec cannot serve this tail at this temperature.
     """
-    drawn_fits = codec.has_drawn and temperature == 1
+    drawn_fits = temperature in codec.drawn_temperatures
     if tail == "auto":
         tail = "sampled" if drawn_fits or codec.name == "sampled" else "uniform"
     if tail == "sampled" and not codec.has_drawn:
@@ -139,10 +167,11 @@ def resolve_tail(
             f"bucket or renormalise"
         )
     if tail == "sampled" and not drawn_fits:
+        served = ", ".join(f"{t:g}" for t in codec.drawn_temperatures)
         other = "" if codec.name == "sampled" else ", tail uniform"
         raise RecipeError(
-            f"temperature {temperature:g} with tail 'sampled': drawn entries serve temperature 1 "
-            f"only; use temperature 1{other} or a signal of another codec"
+            f"temperature {temperature:g} with tail 'sampled': the drawn entries serve temperature "
+            f"{served} only; use such a one{other} or a signal of another codec"
         )
     if tail != "sampled" and not codec.has_exact:
         raise RecipeError(
@@ -163,12 +192,15 @@ def decode(coded: CodedLabels, temperature: float = 1.0, tail: Tail = "auto") ->
             entries, as they are, whose sum is 1 in the mean; `uniform`: the tail's mass at
             this temperature, spread evenly; `bucket`: the same mass on one extra class;
             `renormalise`: nothing, the exact entries are scaled to the sum 1 (a position
-            without any gets no label). `auto`: sampled where entries were drawn and the
-            temperature is 1, else uniform. `full` leaves nothing out, so these agree.
+            without any gets no label). `auto`: sampled where entries were drawn for this
+            temperature, else uniform. `full` leaves nothing out, so these agree.
 
     Returns:
         The target; its constant makes the loss a divergence, which for drawn entries holds
-        in the mean.
+        in the mean: the stored entropy does that without bias. Where the draws store log-probs
+        the label closes itself, by the sum of its values times them: that varies with the draws
+        as the rest of the loss does, so next to no noise is left, and the rounding of uint8 codes
+        leaves a bias of a thousandth of a nat.
 
     Raises:
         RecipeError: the codec cannot serve this tail at this temperature.
@@ -176,7 +208,7 @@ def decode(coded: CodedLabels, temperature: float = 1.0, tail: Tail = "auto") ->
     spec = coded.spec
     tail = resolve_tail(spec.codec, spec.temperatures, temperature, tail)
     if tail == "sampled":
-        return _decode_drawn(coded)
+        return _decode_drawn(coded, temperature)
     assert coded.num_exact is not None
     scaled = _exact_log_probs(coded) / temperature  # [E]
     rows = _rows_of(coded.num_exact, len(scaled))
@@ -217,27 +249,28 @@ def entropy_nats(coded: CodedLabels) -> Tensor:
     return coded.entropy.to(torch.float32) * entropy_step(coded.spec.vocab_size)
 
 
-def _decode_drawn(coded: CodedLabels) -> SparseTarget:
-    """Exact and drawn entries at temperature 1, the drawn with their weight."""
+def _decode_drawn(coded: CodedLabels, temperature: float) -> SparseTarget:
+    """Exact and drawn entries at a temperature that the draws serve."""
     assert coded.num_drawn is not None
     assert coded.drawn_id is not None
-    device = coded.gold.device
     drawn_rows = _rows_of(coded.num_drawn, len(coded.drawn_id))
-    weight = coded.spec.codec.drawn_weight
-    if coded.drawn_code is None:
-        drawn_values = torch.full(drawn_rows.shape, weight, device=device)
-    else:
-        drawn_values = coded.drawn_code.to(torch.float32) * weight
-    constant = -entropy_nats(coded)
     drawn_ids = coded.drawn_id.to(torch.int64)
-    if coded.num_exact is None:
+    values: Tensor | None = None
+    if coded.spec.codec.has_drawn_log_probs:
+        values, drawn_values, constant = _weigh(coded, temperature, drawn_rows)
+    else:
+        constant = -entropy_nats(coded)
+        drawn_values = _drawn_weights(coded)
+        if coded.num_exact is not None:
+            values = _exact_log_probs(coded).exp()
+    if values is None:
         return SparseTarget(drawn_rows, drawn_ids, drawn_values, None, None, constant)
-
-    values = _exact_log_probs(coded).exp()
+    assert coded.num_exact is not None
     exact_rows = _rows_of(coded.num_exact, len(values))
     # Entries of a position: exact ones first. Each moves down by what comes before it.
     before_exact = coded.num_drawn.cumsum(0) - coded.num_drawn
     before_drawn = coded.num_exact.cumsum(0)
+    device = coded.gold.device
     exact_to = torch.arange(len(values), device=device) + before_exact[exact_rows]
     drawn_to = torch.arange(len(drawn_rows), device=device) + before_drawn[drawn_rows]
 
@@ -257,6 +290,54 @@ def _decode_drawn(coded: CodedLabels) -> SparseTarget:
     )
 
 
+def _drawn_weights(coded: CodedLabels) -> Tensor:
+    """[D] weights at temperature 1 of entries that were drawn for it alone."""
+    assert coded.drawn_id is not None
+    weight = coded.spec.codec.drawn_weight
+    if coded.drawn_code is None:
+        return torch.full(coded.drawn_id.shape, weight, device=coded.gold.device)
+    return coded.drawn_code.to(torch.float32) * weight
+
+
+def _weigh(
+    coded: CodedLabels, temperature: float, drawn_rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values of exact [E] and drawn [D] entries at a temperature; [N] sums of value x ln t.
+
+    An id is drawn with its largest probability at any of the codec's temperatures, over c. So it
+    weighs c times the ratio of its probability here to the largest: c itself, whatever its code
+    lost, where it is the largest. Elsewhere the rounding of uint8 codes biases weights by some
+    tenths of a percent, up to one where nearly equal probabilities make a row flat.
+    """
+    assert coded.num_exact is not None
+    assert coded.drawn_code is not None
+    codec = coded.spec.codec
+    exact = _exact_log_probs(coded)  # [E]
+    drawn = _log_probs(coded.drawn_code, codec.values, codec.drawn_range_nats)  # [D]
+    exact_rows = _rows_of(coded.num_exact, len(exact))
+    largest = drawn.new_full(drawn.shape, -torch.inf)
+    for other in codec.drawn_temperatures:
+        log_sum = _log_sum(coded, exact, exact_rows, other)  # [N]
+        here = drawn / other - log_sum[drawn_rows]
+        largest = torch.maximum(largest, here)
+        if other == temperature:
+            drawn_here, exact_here = here, exact / other - log_sum[exact_rows]
+    values = exact_here.exp()
+    drawn_values = (drawn_here - largest).exp() * codec.drawn_weight
+    constant = torch.zeros_like(log_sum).index_add_(0, exact_rows, _times(values, exact_here))
+    constant.index_add_(0, drawn_rows, drawn_values * drawn_here)
+    return values, drawn_values, constant
+
+
+def _log_sum(coded: CodedLabels, exact: Tensor, exact_rows: Tensor, temperature: float) -> Tensor:
+    """[N] log-sum-exp of all log-probs over a stored temperature; 0 by definition at 1."""
+    assert coded.tail is not None
+    if temperature == 1:
+        return torch.zeros(coded.gold.shape, device=coded.gold.device)
+    tail = coded.tail[:, coded.spec.temperatures.index(temperature)].to(torch.float32)
+    return torch.logaddexp(_log_sum_exp(exact / temperature, exact_rows, coded), tail)
+
+
 def _rows_of(counts: Tensor, num_entries: int) -> Tensor:
     """[E] int64 position of each entry, from [N] counts."""
     rows = torch.arange(len(counts), device=counts.device)
@@ -274,10 +355,15 @@ def _exact_log_probs(coded: CodedLabels) -> Tensor:
     """[E] float32 nats at temperature 1."""
     assert coded.exact_code is not None
     codec = coded.spec.codec
-    if codec.values != "uint8":
-        return coded.exact_code.to(torch.float32)
-    table = torch.from_numpy(code_log_probs(codec.range_nats).astype(np.float32))
-    return table.to(coded.exact_code.device)[coded.exact_code.to(torch.int64)]
+    return _log_probs(coded.exact_code, codec.values, codec.range_nats)
+
+
+def _log_probs(codes: Tensor, values: Values, range_nats: float) -> Tensor:
+    """[E] float32 nats at temperature 1 from codes."""
+    if values != "uint8":
+        return codes.to(torch.float32)
+    table = torch.from_numpy(code_log_probs(range_nats).astype(np.float32))
+    return table.to(codes.device)[codes.to(torch.int64)]
 
 
 def _log_sum_exp(values: Tensor, rows: Tensor, coded: CodedLabels) -> Tensor:

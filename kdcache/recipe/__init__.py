@@ -14,19 +14,28 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from kdcache.errors import RecipeError
-from kdcache.recipe_dump import (
-    CorpusSection,
+from kdcache.recipe.corpus import CorpusSection, TaskSection
+from kdcache.recipe.dump import (
     DumpSection,
-    LogitsSignal,
     PretrainedTokenizer,
-    Section,
     SentencePieceTokenizer,
     StreamSection,
-    TeacherSection,
     TokenizerSection,
+    signal_streams,
 )
-from kdcache.recipe_faults import describe
-from kdcache.recipe_train import (
+from kdcache.recipe.faults import describe
+from kdcache.recipe.section import Section
+from kdcache.recipe.signals import (
+    AttentionSignal,
+    BeamsSignal,
+    ClassesSignal,
+    HiddenSignal,
+    LogitsSignal,
+    MasksSignal,
+    Signal,
+)
+from kdcache.recipe.teacher import TeacherSection
+from kdcache.recipe.train import (
     CheckpointSection,
     CrossEntropyTerm,
     EvaluateSection,
@@ -38,25 +47,32 @@ from kdcache.recipe_train import (
     TrainSection,
     ValidationSection,
 )
-from kdcache.recipe_tree import override, read_yaml, write_yaml
+from kdcache.recipe.tree import override, read_yaml, write_yaml
 
 __all__ = [
     "RECIPES",
+    "AttentionSignal",
+    "BeamsSignal",
     "CheckpointSection",
+    "ClassesSignal",
     "CorpusSection",
     "CrossEntropyTerm",
     "DumpSection",
     "EvaluateSection",
     "ForwardKLTerm",
+    "HiddenSignal",
     "LogitsSignal",
+    "MasksSignal",
     "OptimizerSection",
     "PretrainedTokenizer",
     "Recipe",
     "ScheduleSection",
     "Section",
     "SentencePieceTokenizer",
+    "Signal",
     "StreamSection",
     "StudentSection",
+    "TaskSection",
     "TeacherSection",
     "Term",
     "TokenizerSection",
@@ -66,6 +82,7 @@ __all__ = [
     "dump_recipe",
     "load_recipe",
     "parse_recipe",
+    "signal_streams",
 ]
 
 
@@ -86,7 +103,7 @@ class Recipe(Section):
     )
 
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 def builtin_names() -> list[str]:

@@ -12,7 +12,7 @@ from kdcache.formats import keyed
 from kdcache.formats.codec import FullCodec, NucleusCodec, SampledCodec, ThresholdCodec, TopKCodec
 from kdcache.formats.ragged import Ragged, offsets_of
 from kdcache.formats.schema import logits_schema, ragged_batch, ragged_columns
-from kdcache.train.labels import (
+from kdcache.labels import (
     CodedLabels,
     LogitsSpec,
     coded_labels,
@@ -34,6 +34,7 @@ CODED = [
     pytest.param(ThresholdCodec(), id="threshold"),
     pytest.param(TopKCodec(k=8), id="topk"),
     pytest.param(NucleusCodec(p=0.9, k_max=20), id="nucleus"),
+    pytest.param(ThresholdCodec(temperatures=(1, 5)), id="threshold-set"),
     pytest.param(SampledCodec(n=50), id="sampled"),
     pytest.param(SampledCodec(n=700), id="sampled-two-byte-counts"),
     pytest.param(FullCodec(), id="full"),
@@ -105,7 +106,8 @@ def test_round_trip(codec, vocab_size):
         error = (dense - probs).square().sum(1).mean().sqrt()
         assert float(error) < math.sqrt(1 / 16) + 0.02  # a flat row at c = 1/16
         assert target.uniform is None
-        torch.testing.assert_close(target.constant, -entropy_nats(coded))
+        if not codec.has_drawn_log_probs:
+            torch.testing.assert_close(target.constant, -entropy_nats(coded))
     else:
         torch.testing.assert_close(dense.sum(1), torch.ones(num))
         mask = head_mask(coded, vocab_size)
@@ -221,6 +223,13 @@ def test_masked_ids_of_full(values):
         pytest.param(SampledCodec(n=5), 1.0, "uniform", "no exact entries", id="sampled-uniform"),
         pytest.param(SampledCodec(n=5), 2.0, "bucket", "no exact entries", id="sampled-bucket"),
         pytest.param(ThresholdCodec(), 2.0, "sampled", "temperature 1 only", id="threshold-T"),
+        pytest.param(
+            ThresholdCodec(temperatures=(1, 2, 5)),
+            3.0,
+            "sampled",
+            "temperature 1, 2, 5 only",
+            id="threshold-set-T",
+        ),
         pytest.param(ThresholdCodec(), 0.4, "auto", "serves none below", id="threshold-cold"),
         pytest.param(TopKCodec(k=3), 1.0, "sampled", "draws no entries", id="topk-sampled"),
         pytest.param(TopKCodec(k=3), 0.1, "bucket", "serves none below", id="topk-cold"),
@@ -238,6 +247,9 @@ def test_refused(codec, temperature, tail, message):
     [
         (ThresholdCodec(), 1.0, "sampled"),
         (ThresholdCodec(), 2.0, "uniform"),
+        (ThresholdCodec(temperatures=(1, 2)), 2.0, "sampled"),
+        (ThresholdCodec(temperatures=(1, 2)), 3.0, "uniform"),
+        (ThresholdCodec(temperatures=(2,)), 1.0, "uniform"),
         (SampledCodec(n=5), 1.0, "sampled"),
         (TopKCodec(k=3), 1.0, "uniform"),
         (FullCodec(), 0.1, "uniform"),

@@ -6,15 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, StrictInt, model_validator
 
-from kdcache.recipe_dump import (
-    CorpusSection,
-    Device,
-    Identifier,
-    Number,
-    PositiveInt,
-    Rate,
-    Section,
-)
+from kdcache.recipe.corpus import CorpusSection
+from kdcache.recipe.section import Device, Identifier, Number, PositiveInt, Rate, Section
 
 
 class StudentSection(Section):

@@ -1,0 +1,213 @@
+"""What each command does with its arguments: run, print, and say how it went.
+
+Everything is imported when it is needed, so that `inspect` and `verify` start without torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from kdcache.errors import AuditError, IntegrityError
+
+Overrides = list[tuple[str, str]]
+
+
+def _needs(arguments: argparse.Namespace, option: str) -> str:
+    """An option that is required unless the recipe is only printed."""
+    value = getattr(arguments, option)
+    if value is None:
+        arguments.error(f"the following arguments are required: --{option}")
+    return str(value)
+
+
+def _print_json(document: object) -> None:
+    print(json.dumps(document, indent=1, ensure_ascii=False))
+
+
+def _print_summary(arguments: argparse.Namespace, summary: dict[str, Any]) -> int:
+    """One JSON document, or a listing."""
+    from kdcache.report.text import listing
+
+    if arguments.json:
+        _print_json(summary)
+    else:
+        print(listing(summary))
+    return 0
+
+
+def _print_recipe(arguments: argparse.Namespace, recipe: Any) -> int:
+    """The resolved recipe as YAML, or as JSON."""
+    from kdcache.recipe import dump_recipe
+
+    if arguments.json:
+        _print_json(recipe.model_dump(mode="json"))
+    else:
+        print(dump_recipe(recipe), end="")
+    return 0
+
+
+def dump(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    """Write a cache, show the recipe, or plan."""
+    from kdcache.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, overrides)
+    if arguments.print_recipe:
+        return _print_recipe(arguments, recipe)
+    if arguments.plan:
+        return _plan(arguments, recipe)
+    for option in ("budget", "report"):
+        if getattr(arguments, option) is not None:
+            arguments.error(f"argument --{option}: goes with --plan")
+    out = _needs(arguments, "out")
+    from kdcache.dump.runner import dump as run
+
+    return _print_summary(arguments, dict(run(recipe, out)))
+
+
+def _plan(arguments: argparse.Namespace, recipe: Any) -> int:
+    from kdcache.dump.plan import plan
+    from kdcache.report.plan_text import plan_page, plan_text
+
+    result = plan(recipe, arguments.budget)
+    if arguments.json:
+        _print_json(result)
+    else:
+        print(plan_text(result))
+    if arguments.report is not None:
+        Path(arguments.report).write_text(plan_page(result, recipe.name), encoding="utf-8")
+    return 0
+
+
+def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    """Train a student."""
+    from kdcache.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, overrides)
+    if arguments.print_recipe:
+        return _print_recipe(arguments, recipe)
+    cache, out = _needs(arguments, "cache"), _needs(arguments, "out")
+    from kdcache.train.loop import train as run
+
+    return _print_summary(arguments, run(recipe, cache, out))
+
+
+def evaluate(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    """Score a run or a model."""
+    from kdcache.recipe import load_recipe, parse_recipe
+    from kdcache.recipe.tree import override
+
+    section = None
+    own = Path(arguments.run_path) / "recipe.yaml"
+    if arguments.recipe or (overrides and own.is_file()):
+        section = load_recipe(arguments.recipe or str(own), overrides).evaluate
+    elif overrides:
+        tree: dict[str, Any] = {"name": "evaluate"}
+        for dotted, text in overrides:
+            override(tree, dotted, text)
+        section = parse_recipe(tree, where="overrides").evaluate
+    from kdcache.train.evaluate import evaluate as run
+
+    result = run(arguments.run_path, section=section, against=arguments.against, out=arguments.out)
+    return _print_summary(arguments, result)
+
+
+def inspect(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    """Show what a cache holds."""
+    from kdcache.report.inspect import inspect_cache
+    from kdcache.report.inspection_text import inspection_text
+
+    inspection = inspect_cache(arguments.cache, num_samples=arguments.samples)
+    if arguments.json:
+        _print_json(inspection)
+    else:
+        print(inspection_text(inspection))
+    return 0
+
+
+def verify(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    """Check a cache; faults are an error after they are listed."""
+    from kdcache.formats.verify import verify_cache
+    from kdcache.report.text import size
+
+    report = verify_cache(arguments.cache)
+    if arguments.json:
+        document = {
+            "path": arguments.cache,
+            "ok": not report.faults,
+            "files": report.files,
+            "bytes": report.bytes,
+            "faults": report.faults,
+            "leftovers": report.leftovers,
+        }
+        _print_json(document)
+    else:
+        for fault in report.faults:
+            print(fault)
+        for path in report.leftovers:
+            print(f"{path}: left over from an interrupted dump; the next dump removes it")
+        state = "sound" if not report.faults else "broken"
+        print(f"{arguments.cache}: {state}, {report.files:,} files, {size(report.bytes)} checked")
+    if report.faults:
+        word = "fault" if len(report.faults) == 1 else "faults"
+        raise IntegrityError(f"{arguments.cache}: {len(report.faults)} {word} found")
+    return 0
+
+
+def audit(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    """Compare a cache with its teacher; what does not pass is an error after it is shown."""
+    if not 0 < arguments.fraction <= 1:
+        arguments.error(f"argument --fraction: {arguments.fraction} is not within 0 and 1")
+    from kdcache.dump.audit import AuditPlan, verdicts
+    from kdcache.dump.audit import audit as run
+    from kdcache.report.audit_text import audit_text
+
+    plan = AuditPlan(
+        fraction=arguments.fraction,
+        seed=arguments.seed,
+        signals=tuple(arguments.signal),
+        teacher=arguments.teacher,
+        device=arguments.device,
+        tolerance=arguments.tolerance,
+        truncation=arguments.truncation,
+    )
+    result = run(arguments.cache, plan)
+    if arguments.json:
+        _print_json(result)
+    else:
+        print(audit_text(result))
+    faults = list(verdicts(result))
+    if not result["passed"]:
+        raise AuditError(f"{arguments.cache}: {'; '.join(faults)}")
+    for fault in faults:
+        print(f"kdcache: {fault}", file=sys.stderr)
+    return 0
+
+
+def quickstart(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    """The whole story on a generated corpus."""
+    from kdcache.quickstart.outcome import summary_text
+    from kdcache.quickstart.story import run
+
+    result = run(arguments.out)
+    if arguments.json:
+        _print_json(result)
+    else:
+        print(summary_text(result))
+    return 0
+
+
+def recipes(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    """List the built-in recipes."""
+    from kdcache.recipe import builtin_names, load_recipe
+    from kdcache.report.text import table
+
+    rows = [(name, load_recipe(name).description) for name in builtin_names()]
+    if arguments.json:
+        _print_json([{"name": name, "description": text} for name, text in rows])
+    else:
+        print(table(("name", "description"), rows))
+    return 0

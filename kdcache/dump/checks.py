@@ -1,0 +1,160 @@
+"""What can be wrong with a dump before anything is written: streams, inputs, vocabularies."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from kdcache.dump.kinds import ENCODERS
+from kdcache.dump.teacher import Teacher
+from kdcache.dump.tokenize import Tokenizer
+from kdcache.errors import IdentityError, ModelError, RecipeError
+from kdcache.formats.cache import open_cache
+from kdcache.formats.manifest import MANIFEST_NAME
+from kdcache.recipe import (
+    CorpusSection,
+    DumpSection,
+    Recipe,
+    SentencePieceTokenizer,
+    TeacherSection,
+    signal_streams,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def check_streams(recipe: Recipe) -> CorpusSection:
+    """What can be known from the recipe alone.
+
+    Returns:
+        Its corpus.
+
+    Raises:
+        RecipeError: there is none, a name resolves to nothing, or a signal has no teacher.
+    """
+    corpus, section = recipe.corpus, recipe.dump
+    if corpus is None:
+        raise RecipeError("a dump needs a corpus: set corpus.fields (and corpus.format)")
+    for name, stream in section.streams.items():
+        for key, field in (("field", stream.field), ("pair", stream.pair)):
+            if field not in (None, *corpus.field_names):
+                raise RecipeError(
+                    f"dump.streams.{name}.{key} is {field!r}; corpus.fields has "
+                    f"{sorted(corpus.field_names)}"
+                )
+    for name, tokenizer in section.tokenizers.items():
+        if isinstance(tokenizer, SentencePieceTokenizer):
+            unknown = sorted(set(tokenizer.fields) - set(corpus.field_names))
+            if unknown:
+                raise RecipeError(
+                    f"dump.tokenizers.{name}.fields has {unknown[0]!r}; corpus.fields has "
+                    f"{sorted(corpus.field_names)}"
+                )
+    if not section.streams:
+        raise RecipeError("a dump needs at least one stream: set dump.streams")
+    for name, signal in section.signals.items():
+        if signal.kind != "masks" and section.teacher_of(name) is None:
+            raise RecipeError("signals need a teacher: set dump.teacher.path")
+        task = signal.task if signal.kind == "classes" else None
+        if task not in (None, *corpus.tasks):
+            raise RecipeError(
+                f"signals.{name}.task is {task!r}; corpus.tasks has {sorted(corpus.tasks)}"
+            )
+    return corpus
+
+
+def check_inputs(section: DumpSection, out: Path) -> None:
+    """A signal that is made from another needs it, in the recipe or in the cache that stands.
+
+    Args:
+        section: the recipe's.
+        out: the cache, if there is one.
+
+    Raises:
+        RecipeError: it is in neither, or is of another kind or stream.
+    """
+    stands = open_cache(out).signals if (out / MANIFEST_NAME).exists() else {}
+    known = {name: (record.kind, record.stream) for name, record in stands.items()}
+    known |= {name: (signal.kind, signal.stream) for name, signal in section.signals.items()}
+    for name, signal in section.signals.items():
+        for role, kind in (("masks", "masks"), ("hypotheses", "beams")):
+            wanted = getattr(signal, role, None)
+            if wanted is None:
+                continue
+            if wanted not in known:
+                raise RecipeError(
+                    f"signals.{name}.{role} is {wanted!r}, which neither the recipe nor the cache "
+                    f"has; they have {sorted(known)}"
+                )
+            if known[wanted] != (kind, signal.stream):
+                raise RecipeError(
+                    f"signals.{name}.{role} is {wanted!r}, of kind {known[wanted][0]} over stream "
+                    f"{known[wanted][1]!r}; expected kind {kind} over {signal.stream!r}"
+                )
+
+
+def check_signal(
+    section: DumpSection, name: str, teacher: Teacher | None, tokenizers: dict[str, Tokenizer]
+) -> None:
+    """A signal's teacher must be able to say it, in the ids of the signal's streams.
+
+    Args:
+        section: the recipe's.
+        name: of the signal.
+        teacher: of the signal, loaded; None where it needs none.
+        tokenizers: by name, those that exist already.
+
+    Raises:
+        RecipeError: a stream has a tokenizer that is still to be trained.
+        ModelError: the teacher is of the wrong kind, lacks a layer, or has too few ids.
+        IdentityError: a stream has another tokenizer than the teacher; shows both digests.
+    """
+    signal = section.signals[name]
+    ENCODERS[signal.kind].check(section, name, teacher, tokenizers)
+    used = section.teacher_of(name)
+    if teacher is None or used is None:
+        return
+    for stream in signal_streams(signal).values():
+        tokenizer_name = section.streams[stream].tokenizer
+        if tokenizer_name not in tokenizers:
+            raise RecipeError(
+                f"signals.{name} reads stream {stream!r}, whose tokenizer {tokenizer_name!r} is "
+                "trained on the corpus; the teacher needs its own tokenizer there"
+            )
+        tokenizer = tokenizers[tokenizer_name]
+        if teacher.input_size is not None and tokenizer.vocab_size > teacher.input_size:
+            raise ModelError(
+                f"{used.label}: it knows {teacher.input_size} ids, the tokenizer "
+                f"{tokenizer.path} has {tokenizer.vocab_size}; use the teacher's own tokenizer"
+            )
+        for path in used.paths:
+            _check_own(name, stream, tokenizer_name, tokenizer, path, used)
+
+
+def _check_own(
+    name: str,
+    stream: str,
+    tokenizer_name: str,
+    tokenizer: Tokenizer,
+    path: str,
+    used: TeacherSection,
+) -> None:
+    """The tokenizer of a stream must be the one in the teacher's directory."""
+    if tokenizer.path == path:
+        return
+    own = _own_tokenizer(path, used.revision)
+    if own is not None and own.digest != tokenizer.digest:
+        raise IdentityError(
+            f"signals.{name}: stream {stream!r} uses the tokenizer {tokenizer.path} "
+            f"({tokenizer.digest}), the teacher {path} has its own ({own.digest}); leave out "
+            f"dump.tokenizers.{tokenizer_name}.path, or name the teacher's"
+        )
+
+
+def _own_tokenizer(path: str, revision: str | None) -> Tokenizer | None:
+    """The tokenizer in the teacher's directory, if there is one."""
+    try:
+        return Tokenizer.load(path, revision)
+    except ModelError:
+        logger.warning("%s has no tokenizer to compare with", path)
+        return None

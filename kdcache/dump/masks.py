@@ -1,0 +1,105 @@
+"""The masks signal: which tokens are masked, and what stands in their place. It has no teacher."""
+
+# F items, M samples, B rows of a batch, R replicas
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from kdcache.dump.items import Items, sample_items
+from kdcache.dump.masking import MaskVocabulary, draw_masks, no_mask_token, scheme_of
+from kdcache.dump.shards import Columns, SignalEncoder, common_fields
+from kdcache.dump.teacher import Teacher
+from kdcache.dump.tokenize import Tokenizer
+from kdcache.formats.cache import Cache
+from kdcache.formats.schema import record_bytes, signal_schema
+from kdcache.formats.shard import SampleShard
+from kdcache.formats.signals import MasksRecord
+from kdcache.formats.units import MAIN_COLUMN
+from kdcache.recipe import DumpSection, MasksSignal
+
+
+class MasksEncoder(SignalEncoder):
+    """R maskings of every sample. A tokenizer's strings in the cache are all that is needed."""
+
+    main = MAIN_COLUMN["masks"]
+    record: MasksRecord
+
+    def __init__(
+        self, cache: Cache, section: DumpSection, name: str, teacher: Teacher | None
+    ) -> None:
+        super().__init__(cache, section, name, teacher)
+        signal = section.signals[name]
+        assert isinstance(signal, MasksSignal), "the runner chooses by kind"
+        tokenizer_name = cache.stream(signal.stream).tokenizer
+        tokenizer = cache.tokenizer(tokenizer_name)
+        self._vocabulary = MaskVocabulary.of(
+            cache.tokens(tokenizer_name),
+            tokenizer.special_ids,
+            tokenizer.mask_id,
+            f"{cache.path}: signals.{name}: tokenizer {tokenizer_name!r} of stream "
+            f"{signal.stream!r}",
+        )
+        self._scheme = scheme_of(signal)
+        self.record = MasksRecord(
+            **common_fields(cache, section, name, teacher),
+            scheme=signal.scheme,
+            replicas=signal.replicas,
+            vocab_size=tokenizer.vocab_size,
+            mask_id=self._vocabulary.mask_id,
+            parameters=self._scheme.parameters(),
+        )
+
+    @classmethod
+    def check(
+        cls,
+        section: DumpSection,
+        name: str,
+        teacher: Teacher | None,
+        tokenizers: Mapping[str, Tokenizer],
+    ) -> None:
+        """The stream's tokenizer must have a mask token; those trained on the corpus have none."""
+        stream = section.signals[name].stream
+        tokenizer_name = section.streams[stream].tokenizer
+        tokenizer = tokenizers.get(tokenizer_name)
+        if tokenizer is None or tokenizer.mask_id is None:
+            path = "trained on the corpus" if tokenizer is None else tokenizer.path
+            raise no_mask_token(
+                f"signals.{name}: the tokenizer {tokenizer_name!r} ({path}) of stream {stream!r}"
+            )
+
+    @property
+    def max_bytes_per_row(self) -> int:
+        """Bytes of a masked token and of a replica's count."""
+        schema = signal_schema(self.record)
+        return sum(record_bytes(column) for column in schema)
+
+    def items(self, samples: SampleShard, inputs: Mapping[str, Columns]) -> Items:
+        """The samples."""
+        self._samples = samples
+        return sample_items(samples, self.record.stream)
+
+    def counts(self, items: Items) -> np.ndarray:
+        """[F] int64 tokens of all replicas, or replicas where a sample has no tokens."""
+        return np.maximum(items.tokens.lengths, 1) * self.record.replicas
+
+    def plan_lengths(self, items: Items) -> tuple[np.ndarray, np.ndarray]:
+        """Nothing, so a part is one batch: there is no padding, and masking bounds its memory."""
+        none = np.zeros(len(items), dtype=np.int64)
+        return none, none
+
+    def encode(self, items: Items, rows: np.ndarray) -> Callable[[], Columns]:
+        """The masks of some samples, which depend on no batch."""
+        record, of = self.record, items.sample[rows]
+        columns = draw_masks(
+            items.tokens.take(rows),
+            self._samples.sample_id[of],
+            self._samples.row[of],
+            self._vocabulary,
+            self._scheme,
+            record.replicas,
+            record.seed,
+        )
+        return lambda: columns

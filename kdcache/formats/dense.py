@@ -1,0 +1,330 @@
+"""Dense signals: hidden states and attentions of a shard, read layer by layer from mapped chunks.
+
+A chunk is checked against its crc32c the first time it is read, and only chunks of the layer that
+was asked for are touched.
+
+# M samples, R rows of a part, L layers, W width (features, or heads)
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdcache.errors import FormatError, IntegrityError, StorageError
+from kdcache.formats.identity import differences
+from kdcache.formats.integrity import REPAIR
+from kdcache.formats.signals import AttentionRecord, HiddenRecord
+from kdcache.formats.zarr_layout import (
+    CHUNK_ROWS,
+    CRC_BYTES,
+    METADATA_NAME,
+    array_metadata,
+    chunk_bytes,
+    crc_bytes,
+    decode_index,
+    group_metadata,
+    num_row_chunks,
+    shard_path,
+)
+
+DenseRecord = HiddenRecord | AttentionRecord
+
+VALUES, SCALE = "values", "scale"
+
+_STORED: dict[str, np.dtype] = {
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),
+    "int8": np.dtype("i1"),
+}
+_SCALE = np.dtype("<f4")
+
+
+def dense_arrays(record: DenseRecord, rows: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and stored dtype of every array of a part, by name.
+
+    Args:
+        record: of the signal.
+        rows: R.
+    """
+    layers = len(record.layers)
+    width = record.width if isinstance(record, HiddenRecord) else record.heads
+    arrays: dict[str, tuple[tuple[int, ...], np.dtype]] = {
+        VALUES: ((rows, layers, width), _STORED[record.values])
+    }
+    if record.values == "int8":
+        arrays[SCALE] = ((rows, layers), _SCALE)
+    return arrays
+
+
+def dense_row_bytes(record: DenseRecord) -> int:
+    """Bytes that one row takes in all layers, scales included, checksums left out."""
+    arrays = dense_arrays(record, 1).values()
+    return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in arrays)
+
+
+def decode_values(stored: np.ndarray, values: str, scale: np.ndarray | None = None) -> np.ndarray:
+    """Float32 numbers from what is stored.
+
+    Args:
+        stored: [R, W] float16, uint16 (the bits of bfloat16) or int8.
+        values: `values` of the signal's record.
+        scale: [R] float32, for int8.
+    """
+    if values == "bfloat16":
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    numbers: np.ndarray = stored.astype(np.float32)
+    return numbers if scale is None else numbers * scale[:, None]
+
+
+class MappedArray:
+    """One Zarr array [R, L, ...] of a part: its only shard file, mapped.
+
+    Attributes:
+        file: the shard file; there is none where R is 0.
+        shape: [R, L, ...].
+        dtype: as stored.
+    """
+
+    def __init__(self, file: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        """Map the file and read its chunk index.
+
+        Args:
+            file: the shard file.
+            shape: [R, L, ...].
+            dtype: as stored.
+
+        Raises:
+            IntegrityError: it is missing or short, or its index is damaged or lacks a chunk.
+            StorageError: it cannot be read.
+        """
+        self.file, self.shape, self.dtype = file, shape, dtype
+        self._size = chunk_bytes(shape, dtype)
+        grid = num_row_chunks(shape[0]), shape[1]
+        self._checked = np.zeros(grid, dtype=bool)
+        self._data = _mapped(file) if shape[0] else np.empty(0, dtype=np.uint8)
+        self._offsets = np.zeros(grid, dtype=np.int64)
+        if shape[0]:
+            try:
+                self._offsets = decode_index(self._data, *grid, self._size)
+            except IntegrityError as error:
+                raise IntegrityError(f"{file}: {error}; {REPAIR}") from None
+
+    @property
+    def chunks_read(self) -> int:
+        """Chunks that were read so far, each counted once."""
+        return int(self._checked.sum())
+
+    def read(self, start: int, stop: int, layer: int) -> np.ndarray:
+        """[stop - start, ...] values of one layer, copied.
+
+        Args:
+            start: first row.
+            stop: row after the last.
+            layer: layer index.
+
+        Raises:
+            IndexError: there are no such rows or layer.
+            IntegrityError: a chunk is not what its crc32c says.
+        """
+        if not (0 <= start <= stop <= self.shape[0] and 0 <= layer < self.shape[1]):
+            raise IndexError(f"rows {start} to {stop} of layer index {layer} in {self.shape}")
+        out = np.empty((stop - start, *self.shape[2:]), dtype=self.dtype)
+        at = start
+        while at < stop:
+            number, first = divmod(at, CHUNK_ROWS)
+            end = min(stop, (number + 1) * CHUNK_ROWS)
+            chunk = self._chunk(number, layer)
+            out[at - start : end - start] = chunk[first : first + end - at]
+            at = end
+        return out
+
+    def _chunk(self, number: int, layer: int) -> np.ndarray:
+        """[512, ...] one chunk in the map, checked the first time."""
+        begin = int(self._offsets[number, layer])
+        flat = self._data[begin : begin + self._size]
+        if not self._checked[number, layer]:
+            stored = self._data[begin + self._size : begin + self._size + CRC_BYTES]
+            if not np.array_equal(crc_bytes(flat), stored):
+                raise IntegrityError(
+                    f"{self.file}: the crc32c of chunk {number} of layer index {layer} is "
+                    f"another; {REPAIR}"
+                )
+            self._checked[number, layer] = True
+        return flat.view(self.dtype).reshape(CHUNK_ROWS, *self.shape[2:])
+
+
+@dataclass(frozen=True)
+class DensePart:
+    """The samples [start, stop) of a dense signal.
+
+    Attributes:
+        start: first sample, counted over the corpus.
+        stop: sample after the last.
+        folder: the Zarr group.
+        kind: `values` of the signal's record.
+        values: [R, L, W] as stored.
+        scale: [R, L] float32 for int8, else None.
+    """
+
+    start: int
+    stop: int
+    folder: Path
+    kind: str
+    values: MappedArray
+    scale: MappedArray | None
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return self.values.shape[0]
+
+    @property
+    def chunks_read(self) -> int:
+        """Chunks that were read so far, each counted once, those of scales too."""
+        return self.values.chunks_read + (self.scale.chunks_read if self.scale else 0)
+
+    def read(self, start_row: int, stop_row: int, layer_index: int) -> np.ndarray:
+        """[rows, W] values of one layer as they are stored.
+
+        Args:
+            start_row: first row of the part.
+            stop_row: row after the last.
+            layer_index: which of the record's `layers`, from 0.
+
+        Raises:
+            IndexError: there are no such rows or layer.
+            IntegrityError: a chunk is not what its crc32c says.
+        """
+        return self.values.read(start_row, stop_row, layer_index)
+
+    def decode(self, start_row: int, stop_row: int, layer_index: int) -> np.ndarray:
+        """[rows, W] float32 values of one layer; arguments and errors as in `read`."""
+        stored = self.read(start_row, stop_row, layer_index)
+        scale = self.scale.read(start_row, stop_row, layer_index) if self.scale else None
+        return decode_values(stored, self.kind, scale)
+
+    def decode_through_zarr(self, start_row: int, stop_row: int, layer_index: int) -> np.ndarray:
+        """The same as `decode` through zarr-python, slower and with fewer checks."""
+        import zarr
+
+        group: Any = zarr.open_group(str(self.folder), mode="r")
+        stored = group[VALUES][start_row:stop_row, layer_index]
+        scale = group[SCALE][start_row:stop_row, layer_index] if self.scale else None
+        return decode_values(stored, self.kind, scale)
+
+
+@dataclass(frozen=True)
+class DenseShard:
+    """A dense signal of the samples [start, stop).
+
+    Attributes:
+        start: first sample, counted over the corpus.
+        stop: sample after the last.
+        offsets: [M + 1] int64: sample start + m has the rows [offsets[m], offsets[m + 1]) of the
+            shard.
+        parts: contiguous.
+    """
+
+    start: int
+    stop: int
+    offsets: np.ndarray
+    parts: list[DensePart]
+
+    def decode(self, start: int, stop: int, layer_index: int) -> np.ndarray:
+        """[rows, W] float32 values of the samples [start, stop), counted over the corpus.
+
+        Args:
+            start: first sample.
+            stop: sample after the last.
+            layer_index: which of the record's `layers`, from 0.
+
+        Raises:
+            IndexError: there are no such samples or layer.
+            IntegrityError: a chunk is not what its crc32c says.
+        """
+        if not self.start <= start < stop <= self.stop:
+            raise IndexError(f"samples {start} to {stop} of {self.start} to {self.stop}")
+        pieces = [
+            part.decode(*self._rows(part, start, stop), layer_index)
+            for part in self.parts
+            if start < part.stop and stop > part.start
+        ]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _rows(self, part: DensePart, start: int, stop: int) -> tuple[int, int]:
+        """Rows of a part that some samples have there."""
+        base = int(self.offsets[part.start - self.start])
+        first, last = (
+            int(self.offsets[min(max(sample, part.start), part.stop) - self.start]) - base
+            for sample in (start, stop)
+        )
+        return first, last
+
+
+def open_dense_part(
+    folder: Path, start: int, stop: int, record: DenseRecord, rows: int
+) -> DensePart:
+    """Map one part whose files have the sizes that were committed.
+
+    Args:
+        folder: the Zarr group.
+        start: first sample, counted over the corpus.
+        stop: sample after the last.
+        record: of the signal.
+        rows: R that its samples have.
+
+    Raises:
+        FormatError: its metadata are not those of such a part.
+        IntegrityError: a file is missing or short, or a chunk index is damaged.
+        StorageError: a file cannot be read.
+    """
+    _check_metadata(folder / METADATA_NAME, group_metadata())
+    opened = {}
+    for name, (shape, dtype) in dense_arrays(record, rows).items():
+        _check_metadata(folder / name / METADATA_NAME, array_metadata(shape, dtype))
+        opened[name] = MappedArray(folder / shard_path(name, len(shape)), shape, dtype)
+    return DensePart(start, stop, folder, record.values, opened[VALUES], opened.get(SCALE))
+
+
+def _check_metadata(file: Path, expected: dict[str, Any]) -> None:
+    """What a zarr.json says must be what the record and the samples demand."""
+    data = _bytes_of(file)
+    try:
+        tree = json.loads(data.decode("utf-8"))
+        faults = differences(tree, expected, ignore=("attributes",))
+    except (ValueError, RecursionError):
+        tree = None
+    if not isinstance(tree, dict):
+        raise FormatError(f"{file}: not a JSON object in UTF-8; {REPAIR}")
+    if faults:
+        fault = faults[0].removesuffix(" given").replace(" in the cache, ", ", expected ")
+        raise FormatError(f"{file}: " + "".join(c if c.isprintable() else "?" for c in fault))
+
+
+def _bytes_of(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise IntegrityError(f"{file}: missing; {REPAIR}") from None
+    except OSError as error:
+        raise StorageError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _mapped(file: Path) -> np.ndarray:
+    """[n] uint8 view of a whole file."""
+    try:
+        with file.open("rb") as stream:
+            if stream.seek(0, 2) == 0:
+                raise IntegrityError(f"{file}: empty; {REPAIR}")
+            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    except (FileNotFoundError, NotADirectoryError):
+        raise IntegrityError(f"{file}: missing; {REPAIR}") from None
+    except OSError as error:
+        raise StorageError(f"{file}: cannot be read: {error.strerror}") from None
+    return np.frombuffer(data, dtype=np.uint8)

@@ -1,0 +1,144 @@
+"""What a signal describes, one by one: how many records each sample must have, by kind.
+
+`MAIN_COLUMN` names the column whose records are counted; `CommitRecord.tokens` is their number in
+the shard, and `CommitRecord.entries` has it too (for Zarr under `values`: the rows).
+
+# M samples of a shard
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kdcache.errors import FormatError
+from kdcache.formats.ragged import Ragged, concat
+from kdcache.formats.shard import SampleShard
+from kdcache.formats.signals import (
+    AttentionRecord,
+    ClassesRecord,
+    HiddenRecord,
+    LogitsRecord,
+    MasksRecord,
+    SignalRecord,
+)
+
+if TYPE_CHECKING:
+    from kdcache.formats.cache import Cache
+
+#: Kind to the column that has one record for each thing described.
+MAIN_COLUMN = {
+    "logits": "tokens",
+    "hidden": "values",
+    "attention": "values",
+    "beams": "tokens",
+    "classes": "scores",
+    "masks": "replicas",
+}
+
+
+def label_counts(cache: Cache, record: SignalRecord, shard: int) -> np.ndarray | None:
+    """Records of the main column that each sample of a shard must have.
+
+    Args:
+        cache: the cache.
+        record: of the signal.
+        shard: shard number.
+
+    Returns:
+        [M] int64; None where the signal alone says how many (beams).
+
+    Raises:
+        FormatError: samples, or a signal that this one was made from, are damaged or missing.
+    """
+    samples = cache.samples(shard)
+    lengths = samples.streams[record.stream].lengths
+    if isinstance(record, LogitsRecord):
+        return _label_positions(cache, record, samples, shard)
+    if isinstance(record, HiddenRecord):
+        rows = lengths if record.pool == "none" else np.ones_like(lengths)
+        return rows * num_replicas(cache, record)
+    if isinstance(record, AttentionRecord):
+        return lengths * lengths
+    if isinstance(record, ClassesRecord):
+        mine = _of_task(cache, record, samples).astype(np.int64)
+        return mine * len(record.labels) * num_replicas(cache, record)
+    if isinstance(record, MasksRecord):
+        return np.full(len(lengths), record.replicas, dtype=np.int64)
+    return None
+
+
+def num_replicas(cache: Cache, record: SignalRecord) -> int:
+    """How often every sample was read: the replicas of the masks signal, 1 without one.
+
+    Raises:
+        FormatError: that signal is missing or of another kind.
+    """
+    if record.masks is None:
+        return 1
+    masks = cache.signal(record.masks)
+    if not isinstance(masks, MasksRecord):
+        raise FormatError(
+            f"{cache.path}: signal {record.name!r} names {masks.name!r} of kind {masks.kind} as "
+            "its masks"
+        )
+    return masks.replicas
+
+
+def _label_positions(
+    cache: Cache, record: LogitsRecord, samples: SampleShard, shard: int
+) -> np.ndarray:
+    """[M] labels of each sample."""
+    stream = samples.streams[record.stream]
+    if record.masks is not None:
+        return _input_column(cache, record.masks, shard, "masked").lengths
+    if record.hypotheses is not None:
+        return _hypothesis_lengths(cache, record, record.hypotheses, shard)
+    if record.at == "targets":
+        return stream.lengths
+    # A token is predicted from those before it, so the first has no label.
+    labelled = np.ones(int(stream.offsets[-1]), dtype=np.int64)
+    if "loss" in stream.fields:
+        labelled = stream.fields["loss"].astype(np.int64)
+    filled = stream.lengths > 0
+    labelled[stream.offsets[:-1][filled]] = 0
+    return _sums(labelled, stream.offsets)
+
+
+def _hypothesis_lengths(cache: Cache, record: LogitsRecord, beams: str, shard: int) -> np.ndarray:
+    """[M] tokens of the chosen hypothesis of each sample, or of all; 0 where it has none."""
+    if record.hypothesis == "all":
+        return _input_column(cache, beams, shard, "tokens").lengths
+    hypotheses = _input_column(cache, beams, shard, "hypotheses")
+    has = hypotheses.lengths > record.hypothesis
+    chosen = hypotheses.offsets[:-1][has] + record.hypothesis
+    counts = np.zeros(len(hypotheses), dtype=np.int64)
+    counts[has] = hypotheses.fields["num_tokens"][chosen]
+    return counts
+
+
+def _input_column(cache: Cache, signal: str, shard: int, column: str) -> Ragged:
+    """One column of a signal that another was made from."""
+    return concat([columns[column] for _, _, columns in cache.signal_shard(signal, shard).parts])
+
+
+def _of_task(cache: Cache, record: ClassesRecord, samples: SampleShard) -> np.ndarray:
+    """[M] bool, whether each sample is of the task that the signal labels."""
+    if record.task is None:
+        return np.ones(len(samples.row), dtype=bool)
+    tasks = samples.tasks()
+    if tasks is None:
+        raise FormatError(
+            f"{cache.path}: signal {record.name!r} labels the task {record.task!r}, the samples "
+            "of the cache have no tasks"
+        )
+    mine: np.ndarray = tasks.to_numpy(zero_copy_only=False) == record.task
+    return mine
+
+
+def _sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """[M] int64 sums of the stretches between offsets."""
+    ends = np.zeros(len(values) + 1, dtype=np.int64)
+    np.cumsum(values, out=ends[1:])
+    return ends[offsets[1:]] - ends[offsets[:-1]]

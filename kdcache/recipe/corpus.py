@@ -1,0 +1,84 @@
+"""The part of a recipe that says where text comes from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from kdcache.recipe.section import Identifier, PositiveInt, Section
+
+
+class TaskSection(Section):
+    """Where the text of one task comes from. Row n of every field belongs together."""
+
+    format: Literal["text", "tsv", "jsonl", "parquet"] = Field(
+        "text",
+        description="text: one file per field, a line a row (.gz is read as it is); tsv: a header "
+        "line and no quoting; jsonl: an object per line, whose values are text, or messages (a "
+        "list of objects with `role` and `content`); parquet.",
+    )
+    path: str | None = Field(
+        None, description="The file of a tsv, jsonl or parquet corpus; none for text."
+    )
+    fields: dict[Identifier, str] = Field(
+        min_length=1,
+        description="Field name to its file (text) or column (other formats). "
+        "Translation uses src and tgt.",
+    )
+    limit: PositiveInt | None = Field(None, description="Read this many rows; all without it.")
+
+    @model_validator(mode="after")
+    def _path_fits_format(self) -> TaskSection:
+        if self.format == "text" and self.path is not None:
+            raise ValueError("a text corpus has one file per field; leave out path")
+        if self.format != "text" and self.path is None:
+            raise ValueError(f"a {self.format} corpus needs path")
+        return self
+
+
+class CorpusSection(TaskSection):
+    """Where text comes from: one corpus, or several tasks one after another."""
+
+    fields: dict[Identifier, str] = Field(
+        default_factory=dict,
+        description="Field name to its file (text) or column (other formats). "
+        "Translation uses src and tgt.",
+    )
+    empty: Literal["drop", "keep", "error"] = Field(
+        "drop",
+        description="What happens to a row with a field that is empty or white space: left out "
+        "and counted, kept, or refused with its row number.",
+    )
+    label: Identifier | None = Field(
+        None,
+        description="The field that holds a sample's gold label (a class name, a score), in every "
+        "task that has it.",
+    )
+    tasks: dict[Identifier, TaskSection] = Field(
+        default_factory=dict,
+        description="Several corpora in one cache, by name, in place of the keys above. Rows are "
+        "numbered through all of them, in this order; a field that a task lacks is empty there.",
+    )
+
+    @model_validator(mode="after")
+    def _tasks_or_fields(self) -> CorpusSection:
+        own = {"format": self.format != "text", "path": self.path, "fields": self.fields}
+        given = [name for name, value in {**own, "limit": self.limit}.items() if value]
+        if self.tasks and given:
+            raise ValueError(f"every task has its own {given[0]}; give it there")
+        if not self.tasks and not self.fields:
+            raise ValueError("give fields, or tasks that have them")
+        if self.label not in (None, *self.field_names):
+            raise ValueError(f"label is {self.label!r}; the fields are {self.field_names}")
+        return self
+
+    @property
+    def parts(self) -> dict[str, TaskSection]:
+        """What is read, by task; a corpus without tasks is one part with an empty name."""
+        return dict(self.tasks) or {"": self}
+
+    @property
+    def field_names(self) -> list[str]:
+        """The fields of all tasks, as they come first."""
+        return list(dict.fromkeys(name for part in self.parts.values() for name in part.fields))
