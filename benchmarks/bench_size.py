@@ -35,7 +35,7 @@ from setting import log, report
 from torch import Tensor
 
 from kdcache.dump import batches
-from kdcache.dump.select import encode_logits
+from kdcache.dump.codecs.select import encode_logits
 from kdcache.dump.teacher import load_teacher
 from kdcache.dump.tokenize import Tokenizer
 from kdcache.formats.codec import (

@@ -134,6 +134,8 @@ def _words(kind: Any) -> str:
     if origin is list:
         return f"list of {_words(arguments[0])}"
     if origin is tuple:
+        if arguments[-1] is Ellipsis:
+            return f"list of {_words(arguments[0])}"
         return f"[{', '.join(_words(a) for a in arguments)}]"
     if origin is dict:
         return f"name: {_words(arguments[1])}"

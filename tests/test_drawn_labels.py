@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.dump.select import encode_logits
+from kdcache.dump.codecs.select import encode_logits
 from kdcache.formats import keyed
 from kdcache.formats.codec import ThresholdCodec
 from kdcache.formats.codes import code_log_probs

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.dump.select import encode_logits
+from kdcache.dump.codecs.select import encode_logits
 from kdcache.errors import RecipeError
 from kdcache.formats import keyed
 from kdcache.formats.codec import FullCodec, NucleusCodec, SampledCodec, ThresholdCodec, TopKCodec

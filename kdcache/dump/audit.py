@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 
 from kdcache.dump.batches import plan_batches
-from kdcache.dump.items import Items
-from kdcache.dump.kinds import ENCODERS
 from kdcache.dump.measures import TOLERANCES, TRUNCATIONS, difference, truncation
-from kdcache.dump.shards import Columns, PartBuilder, SignalEncoder, shard_inputs
+from kdcache.dump.part import PartBuilder
+from kdcache.dump.shards import shard_inputs
+from kdcache.dump.signals.encoder import Columns, SignalEncoder
+from kdcache.dump.signals.items import Items
+from kdcache.dump.signals.kinds import ENCODERS
 from kdcache.dump.teacher import Teacher, load_teacher
 from kdcache.errors import IdentityError, RecipeError
 from kdcache.formats.cache import Cache, open_cache

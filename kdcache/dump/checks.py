@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from kdcache.dump.kinds import ENCODERS
+from kdcache.dump.signals.kinds import ENCODERS
 from kdcache.dump.teacher import Teacher
 from kdcache.dump.tokenize import Tokenizer
 from kdcache.errors import IdentityError, ModelError, RecipeError

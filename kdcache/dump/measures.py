@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.dump.dense import DenseEncoder
-from kdcache.dump.items import Items
-from kdcache.dump.logits import LogitsEncoder
-from kdcache.dump.shards import Columns, SignalEncoder
+from kdcache.dump.signals.dense import DenseEncoder
+from kdcache.dump.signals.encoder import Columns, SignalEncoder
+from kdcache.dump.signals.items import Items
+from kdcache.dump.signals.logits import LogitsEncoder
 from kdcache.formats.codes import gold_log_probs
 from kdcache.formats.dense import SCALE, VALUES, decode_values
 from kdcache.formats.ragged import Ragged

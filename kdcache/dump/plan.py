@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ import pyarrow as pa
 from kdcache.corpus import read_corpus
 from kdcache.dump.audit import AuditPlan, encoder_of
 from kdcache.dump.batches import Batch, plan_batches
-from kdcache.dump.logits import LogitsEncoder
+from kdcache.dump.codecs.trial import Trials
 from kdcache.dump.runner import dump
 from kdcache.dump.shards import shard_inputs
-from kdcache.dump.trial import Trials
+from kdcache.dump.signals.logits import LogitsEncoder
 from kdcache.errors import RecipeError
 from kdcache.formats.cache import Cache, open_cache
 from kdcache.formats.codec import Codec, FullCodec, SampledCodec, ThresholdCodec, TopKCodec
@@ -237,8 +238,8 @@ def corrupted(batch: Batch) -> Batch:
     if len(ids) == 1:
         other[:, 1::3] = ids.roll(1, dims=1)[:, 1::3]
     if batch.source_ids is None:
-        return Batch(other, batch.mask, batch.segments)
-    return Batch(batch.ids, batch.mask, batch.segments, other, batch.source_mask)
+        return replace(batch, ids=other)
+    return replace(batch, source_ids=other)
 
 
 def recommend(result: dict[str, Any], budget_bytes: float | None) -> dict[str, Any]:

@@ -13,9 +13,9 @@ import numpy as np
 
 from kdcache.corpus import read_corpus
 from kdcache.dump.checks import check_inputs, check_signal, check_streams
-from kdcache.dump.kinds import ENCODERS, in_order
 from kdcache.dump.samples import SampleWriter, check_corpus, check_recipe, check_templates
 from kdcache.dump.shards import dump_signal
+from kdcache.dump.signals.kinds import ENCODERS, in_order
 from kdcache.dump.teacher import Teacher, load_teacher, teacher_positions
 from kdcache.dump.tokenize import Tokenizer, train_sentencepiece
 from kdcache.errors import IdentityError, RecipeError

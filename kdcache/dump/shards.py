@@ -4,169 +4,28 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from kdcache.dump.background import Background
 from kdcache.dump.batches import plan_batches
-from kdcache.dump.items import Items
+from kdcache.dump.part import PartBuilder
+from kdcache.dump.signals.encoder import Columns, SignalEncoder
+from kdcache.dump.signals.items import Items
 from kdcache.dump.teacher import Teacher
-from kdcache.dump.tokenize import Tokenizer
-from kdcache.dump.versions import library_versions
 from kdcache.errors import IdentityError, ModelError
 from kdcache.formats.cache import Cache
 from kdcache.formats.manifest import CommitRecord, PartRecord
 from kdcache.formats.plan import plan_parts
-from kdcache.formats.ragged import Ragged, concat, offsets_of, segment_indices
-from kdcache.formats.schema import ragged_batch, signal_schema
+from kdcache.formats.ragged import concat
 from kdcache.formats.shard import SampleShard
 from kdcache.formats.signals import SignalRecord
 from kdcache.formats.writer import CacheWriter
 from kdcache.progress import progress
-from kdcache.recipe import DumpSection, signal_streams
-
-#: Columns of some items, each as many samples long, ready to be put into the order of the shard.
-Columns = dict[str, Ragged]
-
-#: Most bytes reordered at a time, so that the index of a large part stays small.
-REORDER_BYTES = 1 << 25
-
-
-class SignalEncoder(ABC):
-    """What one signal of a recipe says of a shard, batch by batch.
-
-    Attributes:
-        record: the signal's.
-        teacher: the model; None for signals that need none.
-        main: the column with one record for each thing described.
-    """
-
-    main: ClassVar[str]
-    record: SignalRecord
-
-    def __init__(
-        self, cache: Cache, section: DumpSection, name: str, teacher: Teacher | None
-    ) -> None:
-        """Keep the teacher; a kind makes its record.
-
-        Args:
-            cache: whose streams are described.
-            section: the recipe's.
-            name: of the signal.
-            teacher: that speaks, checked by `check`.
-        """
-        self.teacher = teacher
-
-    @classmethod
-    def check(
-        cls,
-        section: DumpSection,
-        name: str,
-        teacher: Teacher | None,
-        tokenizers: Mapping[str, Tokenizer],
-    ) -> None:
-        """Refuse what this kind of signal cannot be made with, before anything is written.
-
-        Args:
-            section: the recipe's.
-            name: of the signal.
-            teacher: of the signal, loaded; None where it needs none.
-            tokenizers: by name, those that exist before the corpus is read.
-
-        Raises:
-            RecipeError: the recipe asks for what there is not.
-            ModelError: the teacher is of the wrong kind, or lacks a layer.
-        """
-
-    @property
-    @abstractmethod
-    def max_bytes_per_row(self) -> int:
-        """Most bytes that one record of the main column, and what belongs to it, takes."""
-
-    @abstractmethod
-    def items(self, samples: SampleShard, inputs: Mapping[str, Columns]) -> Items:
-        """What the teacher reads, for all samples of a shard.
-
-        Args:
-            samples: the shard.
-            inputs: columns of the signals that this one is made from, by name.
-        """
-
-    @abstractmethod
-    def counts(self, items: Items) -> np.ndarray:
-        """[F] int64 records (at most) that each item will have in the main column."""
-
-    def plan_lengths(self, items: Items) -> tuple[np.ndarray, np.ndarray]:
-        """[F] and [F] lengths whose padded sum `dump.batch_tokens` bounds."""
-        return items.lengths()
-
-    @abstractmethod
-    def encode(self, items: Items, rows: np.ndarray) -> Callable[[], Columns]:
-        """Run the teacher on some items and code what it says, on its device.
-
-        Args:
-            items: of the shard.
-            rows: [B] which of them.
-
-        Returns:
-            What brings the columns to the host; it is called in the writer's thread. Every
-            column has B samples.
-
-        Raises:
-            ModelError: what the teacher said cannot be stored; `located` adds where.
-        """
-
-    def write(
-        self, writer: CacheWriter, shard: int, part: int, span: tuple[int, int], columns: Columns
-    ) -> PartRecord:
-        """Write one part; as Arrow, unless a kind does otherwise.
-
-        Args:
-            writer: the cache.
-            shard: shard number.
-            part: part number.
-            span: its samples [start, stop), counted over the corpus.
-            columns: one record list for each of them.
-        """
-        batch = ragged_batch(signal_schema(self.record), columns)
-        return writer.write_part(self.record.name, shard, part, *span, batch)
-
-
-def common_fields(
-    cache: Cache, dump: DumpSection, name: str, teacher: Teacher | None
-) -> dict[str, Any]:
-    """What the record of a signal says whatever its kind.
-
-    Args:
-        cache: whose streams it is of.
-        dump: the recipe's section.
-        name: of the signal.
-        teacher: that makes it.
-    """
-    section = dump.signals[name]
-    streams = signal_streams(section)
-    source = streams.get("source")
-    used = dump.teacher_of(name)
-    return {
-        "name": name,
-        "stream": streams["stream"],
-        "stream_digest": cache.stream(streams["stream"]).digest,
-        "source": source,
-        "source_digest": None if source is None else cache.stream(source).digest,
-        "seed": dump.seed,
-        "teacher": None if teacher is None else teacher.record,
-        "recipe": {
-            "signal": section.model_dump(mode="json"),
-            "teacher": None if used is None else used.model_dump(mode="json"),
-            "batch_tokens": dump.batch_tokens,
-        },
-        "versions": library_versions(),
-    }
 
 
 def dump_signal(writer: CacheWriter, cache: Cache, encoder: SignalEncoder) -> dict[str, Any]:
@@ -350,65 +209,3 @@ class _Shard:
 def _take_in(builder: PartBuilder, rows: np.ndarray, columns: Callable[[], Columns]) -> None:
     """Bring a batch to the host; runs in the writer's thread."""
     builder.add(rows, columns())
-
-
-class PartBuilder:
-    """Collects encoded batches of one part and puts them into sample order."""
-
-    def __init__(self, sample: np.ndarray, num_samples: int) -> None:
-        """Start an empty part.
-
-        Args:
-            sample: [F] int64 sample of the part that each item is of, ascending.
-            num_samples: samples of the part; some may have no item.
-        """
-        self._first = np.searchsorted(sample, np.arange(num_samples + 1))  # item of each sample
-        self._rows: list[np.ndarray] = []
-        self._lengths: dict[str, list[np.ndarray]] = {}
-        self._pieces: dict[str, dict[str, list[np.ndarray]]] = {}
-
-    def add(self, rows: np.ndarray, columns: Mapping[str, Ragged]) -> None:
-        """Take in one batch.
-
-        Args:
-            rows: [B] items of the part, in the order of the batch.
-            columns: what was said of them, B samples each.
-        """
-        self._rows.append(rows)
-        for name, ragged in columns.items():
-            self._lengths.setdefault(name, []).append(ragged.lengths)
-            column = self._pieces.setdefault(name, {})
-            for field, values in ragged.fields.items():
-                column.setdefault(field, []).append(values)
-
-    def finish(self) -> Columns:
-        """The columns of the part, samples in order. Empties the builder."""
-        rows = np.concatenate(self._rows)
-        place = np.empty(len(rows), dtype=np.int64)
-        place[rows] = np.arange(len(rows))
-        columns = {}
-        for name in list(self._pieces):
-            lengths = np.concatenate(self._lengths.pop(name))
-            starts = offsets_of(lengths)[:-1]
-            pieces = self._pieces.pop(name)
-            fields = {
-                field: _reorder(np.concatenate(pieces.pop(field)), starts[place], lengths[place])
-                for field in list(pieces)
-            }
-            columns[name] = Ragged(offsets_of(lengths[place])[self._first], fields)
-        return columns
-
-
-def _reorder(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Segments of an array one after another, copied in slices of bounded size."""
-    ends = np.cumsum(lengths)
-    out = np.empty((int(lengths.sum()), *values.shape[1:]), dtype=values.dtype)
-    most = max(1, REORDER_BYTES // max(1, values[:1].nbytes))
-    begin = done = 0
-    while begin < len(lengths):
-        stop = int(np.searchsorted(ends, done + most, side="right"))
-        stop = max(stop, begin + 1)
-        index = segment_indices(starts[begin:stop], lengths[begin:stop])
-        out[done : done + len(index)] = values[index]
-        begin, done = stop, done + len(index)
-    return out

@@ -25,7 +25,7 @@ class Teacher(ABC):
     """What every teacher answers; a kind overrides what it has.
 
     A class of your own (`kind: custom`) is a subclass with `load` and the methods of its
-    signals; `kdcache.dump.identity.own_record` makes its record.
+    signals; `kdcache.dump.teachers.identity.own_record` makes its record.
 
     Attributes:
         kind: what it is, in the recipe's words.
@@ -186,7 +186,7 @@ def load_teacher(section: TeacherSection, needs_attention: bool = False) -> Teac
     Raises:
         ModelError: it is not there, cannot be loaded, or its members do not fit together.
     """
-    from kdcache.dump.loading import load
+    from kdcache.dump.teachers.loading import load
 
     return load(section, needs_attention)
 
@@ -197,6 +197,6 @@ def teacher_positions(section: TeacherSection) -> int | None:
     Raises:
         ModelError: its config cannot be read.
     """
-    from kdcache.dump.loading import positions
+    from kdcache.dump.teachers.loading import positions
 
     return positions(section)

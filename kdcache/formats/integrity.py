@@ -23,7 +23,7 @@ class Digester:
         """Start with no bytes.
 
         Args:
-            crc32c: also keep the crc32c, which is ten times as dear as xxh3.
+            crc32c: also keep the crc32c, which is twice as dear as xxh3.
         """
         self.bytes = 0
         self._crc32c: int | None = 0 if crc32c else None

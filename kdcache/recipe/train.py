@@ -13,7 +13,11 @@ from kdcache.recipe.section import Device, Identifier, Number, PositiveInt, Rate
 class StudentSection(Section):
     """The model that is trained."""
 
-    path: str | None = Field(None, description="Start from this transformers directory.")
+    path: str | None = Field(
+        None,
+        description="Start from this transformers directory. Its tokenizer must be the cache's, "
+        "or a prefix or padding of it.",
+    )
     config: dict[str, Any] | None = Field(
         None,
         description="Or build from a transformers config: model_type and its own keys. Vocabulary "
@@ -60,7 +64,8 @@ class ForwardKLTerm(Section):
     tail: Literal["auto", "sampled", "uniform", "bucket", "renormalise"] = Field(
         "auto",
         description="What stands for the ids the cache left out. auto: sampled where entries were "
-        "drawn and the temperature is 1, else uniform.",
+        "drawn for this temperature, else uniform. What the teacher gives to ids that the student "
+        "lacks joins it; with sampled that is left out.",
     )
 
 

@@ -311,7 +311,7 @@ def probabilities(record: ClassesRecord, scores: np.ndarray) -> np.ndarray:
     """[A, C] probabilities of a classifier's logits: of one label, or of each by itself."""
     scores = scores.astype(np.float64)
     if record.problem == "multi_label":
-        probs: np.ndarray = 1 / (1 + np.exp(-scores))
+        probs: np.ndarray = 0.5 * (1 + np.tanh(0.5 * scores))  # the sigmoid, without overflow
         return probs
     shifted = np.exp(scores - scores.max(axis=1, keepdims=True)) if len(scores) else scores
     normed: np.ndarray = shifted / shifted.sum(axis=1, keepdims=True)

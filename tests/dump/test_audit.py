@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from kdcache.cli import main
-from kdcache.dump import logits as logits_module
 from kdcache.dump.audit import AuditPlan, audit, verdicts
 from kdcache.dump.runner import dump
+from kdcache.dump.signals import logits as logits_module
 from kdcache.errors import IdentityError, RecipeError
 from tests.dump.world import THRESHOLD
 
@@ -88,7 +88,7 @@ def test_labels_of_other_logits_are_found_out(world, tmp_path, monkeypatch, name
 
 
 def test_states_of_another_layer_are_found_out(world, tmp_path, monkeypatch):
-    from kdcache.dump.hidden import HiddenEncoder
+    from kdcache.dump.signals.hidden import HiddenEncoder
 
     describe = HiddenEncoder.describe
     monkeypatch.setattr(HiddenEncoder, "describe", lambda *args: describe(*args).flip(1))
@@ -100,7 +100,7 @@ def test_states_of_another_layer_are_found_out(world, tmp_path, monkeypatch):
 
 
 def test_a_teacher_that_is_not_deterministic_is_named(world, tmp_path, monkeypatch):
-    from kdcache.dump.encoder_decoder import EncoderDecoderTeacher
+    from kdcache.dump.teachers.encoder_decoder import EncoderDecoderTeacher
 
     out = dumped(world, tmp_path / "cache", {"top": SIGNALS["top"]})
     plain = EncoderDecoderTeacher.logits_in_pieces

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.dump import processors
-from kdcache.dump.fixed_point import FIXED_BITS
-from kdcache.dump.processors import draw
+from kdcache.dump.codecs.fixed_point import FIXED_BITS
 from kdcache.dump.runner import dump
+from kdcache.dump.signals import processors
+from kdcache.dump.signals.processors import draw
 from kdcache.formats.cache import open_cache
 from kdcache.formats.keyed import mix64
 from tests.dump.beams_oracle import encode, forced, hypotheses, load, recipe

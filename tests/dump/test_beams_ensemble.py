@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.dump.processors import Follower
 from kdcache.dump.runner import dump
+from kdcache.dump.signals.processors import Follower
 from kdcache.errors import ModelError
 from kdcache.formats.cache import open_cache
 from tests.dump.beams_oracle import (

@@ -2,14 +2,16 @@
 
 import json
 import logging
+from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kdcache.dump.model import LanguageTeacher
 from kdcache.dump.runner import dump
+from kdcache.dump.teachers.model import LanguageTeacher
 from kdcache.errors import ModelError, RecipeError
 from kdcache.formats.cache import open_cache
 from tests.dump.beams_oracle import (
@@ -75,31 +77,31 @@ def test_a_forced_token_of_a_causal_model(world, zoo, tmp_path):
 
 def test_what_the_checkpoint_rules_out(world, zoo, tmp_path):
     """Ids that are never written stay so; how to search is the recipe's alone."""
-    directory = with_settings(
-        zoo("marian"),
-        tmp_path,
-        bad_words_ids=[[0], [30, 18]],
-        forced_eos_token_id=3,
-        suppress_tokens=[22],
-        begin_suppress_tokens=[18],
-        num_beams=6,
-        length_penalty=3.0,
-        max_length=4,
-    )
-    cache, model = dumped(world, directory, {}, tmp_path / "cache"), load(directory)
-    check(cache, model, directory, world, length_penalty=1.0)
-    written = [some[0] for found in hypotheses(cache) for some in found]
-    start, (end,) = (
-        cache.signals["beams"].decoding[f"{name}_token_id"] for name in ("decoder_start", "eos")
-    )
-    for tokens in written:
-        assert not {0, 22} & set(tokens)
-        assert tokens[0] != 18
-        assert start not in tokens
+    start, end, rules = 0, 3, {"forced_eos_token_id": 3, "bad_words_ids": [[0]]}
+
+    def written(name):
+        """Hypotheses under the rules so far."""
+        (tmp_path / name).mkdir()
+        directory = with_settings(zoo("marian"), tmp_path / name, **rules, num_beams=6)
+        cache = dumped(world, directory, {}, tmp_path / name / "cache")
+        check(cache, load(directory), directory, world)
+        assert cache.signals["beams"].decoding["decoder_start_token_id"] == start
+        return [some[0] for found in hypotheses(cache) for some in found]
+
+    # What is ruled out next is what was written most.
+    often = Counter(token for tokens in written("a") for token in tokens[:-1]).most_common(1)[0][0]
+    rules["suppress_tokens"] = [often]
+    first = Counter(tokens[0] for tokens in written("b")).most_common(1)[0][0]
+    rules["begin_suppress_tokens"] = [first]
+    pairs = Counter(pair for tokens in written("c") for pair in pairwise(tokens[:-1]))
+    pair = pairs.most_common(1)[0][0]
+    rules["bad_words_ids"] = [[start], list(pair)]
+    for tokens in written("d"):
+        assert not {start, often} & set(tokens)
+        assert tokens[0] != first
+        assert pair not in pairwise(tokens)
         assert tokens[-1] == end  # forced where the model did not end
         assert end not in tokens[:-1]
-    plain = dumped(world, zoo("marian"), {}, tmp_path / "plain")
-    assert written != [some[0] for found in hypotheses(plain) for some in found]
 
 
 @pytest.mark.parametrize("architecture", ["t5", "gpt2"])

@@ -3,9 +3,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from kdcache.dump import dense
-from kdcache.dump.dense import chosen_layers
-from kdcache.dump.hidden import HiddenEncoder
+from kdcache.dump.signals import dense
+from kdcache.dump.signals.dense import chosen_layers
+from kdcache.dump.signals.hidden import HiddenEncoder
 from kdcache.errors import ModelError, RecipeError
 from kdcache.formats.dense import dense_arrays
 from kdcache.formats.plan import plan_parts

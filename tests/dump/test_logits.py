@@ -3,8 +3,8 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from kdcache.dump import logits
 from kdcache.dump.runner import dump
+from kdcache.dump.signals import logits
 from kdcache.formats import plan
 from kdcache.formats.cache import open_cache
 from kdcache.formats.codes import entropy_nats, exact_log_probs, gold_log_probs

@@ -12,9 +12,9 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import kdcache.dump.masking as masking
-from kdcache.dump.mask_choice import Scheme
-from kdcache.dump.masking import MaskVocabulary
+import kdcache.dump.signals.masking as masking
+from kdcache.dump.signals.mask_choice import Scheme
+from kdcache.dump.signals.masking import MaskVocabulary
 from kdcache.errors import FormatError, ModelError
 from kdcache.formats.ragged import Ragged, offsets_of, segment_indices
 from tests.dump.masking_data import (

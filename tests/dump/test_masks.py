@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from kdcache.dump.masking import MaskVocabulary, draw_masks, scheme_of
 from kdcache.dump.runner import dump
+from kdcache.dump.signals.masking import MaskVocabulary, draw_masks, scheme_of
 from kdcache.errors import IdentityError, ModelError
 from kdcache.formats.cache import open_cache
 from kdcache.formats.masks import masked_stream, masked_tokens

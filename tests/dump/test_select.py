@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.dump.coding import entry_hash, mix64
-from kdcache.dump.select import EncodedPositions, encode_logits
+from kdcache.dump.codecs.coding import entry_hash, mix64
+from kdcache.dump.codecs.select import EncodedPositions, encode_logits
 from kdcache.errors import ModelError
 from kdcache.formats import keyed
 from kdcache.formats.codec import FullCodec, NucleusCodec, SampledCodec, ThresholdCodec, TopKCodec

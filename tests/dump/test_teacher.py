@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, BertConfig, BertForPreTraining, T5Config, T5Model
 
 from kdcache import models
-from kdcache.dump.identity import own_record
 from kdcache.dump.teacher import Teacher, load_teacher, teacher_positions
+from kdcache.dump.teachers.identity import own_record
 from kdcache.errors import ModelError
 from kdcache.recipe import TeacherSection
 from tests.dump import zoo as zoo_models
@@ -282,7 +282,7 @@ def test_positions(zoo, architecture, head, limit):
 
 
 def test_positions_of_other_models():
-    from kdcache.dump.positions import max_positions
+    from kdcache.dump.teachers.positions import max_positions
 
     def of(model_type, **keys):
         return max_positions(AutoConfig.for_model(model_type, **keys))

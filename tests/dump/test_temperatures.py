@@ -7,7 +7,7 @@ import pytest
 import torch
 import xxhash
 
-from kdcache.dump.select import encode_logits
+from kdcache.dump.codecs.select import encode_logits
 from kdcache.formats.codec import ThresholdCodec
 from kdcache.formats.codes import code_log_probs
 from tests.dump.test_select import TEMPERATURES, encode, hashes, per_position, teacher

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.dump.values import float_codes, int8_codes, to_host
+from kdcache.dump.signals.values import float_codes, int8_codes, to_host
 from kdcache.errors import ModelError
 from kdcache.formats.dense import decode_values
 

@@ -193,6 +193,21 @@ def test_a_broken_dense_structure_is_caught_under_right_checksums(
     assert message in faults[0]
 
 
+@pytest.mark.parametrize("block", [1, 7, 30])
+def test_a_part_is_checked_block_by_block(
+    own_kinds: Kinds, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    from kdcache.formats import structure_dense
+
+    monkeypatch.setattr(structure_dense, "BLOCK_ROWS", block)
+    assert faults_of(own_kinds.root) == []
+    arrays = arrays_of(own_kinds, "attention")
+    arrays[VALUES][-1, 1, 1] = 3
+    regrouped(own_kinds.root, "attention", arrays)
+    (fault,) = faults_of(own_kinds.root)
+    assert "layer 2: attentions of 1 queries do not add up to 1, the first 3." in fault
+
+
 def test_a_damaged_chunk_under_right_checksums_of_its_file_is_caught(own_kinds: Kinds) -> None:
     from kdcache.formats.integrity import digest_file
 

@@ -247,6 +247,7 @@ def _records(manifest: Manifest) -> list[SignalRecord]:
         ),
         LogitsRecord(**common("targets", "tgt", "src"), at="targets", **threshold),
         LogitsRecord(**common("causal", "chat"), at="positions", **topk),
+        LogitsRecord(**common("document", "tgt"), at="positions", **topk),
         LogitsRecord(**common("mlm", "src", masks="masks"), at="masked", **topk),
         LogitsRecord(**common("segment", "src", masks="masks"), at="segment", **topk),
         LogitsRecord(**hypotheses, at="targets", hypothesis=1, **threshold),
@@ -323,8 +324,10 @@ def predicted(made: Kinds, record: LogitsRecord) -> list[list[int]]:
         if record.hypothesis == "all":
             return [chained(hypotheses) for hypotheses in found]
         return [hypotheses[record.hypothesis] for hypotheses in found]
-    if record.at == "positions":  # the assistant says the second text
+    if record.stream == "chat":  # the assistant says the second text
         return made.ids["tgt"]
+    if record.at == "positions":
+        return [ids[1:] for ids in made.ids[record.stream]]
     return made.ids[record.stream]
 
 

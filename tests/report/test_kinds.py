@@ -7,13 +7,15 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from kdcache.formats.cache import Cache, open_cache
+from kdcache.formats.signals import ClassesRecord
 from kdcache.report import signals
+from kdcache.report.gold import Gold
 from kdcache.report.inspect import inspect_cache
 from kdcache.report.inspection_text import inspection_text
 from kdcache.report.signal_text import signal_text
@@ -33,7 +35,7 @@ from tests.report.kinds import (
     predicted,
 )
 
-LOGITS = ["targets", "causal", "mlm", "segment", "best", "every"]
+LOGITS = ["targets", "causal", "document", "mlm", "segment", "best", "every"]
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +124,7 @@ def test_labels_say_where_they_stand(found: dict) -> None:
     # "abcab" with an end has six tokens; replica 0 masks 0 and 2, replica 1 masks 1 and 3.
     assert places("mlm", 3, "replica", "position") == [(0, 0), (0, 2), (1, 1), (1, 3)]
     assert places("causal", 3, "position") == [(6,), (7,), (8,)]
+    assert places("document", 3, "position") == [(1,), (2,)]
     # "bb" backwards with an end, and the same with a b more.
     both = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (1, 3)]
     assert places("every", 3, "hypothesis", "position") == both
@@ -250,6 +253,29 @@ def test_scores_and_several_labels(made: Kinds, found: dict) -> None:
     first = dict(found["samples"][0]["labels"]["topics"][0])
     assert first["sport"] == pytest.approx(1 / (1 + math.exp(-topics[0, 0])), rel=1e-6)
     assert found["signals"]["topics"]["gold_accuracy"] is None
+    said = [1 / (1 + math.exp(-x)) for x in topics.ravel()]
+    entropy = -sum(p * math.log(p) + (1 - p) * math.log(1 - p) for p in said) / len(said)
+    assert found["signals"]["topics"]["entropy_nats"] == pytest.approx(entropy, rel=1e-5)
+
+
+def test_extreme_scores_are_probabilities(made: Kinds) -> None:
+    cache = open_cache(made.path)
+    scores = np.array([[1000.0, -1000.0, 999.0]])
+    found = signals.probabilities(cast(ClassesRecord, cache.signal("nli")), scores)
+    assert found[0].tolist() == pytest.approx([1 / (1 + math.exp(-1)), 0, 1 / (1 + math.e)])
+    found = signals.probabilities(cast(ClassesRecord, cache.signal("topics")), scores[:, :2])
+    assert found[0].tolist() == [1, 0]
+
+
+def test_gold_labels_count_for_every_masking(made: Kinds) -> None:
+    gold = Gold(cast(ClassesRecord, open_cache(made.path).signal("augmented")))
+    scores = np.eye(3)[[0, 1, 2, 2, 0, 1]]
+    gold.add(["no", "", "yes"], np.array([2, 0, 2]), scores[:4])
+    gold.add(["1"], np.array([2]), scores[4:])
+    # no: 0 1, yes: 2 2, maybe: 0 1
+    assert gold.summary() == {"gold_accuracy": pytest.approx(4 / 6)}
+    gold.add(["3"], np.array([1]), scores[:1])
+    assert gold.summary() == {"gold_accuracy": None}
 
 
 def test_masks(found: dict) -> None:

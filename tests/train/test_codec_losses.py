@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.test_labels import N, V, round_trip, teacher
 
 from kdcache.formats.codec import FullCodec, NucleusCodec, SampledCodec, ThresholdCodec, TopKCodec
 from kdcache.labels import SparseTarget, decode, densify
 from kdcache.train.losses import LossTerm, fused_loss, hard_target
+from tests.test_labels import N, V, round_trip, teacher
 
 SAMPLED = SampledCodec(n=50)
 CODECS = {

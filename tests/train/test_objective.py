@@ -94,6 +94,7 @@ def test_the_loss_is_the_mean_over_the_global_batch(cache, batch):
         ("nli", "of kind classes"),
         ("masks", "of kind masks"),
         ("causal", "logits at positions"),
+        ("document", "logits at positions"),
         ("mlm", "logits at masked"),
         ("segment", "logits at segment"),
         ("best", r"logits of hypotheses \(beams\)"),

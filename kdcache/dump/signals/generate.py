@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.dump.encoder_decoder import decoder_start
-from kdcache.dump.fixed_point import FIXED_BITS
-from kdcache.dump.processors import (
+from kdcache.dump.codecs.fixed_point import FIXED_BITS
+from kdcache.dump.signals.processors import (
     NEVER,
     Draw,
     Follower,
@@ -26,6 +25,7 @@ from kdcache.dump.processors import (
     OwnLength,
     Watch,
 )
+from kdcache.dump.teachers.encoder_decoder import decoder_start
 from kdcache.errors import ModelError
 from kdcache.formats.ragged import Ragged, offsets_of
 from kdcache.recipe import BeamsSignal

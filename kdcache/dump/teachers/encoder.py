@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdcache.dump.batches import Batch
-from kdcache.dump.model import ModelTeacher
+from kdcache.dump.teachers.model import ModelTeacher
 from kdcache.formats.signals import Side, TeacherRecord
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kdcache.dump.block import Block
+from kdcache.dump.codecs.block import Block
 
 #: A sum of exponentials outside these bounds is taken again with its peak factored out.
 SAFE_SUM = (1e-30, 1e30)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from kdcache.dump.batches import Batch, pad, to_device
-from kdcache.dump.generate import Decoding, Written, generate
-from kdcache.dump.items import Items, sample_items
-from kdcache.dump.logits import PIECE_ENTRIES, PIECE_ENTRIES_CPU
-from kdcache.dump.processors import NEVER
-from kdcache.dump.shards import Columns, SignalEncoder, common_fields
+from kdcache.dump.signals.encoder import Columns, SignalEncoder, common_fields
+from kdcache.dump.signals.generate import Decoding, Written, generate
+from kdcache.dump.signals.items import Items, sample_items
+from kdcache.dump.signals.logits import PIECE_ENTRIES, PIECE_ENTRIES_CPU
+from kdcache.dump.signals.processors import NEVER
 from kdcache.dump.teacher import Teacher
 from kdcache.dump.tokenize import Tokenizer
 from kdcache.errors import ModelError, RecipeError

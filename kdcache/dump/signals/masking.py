@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kdcache.dump.mask_choice import Scheme, Tokens, choose
+from kdcache.dump.signals.mask_choice import Scheme, Tokens, choose
 from kdcache.errors import ModelError
 from kdcache.formats.keyed import sample_keys
 from kdcache.formats.masks import masks_columns

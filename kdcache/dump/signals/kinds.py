@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from kdcache.dump.attention import AttentionEncoder
-from kdcache.dump.beams import BeamsEncoder
-from kdcache.dump.classes import ClassesEncoder
-from kdcache.dump.hidden import HiddenEncoder
-from kdcache.dump.logits import LogitsEncoder
-from kdcache.dump.masks import MasksEncoder
-from kdcache.dump.shards import SignalEncoder
+from kdcache.dump.signals.attention import AttentionEncoder
+from kdcache.dump.signals.beams import BeamsEncoder
+from kdcache.dump.signals.classes import ClassesEncoder
+from kdcache.dump.signals.encoder import SignalEncoder
+from kdcache.dump.signals.hidden import HiddenEncoder
+from kdcache.dump.signals.logits import LogitsEncoder
+from kdcache.dump.signals.masks import MasksEncoder
 from kdcache.recipe import DumpSection
 
 #: Kind of a signal to what makes it; called with cache, recipe section, name and teacher.

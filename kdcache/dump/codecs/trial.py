@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdcache.dump.codecs.select import encode_logits
 from kdcache.dump.measures import lost_kl
-from kdcache.dump.select import encode_logits
 from kdcache.formats.codec import Codec
 from kdcache.formats.keyed import position_hash, text_key
 from kdcache.formats.ragged import Ragged, offsets_of

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from kdcache.dump.items import Items, sample_items
-from kdcache.dump.masking import MaskVocabulary, draw_masks, no_mask_token, scheme_of
-from kdcache.dump.shards import Columns, SignalEncoder, common_fields
+from kdcache.dump.signals.encoder import Columns, SignalEncoder, common_fields
+from kdcache.dump.signals.items import Items, sample_items
+from kdcache.dump.signals.masking import MaskVocabulary, draw_masks, no_mask_token, scheme_of
 from kdcache.dump.teacher import Teacher
 from kdcache.dump.tokenize import Tokenizer
 from kdcache.formats.cache import Cache

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdcache.dump.model import LanguageTeacher
+from kdcache.dump.teachers.model import LanguageTeacher
 from kdcache.errors import ModelError
 
 

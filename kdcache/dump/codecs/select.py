@@ -20,8 +20,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from kdcache.dump.block import Block, rows_and_ids
-from kdcache.dump.coding import (
+from kdcache.dump.codecs.block import Block, rows_and_ids
+from kdcache.dump.codecs.coding import (
     HostColumns,
     code_entropy,
     code_gold,
@@ -31,7 +31,7 @@ from kdcache.dump.coding import (
     shift_right,
     signed64,
 )
-from kdcache.dump.fixed_point import (
+from kdcache.dump.codecs.fixed_point import (
     FIXED_BITS,
     GROUP,
     MAX_ROWS,
@@ -39,7 +39,7 @@ from kdcache.dump.fixed_point import (
     group_sums,
     locate,
 )
-from kdcache.dump.tails import log_tails, tail_sums
+from kdcache.dump.codecs.tails import log_tails, tail_sums
 from kdcache.formats.codec import (
     Codec,
     NucleusCodec,

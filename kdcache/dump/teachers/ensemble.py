@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kdcache.dump.batches import Batch
-from kdcache.dump.identity import ensemble_record
 from kdcache.dump.teacher import Teacher
+from kdcache.dump.teachers.identity import ensemble_record
 from kdcache.errors import ModelError
 
 

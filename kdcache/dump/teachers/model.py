@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.dump.batches import Batch
-from kdcache.dump.positions import max_positions
 from kdcache.dump.teacher import Teacher
+from kdcache.dump.teachers.positions import max_positions
 from kdcache.errors import ModelError
 from kdcache.formats.signals import Side, TeacherRecord
 from kdcache.models import output_projection, project_first, project_only, recorded, replayed

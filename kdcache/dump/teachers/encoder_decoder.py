@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdcache.dump.batches import Batch
-from kdcache.dump.model import LanguageTeacher
+from kdcache.dump.teachers.model import LanguageTeacher
 from kdcache.errors import ModelError
 from kdcache.formats.signals import Side
 from kdcache.models import project_only, shift_right

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kdcache.dump.model import LanguageTeacher
+from kdcache.dump.teachers.model import LanguageTeacher
 
 
 class MaskedTeacher(LanguageTeacher):

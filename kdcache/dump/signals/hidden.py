@@ -9,9 +9,9 @@ from collections.abc import Mapping
 import numpy as np
 from torch import Tensor
 
-from kdcache.dump.dense import DenseEncoder, check_side, chosen_layers
-from kdcache.dump.items import Items
-from kdcache.dump.shards import common_fields
+from kdcache.dump.signals.dense import DenseEncoder, check_side, chosen_layers
+from kdcache.dump.signals.encoder import common_fields
+from kdcache.dump.signals.items import Items
 from kdcache.dump.teacher import Teacher
 from kdcache.dump.tokenize import Tokenizer
 from kdcache.formats.cache import Cache

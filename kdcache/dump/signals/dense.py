@@ -12,10 +12,10 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from kdcache.dump.items import Items, masked_items, sample_items
-from kdcache.dump.shards import Columns, SignalEncoder
+from kdcache.dump.signals.encoder import Columns, SignalEncoder
+from kdcache.dump.signals.items import Items, masked_items, sample_items
+from kdcache.dump.signals.values import float_codes, int8_codes, to_host
 from kdcache.dump.teacher import Teacher
-from kdcache.dump.values import float_codes, int8_codes, to_host
 from kdcache.errors import ModelError, RecipeError
 from kdcache.formats.dense import SCALE, VALUES, DenseRecord, dense_arrays
 from kdcache.formats.manifest import PartRecord

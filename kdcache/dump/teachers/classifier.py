@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kdcache.dump.batches import Batch
-from kdcache.dump.encoder import EncoderTeacher
 from kdcache.dump.teacher import Problem
+from kdcache.dump.teachers.encoder import EncoderTeacher
 from kdcache.errors import ModelError
 from kdcache.formats.signals import TeacherRecord
 

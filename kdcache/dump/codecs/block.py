@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kdcache.dump.fixed_point import GROUP
+from kdcache.dump.codecs.fixed_point import GROUP
 from kdcache.errors import ModelError
 
 

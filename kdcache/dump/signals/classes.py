@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
-from kdcache.dump.items import Items, masked_items, sample_items
-from kdcache.dump.shards import Columns, SignalEncoder, common_fields
+from kdcache.dump.signals.encoder import Columns, SignalEncoder, common_fields
+from kdcache.dump.signals.items import Items, masked_items, sample_items
+from kdcache.dump.signals.values import float_codes, to_host
 from kdcache.dump.teacher import Teacher
 from kdcache.dump.tokenize import Tokenizer
-from kdcache.dump.values import float_codes, to_host
 from kdcache.errors import ModelError
 from kdcache.formats.cache import Cache
 from kdcache.formats.ragged import Ragged

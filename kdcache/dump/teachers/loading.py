@@ -11,22 +11,22 @@ from typing import Any
 
 import torch
 
-from kdcache.dump.causal import CausalTeacher
-from kdcache.dump.classifier import ClassifierTeacher
-from kdcache.dump.encoder import EncoderTeacher
-from kdcache.dump.encoder_decoder import EncoderDecoderTeacher
-from kdcache.dump.ensemble import Ensemble
-from kdcache.dump.identity import (
+from kdcache.dump.teacher import Teacher
+from kdcache.dump.teachers.causal import CausalTeacher
+from kdcache.dump.teachers.classifier import ClassifierTeacher
+from kdcache.dump.teachers.encoder import EncoderTeacher
+from kdcache.dump.teachers.encoder_decoder import EncoderDecoderTeacher
+from kdcache.dump.teachers.ensemble import Ensemble
+from kdcache.dump.teachers.identity import (
     digest_config,
     digest_files,
     ensemble_record,
     read_config,
     weight_files,
 )
-from kdcache.dump.masked import MaskedTeacher
-from kdcache.dump.model import ModelTeacher
-from kdcache.dump.positions import max_positions
-from kdcache.dump.teacher import Teacher
+from kdcache.dump.teachers.masked import MaskedTeacher
+from kdcache.dump.teachers.model import ModelTeacher
+from kdcache.dump.teachers.positions import max_positions
 from kdcache.errors import ModelError
 from kdcache.formats.signals import TeacherRecord
 from kdcache.models import model_directory, quiet_transformers, resolve_device

@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
-from kdcache.dump.items import (
+from kdcache.dump.codecs.select import EncodedPositions, encode_logits
+from kdcache.dump.signals.encoder import Columns, SignalEncoder, common_fields
+from kdcache.dump.signals.items import (
     Items,
     hypothesis_items,
     masked_items,
@@ -17,8 +19,6 @@ from kdcache.dump.items import (
     segment_items,
     target_items,
 )
-from kdcache.dump.select import EncodedPositions, encode_logits
-from kdcache.dump.shards import Columns, SignalEncoder, common_fields
 from kdcache.dump.teacher import Teacher
 from kdcache.dump.tokenize import Tokenizer
 from kdcache.errors import ModelError
@@ -82,10 +82,12 @@ class LogitsEncoder(SignalEncoder):
 
     @property
     def max_bytes_per_row(self) -> int:
+        """By the codec's most entries."""
         record = self.record
         return max_bytes_per_token(record.codec, record.vocab_size, record.temperatures)
 
     def items(self, samples: SampleShard, inputs: Mapping[str, Columns]) -> Items:
+        """Samples, their maskings or their hypotheses, with the tokens that are labelled."""
         record = self.record
         if record.hypotheses is not None:
             assert record.source is not None, "hypotheses are of an encoder-decoder"
@@ -106,6 +108,7 @@ class LogitsEncoder(SignalEncoder):
         return items
 
     def counts(self, items: Items) -> np.ndarray:
+        """[F] labelled tokens."""
         assert items.labels is not None, "items of logits have labels"
         return items.labels.lengths
 

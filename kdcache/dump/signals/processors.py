@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.dump.fixed_point import FIXED_BITS, GROUP, group_sums, locate
-from kdcache.dump.model import parameters
+from kdcache.dump.codecs.fixed_point import FIXED_BITS, GROUP, group_sums, locate
+from kdcache.dump.teachers.model import parameters
 
 #: Probabilities worked on at a time while tokens are drawn.
 DRAW_ENTRIES = 1 << 24

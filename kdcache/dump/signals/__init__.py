@@ -1,0 +1,1 @@
+"""Signals: what each kind asks of a teacher, and how the answer becomes columns."""

@@ -1,0 +1,1 @@
+"""Teachers of every kind, behind the interface of `kdcache.dump.teacher`."""
