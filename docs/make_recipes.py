@@ -92,8 +92,9 @@ def _is_model(kind: Any) -> bool:
 def _tag(model: type[BaseModel]) -> tuple[str, str] | None:
     """Key and value that tell a model from the others that could stand in its place."""
     for name, field in model.model_fields.items():
-        if get_args(field.annotation) == (field.default,):
-            return name, str(field.default)
+        values = get_args(field.annotation)
+        if len(values) == 1 and get_origin(field.annotation) is Literal:
+            return name, str(values[0])
     return None
 
 

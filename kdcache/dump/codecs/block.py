@@ -14,6 +14,28 @@ from kdcache.dump.codecs.fixed_point import GROUP
 from kdcache.errors import ModelError
 
 
+class NotFiniteError(ModelError):
+    """Logits that are no distribution.
+
+    Attributes:
+        position: of the first such row among those that were given.
+    """
+
+    def __init__(self, position: int, where: str = "") -> None:
+        """Say where.
+
+        Args:
+            position: among the rows that were given.
+            where: the same in words, for people.
+        """
+        super().__init__(
+            f"{where or f'position {position} of the batch'}: the teacher's logits have a NaN, a "
+            "+inf or nothing but -inf where finite numbers were expected; try "
+            "dump.teacher.dtype float32"
+        )
+        self.position = position
+
+
 class Block:
     """R rows of logits and what is found in them.
 
@@ -31,11 +53,7 @@ class Block:
         torch.softmax(self.logits, dim=-1, out=self.probs)
         self.peak = self.probs.amax(dim=-1)  # [R]
         if not math.isfinite(float(self.peak.sum())):
-            raise ModelError(
-                f"teacher logits: position {start + int(self.peak.isnan().nonzero()[0])} of the "
-                f"batch has a NaN, a +inf or nothing but -inf where finite numbers were "
-                f"expected; try dump.teacher.dtype float32"
-            )
+            raise NotFiniteError(start + int(self.peak.isnan().nonzero()[0]))
         self.peak_logit = self.logits.amax(dim=-1)  # [R]
         self.mean_logit = torch.mul(self.probs, self.logits, out=self.scratch).sum(dim=-1)  # [R]
         self.exact: Tensor | None = None  # [E] int64 places

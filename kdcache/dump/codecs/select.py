@@ -143,7 +143,7 @@ def encode_logits(
         The coded labels, on the logits' device.
 
     Raises:
-        ModelError: a position has a NaN, a +inf or only -inf.
+        NotFiniteError: a position has a NaN, a +inf or only -inf.
     """
     num_positions, vocab_size = logits.shape
     device = logits.device

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
+from kdcache.dump.codecs.block import NotFiniteError
 from kdcache.dump.codecs.select import EncodedPositions, encode_logits
 from kdcache.dump.signals.encoder import Columns, SignalEncoder, common_fields
 from kdcache.dump.signals.items import (
@@ -60,6 +61,7 @@ class LogitsEncoder(SignalEncoder):
             temperatures=tuple(signal.temperatures),
         )
         self._keys: dict[str, np.ndarray] = {}
+        self._corpus_rows = np.empty(0, dtype=np.int64)
 
     @classmethod
     def check(
@@ -102,6 +104,7 @@ class LogitsEncoder(SignalEncoder):
             assert record.masks is not None, "the recipe was checked"
             build = masked_items if record.at == "masked" else segment_items
             items = build(samples, record.stream, inputs[record.masks])
+        self._corpus_rows = samples.row
         self._keys = {
             purpose: _item_keys(record, purpose, items, samples) for purpose in ("draw", "round")
         }
@@ -129,20 +132,32 @@ class LogitsEncoder(SignalEncoder):
             for purpose in ("draw", "round")
         )
         batch = items.batch(rows, self.teacher.pad_id, device)
+        entries = PIECE_ENTRIES_CPU if device.type == "cpu" else PIECE_ENTRIES
         pieces, done = [], 0
-        if len(index):
-            entries = PIECE_ENTRIES_CPU if device.type == "cpu" else PIECE_ENTRIES
-            for logits in self.teacher.logits_in_pieces(batch, at, entries):  # [R, V]
-                here = slice(done, done + len(logits))
-                labels = gold[here], draw[here], round_[here]
+        for logits in self.teacher.logits_in_pieces(batch, at, entries):  # [R, V]
+            here = slice(done, done + len(logits))
+            labels = gold[here], draw[here], round_[here]
+            try:
                 pieces.append(encode_logits(logits, *labels, record.codec, record.temperatures))
-                done += len(logits)
-        else:
-            empty = torch.empty(0, record.vocab_size, device=device)
-            labels = gold, draw, round_
-            pieces.append(encode_logits(empty, *labels, record.codec, record.temperatures))
+            except NotFiniteError as error:
+                place = done + error.position
+                raise NotFiniteError(place, self._place(items, rows, place)) from None
+            done += len(logits)
         encoded = EncodedPositions.concat(pieces)
         return lambda: _columns(encoded, counts)
+
+    def _place(self, items: Items, rows: np.ndarray, label: int) -> str:
+        """Words for one label of a batch."""
+        assert items.labels is not None, "items of logits have labels"
+        counts = items.labels.lengths[rows]
+        at = int(np.searchsorted(np.cumsum(counts), label, side="right"))
+        item, within = int(rows[at]), label - int(counts[:at].sum())
+        position = items.labels.fields["position"][int(items.labels.offsets[item]) + within]
+        variant = ""
+        if self.record.inputs:
+            word = "replica" if self.record.masks else "hypothesis"
+            variant = f", {word} {items.variant[item]}"
+        return f"corpus row {self._corpus_rows[items.sample[item]]}{variant}, position {position}"
 
 
 def _item_keys(
