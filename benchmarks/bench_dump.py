@@ -21,7 +21,8 @@ from setting import Setting, find_setting, log, report
 
 from kdcache.dump.batches import Batch, pad, plan_batches
 from kdcache.dump.runner import dump
-from kdcache.dump.teacher import Teacher, load_teacher
+from kdcache.dump.teacher import Teacher
+from kdcache.dump.teachers.loading import load_teacher
 from kdcache.formats.cache import open_cache
 from kdcache.formats.plan import plan_parts
 from kdcache.formats.ragged import Ragged

@@ -74,7 +74,7 @@ def train_one(args: argparse.Namespace, method: str, seed: int, setting: Setting
     from torch import Tensor
 
     from kdcache.dump.batches import Batch as Read
-    from kdcache.dump.teacher import load_teacher
+    from kdcache.dump.teachers.loading import load_teacher
     from kdcache.formats.cache import open_cache
     from kdcache.labels import decode
     from kdcache.models import load_tokenizer

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from kdcache.dump import batches
 from kdcache.dump.codecs.select import encode_logits
-from kdcache.dump.teacher import load_teacher
+from kdcache.dump.teachers.loading import load_teacher
 from kdcache.dump.tokenize import Tokenizer
 from kdcache.formats.codec import (
     Codec,

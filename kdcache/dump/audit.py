@@ -25,7 +25,8 @@ from kdcache.dump.shards import shard_inputs
 from kdcache.dump.signals.encoder import Columns, SignalEncoder
 from kdcache.dump.signals.items import Items
 from kdcache.dump.signals.kinds import ENCODERS
-from kdcache.dump.teacher import Teacher, load_teacher
+from kdcache.dump.teacher import Teacher
+from kdcache.dump.teachers.loading import load_teacher
 from kdcache.errors import IdentityError, RecipeError
 from kdcache.formats.cache import Cache, open_cache
 from kdcache.formats.keyed import permutation, text_key

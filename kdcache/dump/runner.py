@@ -16,7 +16,8 @@ from kdcache.dump.checks import check_inputs, check_signal, check_streams
 from kdcache.dump.samples import SampleWriter, check_corpus, check_recipe, check_templates
 from kdcache.dump.shards import dump_signal
 from kdcache.dump.signals.kinds import ENCODERS, in_order
-from kdcache.dump.teacher import Teacher, load_teacher, teacher_positions
+from kdcache.dump.teacher import Teacher
+from kdcache.dump.teachers.loading import load_teacher, teacher_positions
 from kdcache.dump.tokenize import Tokenizer, train_sentencepiece
 from kdcache.errors import IdentityError, RecipeError
 from kdcache.formats.cache import Cache, open_cache

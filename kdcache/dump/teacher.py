@@ -174,29 +174,3 @@ class Teacher(ABC):
         return ModelError(
             f"{self.record.path}: a teacher of kind {self.kind} has no {what}; it has {able}"
         )
-
-
-def load_teacher(section: TeacherSection, needs_attention: bool = False) -> Teacher:
-    """Load a teacher from directories or hub ids; only safetensors, no remote code.
-
-    Args:
-        section: which one, and where it runs.
-        needs_attention: load it so that `attention` works.
-
-    Raises:
-        ModelError: it is not there, cannot be loaded, or its members do not fit together.
-    """
-    from kdcache.dump.teachers.loading import load
-
-    return load(section, needs_attention)
-
-
-def teacher_positions(section: TeacherSection) -> int | None:
-    """`max_positions` of a teacher that is not loaded.
-
-    Raises:
-        ModelError: its config cannot be read.
-    """
-    from kdcache.dump.teachers.loading import positions
-
-    return positions(section)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kdcache.dump.teacher import load_teacher, teacher_positions
 from kdcache.dump.teachers.ensemble import Ensemble
+from kdcache.dump.teachers.loading import load_teacher, teacher_positions
 from kdcache.errors import ModelError
 from kdcache.recipe import TeacherSection
 from tests.dump import zoo as models

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, BertConfig, BertForPreTraining, T5Config, T5Model
 
 from kdcache import models
-from kdcache.dump.teacher import Teacher, load_teacher, teacher_positions
+from kdcache.dump.teacher import Teacher
 from kdcache.dump.teachers.identity import own_record
+from kdcache.dump.teachers.loading import load_teacher, teacher_positions
 from kdcache.errors import ModelError
 from kdcache.recipe import TeacherSection
 from tests.dump import zoo as zoo_models

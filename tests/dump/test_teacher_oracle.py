@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.dump.teacher import load_teacher
+from kdcache.dump.teachers.loading import load_teacher
 from kdcache.errors import ModelError
 from kdcache.models import load_tokenizer
 from kdcache.recipe import TeacherSection

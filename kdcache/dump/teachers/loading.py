@@ -71,8 +71,16 @@ class _Source:
     kind: str
 
 
-def load(section: TeacherSection, needs_attention: bool) -> Teacher:
-    """See `kdcache.dump.teacher.load_teacher`."""
+def load_teacher(section: TeacherSection, needs_attention: bool = False) -> Teacher:
+    """Load a teacher from directories or hub ids; only safetensors, no remote code.
+
+    Args:
+        section: which one, and where it runs.
+        needs_attention: load it so that `attention` works.
+
+    Raises:
+        ModelError: it is not there, cannot be loaded, or its members do not fit together.
+    """
     if section.kind == "custom":
         return _load_custom(section, needs_attention)
     if needs_attention and section.attention not in (None, "eager"):
@@ -89,8 +97,12 @@ def load(section: TeacherSection, needs_attention: bool) -> Teacher:
     return Ensemble([_load_one(source, section, needs_attention) for source in sources])
 
 
-def positions(section: TeacherSection) -> int | None:
-    """See `kdcache.dump.teacher.teacher_positions`."""
+def teacher_positions(section: TeacherSection) -> int | None:
+    """`max_positions` of a teacher that is not loaded.
+
+    Raises:
+        ModelError: its config cannot be read.
+    """
     if section.kind == "custom":
         return _custom_class(section).positions(section)
     from transformers import AutoConfig
