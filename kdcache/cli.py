@@ -140,13 +140,20 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="look at this signal; may be given again (default: all)",
     )
-    command.add_argument("--teacher", metavar="PATH", help="where the teacher lies now")
+    command.add_argument(
+        "--teacher",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="where the teacher lies now; once for each member of an ensemble",
+    )
     command.add_argument("--device", metavar="DEVICE", help="where it runs; the recipe's else")
     command.add_argument(
         "--tolerance",
         type=float,
         metavar="X",
-        help="largest difference that passes; each kind has its own",
+        help="largest difference that passes, or 4 x the teacher's own noise if that is more; "
+        "each kind has its own",
     )
     command.add_argument(
         "--truncation",

@@ -72,6 +72,8 @@ def _plan(arguments: argparse.Namespace, recipe: Any) -> int:
     from kdcache.dump.plan import plan
     from kdcache.report.plan_text import plan_page, plan_text
 
+    if arguments.report is not None:
+        Path(arguments.report).touch()  # a page that cannot be written should fail before a pilot
     result = plan(recipe, arguments.budget)
     if arguments.json:
         _print_json(result)
@@ -165,11 +167,12 @@ def audit(arguments: argparse.Namespace, overrides: Overrides) -> int:
     from kdcache.dump.audit import audit as run
     from kdcache.report.audit_text import audit_text
 
+    moved = arguments.teacher
     plan = AuditPlan(
         fraction=arguments.fraction,
         seed=arguments.seed,
         signals=tuple(arguments.signal),
-        teacher=arguments.teacher,
+        teacher=moved[0] if len(moved) == 1 else moved or None,
         device=arguments.device,
         tolerance=arguments.tolerance,
         truncation=arguments.truncation,

@@ -108,6 +108,11 @@ def test_strings_survive_both_yaml_versions(text: str) -> None:
         (f"{CODEC}.temperatures", "[1, 3]", "codec.temperatures 3 must be among the signal's"),
         (f"{CODEC}.name", "topkk", f"{CODEC}.name: there is no 'topkk'; did you mean topk?"),
         (f"{CODEC}.name", "topk", f"{CODEC}.k: missing; topk needs it"),
+        ("dump.signals.h", "{kind: hiden}", "h.kind: there is no 'hiden'; did you mean hidden?"),
+        ("dump.signals.h", "{kind: x}", "'x'; it is one of logits, hidden, attention, beams, cla"),
+        ("dump.signals.h", "{kind: hidden, layer: 1}", "h.layer: unknown key; did you mean layers"),
+        ("dump.signals.h", "{kind: hidden, num_beams: 1}", "signals.h '{kind: hidden}'"),
+        ("dump.signals.samples", "{}", "'samples' is a name of the format and cannot name"),
         (f"{CODEC}.name", "topk", f"give the whole, as in --{CODEC} '{{name: topk, k: ...}}'"),
     ],
 )

@@ -53,7 +53,7 @@ class AuditPlan:
         fraction: share of the samples.
         seed: of their choice.
         signals: names; all that are complete without them.
-        teacher: where the teacher lies now, if it has moved.
+        teacher: where the teacher lies now, if it has moved; an ensemble's members in order.
         device: where it runs, in place of the recipe's.
         tolerance: largest difference that passes, in place of the kinds' own.
         truncation: largest loss that passes, in place of the kinds' own.
@@ -62,7 +62,7 @@ class AuditPlan:
     fraction: float = 0.005
     seed: int = 0
     signals: tuple[str, ...] = ()
-    teacher: str | None = None
+    teacher: str | list[str] | None = None
     device: str | None = None
     tolerance: float | None = None
     truncation: float | None = None
@@ -84,15 +84,15 @@ def audit(path: str | Path, plan: AuditPlan) -> dict[str, Any]:
         RecipeError: a signal is not there, or is unfinished.
     """
     cache = open_cache(path)
-    chosen = _choose(cache, plan)
     names = _signals(cache, plan)
-    total = sum(len(rows) for rows in chosen.values())
+    orders, each = _orders(cache, plan)
+    total = sum(min(each, len(order)) for order in orders.values())
     results = {}
     loaded: Loaded = {}
     with progress(total * len(names), "audit", "sample") as bar:
         for name in names:
             encoder = encoder_of(cache, cache.signal(name), plan, loaded)
-            results[name] = _audit_signal(cache, encoder, chosen, plan)
+            results[name] = _audit_signal(cache, encoder, orders, each, plan)
             bar.update(total)
     return {
         "cache": str(path),
@@ -132,18 +132,19 @@ def encoder_of(
     return encoder
 
 
-def _choose(cache: Cache, plan: AuditPlan) -> dict[int, np.ndarray]:
-    """Shard to the samples in it, ascending, chosen by a keyed permutation."""
+def _orders(cache: Cache, plan: AuditPlan) -> tuple[dict[int, np.ndarray], int]:
+    """Shards to their samples in the order they are looked at, and how many of each shard."""
     count = max(FEWEST_SAMPLES, math.ceil(plan.fraction * cache.num_samples))
     step = max(1, math.ceil(cache.num_shards / MOST_SHARDS))
     shards = range(0, cache.num_shards, step)
     each = math.ceil(min(count, cache.num_samples) / len(shards))
-    chosen = {}
-    for shard in shards:
-        size = cache.manifest.shards[shard].num_samples
-        order = permutation(size, text_key("audit", plan.seed, shard))
-        chosen[shard] = np.sort(order[:each])
-    return chosen
+    orders = {
+        shard: permutation(
+            cache.manifest.shards[shard].num_samples, text_key("audit", plan.seed, shard)
+        )
+        for shard in shards
+    }
+    return orders, each
 
 
 def _signals(cache: Cache, plan: AuditPlan) -> list[str]:
@@ -200,19 +201,31 @@ def _check_identity(cache: Cache, record: SignalRecord, teacher: Teacher) -> Non
 def _audit_signal(
     cache: Cache,
     encoder: SignalEncoder,
-    chosen: dict[int, np.ndarray],
+    orders: dict[int, np.ndarray],
+    each: int,
     plan: AuditPlan,
 ) -> dict[str, Any]:
-    """One signal: stored against new, new against new, and stored against everything."""
+    """One signal: stored against new, new against new, and stored against everything.
+
+    Args:
+        cache: the cache.
+        encoder: of the signal.
+        orders: shard to its samples in the order they are looked at.
+        each: samples of every shard, of those that the signal says something of.
+        plan: tolerances.
+    """
     record = encoder.record
     batch_tokens = int(record.recipe["batch_tokens"])
     stored, first, again, alone = [], [], [], []
     losses = []
-    for shard, samples in chosen.items():
+    num_samples = 0
+    for shard, order in orders.items():
         items = encoder.items(cache.samples(shard), shard_inputs(cache, record, shard))
-        rows = np.flatnonzero(np.isin(items.sample, samples))
-        if not len(rows):
+        samples = np.sort(order[np.isin(order, items.sample)][:each])
+        if not len(samples):
             continue
+        num_samples += len(samples)
+        rows = np.flatnonzero(np.isin(items.sample, samples))
         stored.append(stored_columns(cache, record, shard, samples))
         wide, high = encoder.plan_lengths(items)
         plans = plan_batches(wide[rows], high[rows], batch_tokens)
@@ -221,6 +234,11 @@ def _audit_signal(
         singles = [np.array([row]) for row in range(len(rows))]
         alone.append(_run(encoder, items, rows, samples, singles))
         losses.append(truncation(encoder, items, rows, stored[-1], plans))
+    if not stored:
+        raise RecipeError(
+            f"{cache.path}: signal {record.name!r} says nothing of the samples of the shards that "
+            "were looked at; audit the other signals with --signal NAME"
+        )
     columns = [_joined(pieces) for pieces in (stored, first, again, alone)]
     found = difference(record, columns[0], columns[1])
     own, repeated = (difference(record, columns[1], other) for other in columns[2:][::-1])
@@ -241,7 +259,7 @@ def _audit_signal(
     cut = _truncated([loss for loss in losses if loss is not None], record, plan)
     return {
         "kind": record.kind,
-        "samples": sum(len(samples) for samples in chosen.values()),
+        "samples": num_samples,
         "faithfulness": faithfulness,
         "truncation": cut,
         "passed": faithfulness["passed"] and (cut is None or cut["passed"]),
@@ -259,7 +277,7 @@ def _truncated(
     mean = {
         key: float(np.average([loss[key] for loss in losses], weights=weights))
         for key in losses[0]
-        if key != "unit"
+        if key != "unit" and losses[0][key] is not None
     }
     limit = TRUNCATIONS[record.kind] if plan.truncation is None else plan.truncation
     return {**mean, "unit": unit, "tolerance": limit, "passed": bool(mean["loss"] <= limit)}

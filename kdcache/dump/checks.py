@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from kdcache.dump.signals.attention import check_layers
 from kdcache.dump.signals.kinds import ENCODERS
 from kdcache.dump.teacher import Teacher
+from kdcache.dump.teachers.loading import teacher_class
 from kdcache.dump.tokenize import Tokenizer
 from kdcache.errors import IdentityError, ModelError, RecipeError
 from kdcache.formats.cache import open_cache
@@ -54,7 +56,10 @@ def check_streams(recipe: Recipe) -> CorpusSection:
         raise RecipeError("a dump needs at least one stream: set dump.streams")
     for name, signal in section.signals.items():
         if signal.kind != "masks" and section.teacher_of(name) is None:
-            raise RecipeError("signals need a teacher: set dump.teacher.path")
+            raise RecipeError(
+                f"signals.{name} needs a teacher: set dump.teacher.path, or signals.{name}.teacher "
+                f"to one of dump.teachers {sorted(section.teachers)}"
+            )
         task = signal.task if signal.kind == "classes" else None
         if task not in (None, *corpus.tasks):
             raise RecipeError(
@@ -71,11 +76,13 @@ def check_inputs(section: DumpSection, out: Path) -> None:
         out: the cache, if there is one.
 
     Raises:
-        RecipeError: it is in neither, or is of another kind or stream.
+        RecipeError: it is in neither, is of another kind or stream, or has too few hypotheses.
     """
     stands = open_cache(out).signals if (out / MANIFEST_NAME).exists() else {}
     known = {name: (record.kind, record.stream) for name, record in stands.items()}
     known |= {name: (signal.kind, signal.stream) for name, signal in section.signals.items()}
+    numbers = {name: getattr(record, "num_hypotheses", 0) for name, record in stands.items()}
+    numbers |= {name: getattr(s, "num_hypotheses", 0) for name, s in section.signals.items()}
     for name, signal in section.signals.items():
         for role, kind in (("masks", "masks"), ("hypotheses", "beams")):
             wanted = getattr(signal, role, None)
@@ -90,6 +97,12 @@ def check_inputs(section: DumpSection, out: Path) -> None:
                 raise RecipeError(
                     f"signals.{name}.{role} is {wanted!r}, of kind {known[wanted][0]} over stream "
                     f"{known[wanted][1]!r}; expected kind {kind} over {signal.stream!r}"
+                )
+            which, count = getattr(signal, "hypothesis", "all"), int(numbers[wanted])
+            if role == "hypotheses" and which != "all" and int(which) >= count:
+                raise RecipeError(
+                    f"signals.{name}.hypothesis is {which}; {wanted} has {count} a sample, so "
+                    f"expected 0 to {count - 1}, or all"
                 )
 
 
@@ -129,6 +142,37 @@ def check_signal(
             )
         for path in used.paths:
             _check_own(name, stream, tokenizer_name, tokenizer, path, used)
+
+
+def check_later(
+    section: DumpSection, name: str, teacher: Teacher | None, tokenizers: dict[str, Tokenizer]
+) -> None:
+    """What is known of a signal before its teacher is loaded, so that it fails before a dump.
+
+    Args:
+        section: the recipe's.
+        name: of the signal.
+        teacher: the same model, loaded for another signal; None where it is another model.
+        tokenizers: by name, those that exist already.
+
+    Raises:
+        RecipeError: as `check_signal`.
+        ModelError: as `check_signal`, or the teacher's files are not there.
+        IdentityError: as `check_signal`.
+    """
+    signal, used = section.signals[name], section.teacher_of(name)
+    assert used is not None, "a signal without a teacher is checked at once"
+    if teacher is None:
+        found = teacher_class(used)
+        if signal.kind not in found.signals:
+            raise ModelError(
+                f"signals.{name}: {used.label}, a teacher of kind {found.kind}, has no "
+                f"{signal.kind}; it has {', '.join(found.signals) or 'nothing'}"
+            )
+    elif signal.kind == "attention":
+        check_layers(name, signal, teacher)
+    else:
+        check_signal(section, name, teacher, tokenizers)
 
 
 def _check_own(

@@ -82,7 +82,8 @@ def plan(
         seconds = {name: s["seconds"] * factor for name, s in summary["signals"].items()}
         seconds[SAMPLES] = summary["seconds"]["tokenise"] * factor
         codecs = _codecs(recipe, cache, factor)
-    teacher = recipe.dump.teacher
+    used = [recipe.dump.teacher_of(name) for name in recipe.dump.signals]
+    devices = {str(resolve_device(teacher.device)) for teacher in used if teacher is not None}
     result = {
         "rows": num_rows,
         "pilot": {
@@ -92,7 +93,7 @@ def plan(
         },
         "tokens": tokens,
         "shards": shards,
-        "device": "none" if teacher is None else str(resolve_device(teacher.device)),
+        "device": ", ".join(sorted(devices)) or "none",
         "bytes": {**sizes, "total": sum(sizes.values())},
         "hours": {
             name: s / 3600 for name, s in {**seconds, "total": sum(seconds.values())}.items()
@@ -144,7 +145,11 @@ def _foretold(cache: Cache, name: str, factor: float, shards: int) -> int:
         record = cache.signal(name)
         if isinstance(record, HiddenRecord | AttentionRecord):
             rows = sum(commit.tokens for commit in commits) * factor
-            rows += shards * CHUNK_ROWS / 2  # the last chunk of a file is filled up
+            if isinstance(record, HiddenRecord) and record.pool != "none":
+                # So many rows a sample: it is known how far the last chunk is filled up.
+                rows = shards * math.ceil(rows / shards / CHUNK_ROWS) * CHUNK_ROWS
+            else:
+                rows += shards * CHUNK_ROWS / 2
             return round(rows * dense_row_bytes(record))
     schema = cache.samples_schema if name == SAMPLES else cache.signal_schema(name)
     fixed = _empty_file_bytes(schema)

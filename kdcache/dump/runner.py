@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.corpus import read_corpus
-from kdcache.dump.checks import check_inputs, check_signal, check_streams
+from kdcache.dump.checks import check_inputs, check_later, check_signal, check_streams
 from kdcache.dump.samples import SampleWriter, check_corpus, check_recipe, check_templates
 from kdcache.dump.shards import dump_signal
 from kdcache.dump.signals.kinds import ENCODERS, in_order
@@ -76,6 +76,8 @@ def dump(recipe: Recipe, out: str | Path, only: np.ndarray | None = None) -> Dum
     for name in order:
         if teachers.ready(name):
             check_signal(section, name, teachers.of(name), tokenizers)
+        else:
+            check_later(section, name, teachers.same_model(name), tokenizers)
     loaded = time.perf_counter()
     num_rows = 0
     if not (out / MANIFEST_NAME).exists():
@@ -139,6 +141,12 @@ class Teachers:
             self._teacher = load_teacher(key[0], needs_attention=key[1])
             self._key = key
         return self._teacher
+
+    def same_model(self, signal: str) -> Teacher | None:
+        """The teacher in memory if it is a signal's, whether loaded for attention or not."""
+        key = self._key_of(signal)
+        same = key is not None and self._key is not None and key[0] == self._key[0]
+        return self._teacher if same else None
 
     def _key_of(self, signal: str) -> tuple[TeacherSection, bool] | None:
         section = self._section.teacher_of(signal)

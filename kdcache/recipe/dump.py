@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, StrictBool, StrictInt, model_validator
 
+from kdcache.formats.manifest import RESERVED
 from kdcache.recipe.section import Identifier, Number, PositiveInt, Section
 from kdcache.recipe.signals import Signal
 from kdcache.recipe.teacher import TeacherSection
@@ -136,6 +137,11 @@ class DumpSection(Section):
                     f"{sorted(self.tokenizers)}"
                 )
         for name, signal in self.signals.items():
+            if name in RESERVED:
+                raise ValueError(
+                    f"signals.{name}: {name!r} is a name of the format and cannot name a signal; "
+                    "choose another"
+                )
             for role, stream_name in signal_streams(signal).items():
                 if stream_name not in self.streams:
                     raise ValueError(

@@ -11,9 +11,10 @@ import difflib
 import types
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 
@@ -80,12 +81,13 @@ def _unknown_key(place: _Place) -> str:
     known = list(place.parent.model_fields)
     where = ".".join(place.keys[:-1])
     if any(key in sibling.model_fields for sibling in place.siblings) and key not in known:
-        needed = [n for n, f in place.parent.model_fields.items() if f.is_required()]
-        name = next(n for n, f in place.parent.model_fields.items() if f.default == place.tag)
-        fields = ", ".join([f"{name}: {place.tag}", *(f"{n}: ..." for n in needed)])
+        fields = place.parent.model_fields.items()
+        needed = [n for n, f in fields if f.is_required() and _word(f) is None]
+        name = next(n for n, f in fields if _word(f) == place.tag)
+        parts = ", ".join([f"{name}: {place.tag}", *(f"{n}: ..." for n in needed)])
         return (
             f"unknown key of {place.tag}, though another {name} has it; to change the {name}, "
-            f"give the whole, as in --{where} '{{{fields}}}'"
+            f"give the whole, as in --{where} '{{{parts}}}'"
         )
     near = _nearest(key, known)
     return f"unknown key{near}" if near else f"unknown key; known here: {', '.join(known)}"
@@ -154,9 +156,14 @@ def _unwrap(annotation: Any) -> list[Any]:
 
 
 def _tags(members: Iterable[Any]) -> Iterable[str]:
-    """Discriminator values of the models of a union: the default of their one-word field."""
+    """Discriminator values of the models of a union: what their one-word field may be."""
     for member in members:
         if isinstance(member, type) and issubclass(member, BaseModel):
-            for known in member.model_fields.values():
-                if get_args(known.annotation) == (known.default,):
-                    yield str(known.default)
+            words = (_word(known) for known in member.model_fields.values())
+            yield from (word for word in words if word is not None)
+
+
+def _word(known: FieldInfo) -> str | None:
+    """The one word that a field may be; None where it may be more."""
+    words = get_args(known.annotation)
+    return str(words[0]) if get_origin(known.annotation) is Literal and len(words) == 1 else None

@@ -54,19 +54,26 @@ def one_line(text: str, most: int | None = None) -> str:
 
 def listing(values: Mapping[str, Any]) -> str:
     """One `key  value` line per entry, nested keys joined by dots, values in one column."""
-    lines = list(_flat(values, ()))
+    lines = list(_flat(values, (), ()))
     width = max((len(name) for name, _ in lines), default=0)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in lines)
 
 
-def _flat(values: Mapping[str, Any], path: tuple[str, ...]) -> Iterable[tuple[str, str]]:
+#: Keys of a listing below which stand names of the user's, shown as they are written.
+_OVER_NAMES = ("signals", "tokens")
+
+
+def _flat(
+    values: Mapping[str, Any], path: tuple[str, ...], shown: tuple[str, ...]
+) -> Iterable[tuple[str, str]]:
+    named = path[-1:] and path[-1] in _OVER_NAMES
     for key, value in values.items():
         here = (*path, str(key))
+        words = (*shown, str(key) if named else str(key).replace("_", " "))
         if isinstance(value, Mapping):
-            yield from _flat(value, here)
+            yield from _flat(value, here, words)
         else:
-            name = ".".join(here)
-            yield name.replace("_", " "), number(value, name)
+            yield ".".join(words), number(value, ".".join(here))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

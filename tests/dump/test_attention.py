@@ -104,6 +104,13 @@ def test_a_model_without_heads_is_refused_before_anything_is_written(zoo, tmp_pa
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_layer_is_refused_while_another_signal_has_the_model(zoo, tmp_path):
+    signals = {"states": {"kind": "hidden"}, "heed": {"kind": "attention", "layers": [0]}}
+    with pytest.raises(ModelError, match=r"signals.heed.layers has 0; .* expected 1 to 3"):
+        dump(recipe_of(tmp_path, zoo("bert"), signals), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
 @pytest.mark.parametrize(("heads", "words"), [("mean", "the mean over heads"), ("all", "head 0")])
 def test_a_number_that_is_none_is_named(heads, words, zoo, tmp_path):
     number, tokenizer = with_embedding(zoo("gpt2"), tmp_path / "broken", "Ġdo", np.nan)

@@ -8,12 +8,14 @@ from kdcache.dump.audit import AuditPlan, audit, verdicts
 from kdcache.dump.runner import dump
 from kdcache.dump.signals import logits as logits_module
 from kdcache.errors import IdentityError, RecipeError
+from kdcache.recipe import parse_recipe
 from tests.dump.world import THRESHOLD
 
 SIGNALS = {
     "soft": {"kind": "logits", "codec": THRESHOLD},
     "top": {"kind": "logits", "codec": {"name": "topk", "k": 12}},
     "whole": {"kind": "logits", "codec": {"name": "full", "values": "float32"}},
+    "drawn": {"kind": "logits", "codec": {"name": "sampled", "n": 30}},
     "states": {"kind": "hidden", "side": "encoder", "stream": "src"},
     "coarse": {"kind": "hidden", "side": "encoder", "stream": "src", "values": "int8"},
     "looks": {"kind": "attention", "side": "encoder", "stream": "src", "heads": "all"},
@@ -28,8 +30,6 @@ def cache(world, tmp_path_factory):
 
 
 def dumped(world, out, signals, teacher="marian"):
-    from kdcache.recipe import parse_recipe
-
     path = teacher if "/" in str(teacher) else str(world.root / teacher)
     recipe = parse_recipe(
         {
@@ -123,6 +123,29 @@ def test_a_moved_teacher_is_named_and_another_refused(world, cache, tmp_path):
     other = AuditPlan(fraction=0.1, signals=("top",), teacher=str(world.root / "bart"))
     with pytest.raises(IdentityError, match="name the right one with --teacher"):
         audit(cache, other)
+
+
+def test_an_ensemble_that_moved_is_named_member_by_member(world, cache, tmp_path, capsys):
+    for name in ("one", "two", "new-one", "new-two"):
+        shutil.copytree(world.root / "marian", tmp_path / name)
+    recipe = parse_recipe(
+        {
+            "name": "ensemble",
+            "corpus": {"fields": {"src": str(world.root / "src"), "tgt": str(world.root / "tgt")}},
+            "dump": {
+                "teacher": {"path": [str(tmp_path / "one"), str(tmp_path / "two")]},
+                "signals": {"top": SIGNALS["top"]},
+            },
+        }
+    )
+    dump(recipe, tmp_path / "cache")
+    for name in ("one", "two"):
+        shutil.rmtree(tmp_path / name)
+    moved = [word for name in ("new-one", "new-two") for word in ("--teacher", tmp_path / name)]
+    words = ["audit", tmp_path / "cache", *moved]
+    assert main([str(word) for word in words]) == 0
+    assert main([str(word) for word in words[:4]]) == 1
+    assert "name the right one with --teacher" in capsys.readouterr().err
 
 
 def test_a_signal_that_is_not_there_is_refused(cache):

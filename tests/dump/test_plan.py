@@ -18,6 +18,7 @@ SIGNALS = {
     "top": {"kind": "logits", "codec": {"name": "topk", "k": 3}},
     "states": {"kind": "hidden", "side": "encoder", "stream": "src", "values": "int8"},
     "looks": {"kind": "attention", "side": "encoder", "stream": "src"},
+    "pooled": {"kind": "hidden", "stream": "src", "layers": [-1], "pool": "mean"},
 }
 
 
@@ -57,6 +58,7 @@ def test_a_small_corpus_is_its_own_pilot():
 
 def test_a_whole_dump_is_within_a_tenth_of_its_plan(planned, tmp_path):
     recipe, result = planned
+    assert result["device"] == "cpu"
     dump(recipe, tmp_path / "cache")
     cache = open_cache(tmp_path / "cache")
     for name in ("samples", *SIGNALS):
@@ -70,6 +72,8 @@ def test_a_whole_dump_is_within_a_tenth_of_its_plan(planned, tmp_path):
         allowed = 0.1 * found
         if name in ("states", "looks"):  # of files this small much is metadata and padding
             allowed = 4096 + 256 * dense_row_bytes(cache.signal(name))
+        elif name == "pooled":  # its rows are known
+            allowed = 4096
         assert result["bytes"][name] == pytest.approx(found, abs=allowed), name
     for name, stream in cache.manifest.streams.items():
         assert result["tokens"][name] == pytest.approx(stream.num_tokens, rel=0.1)
@@ -135,6 +139,9 @@ def test_the_command_plans_and_writes_no_cache(planned, tmp_path, capsys, monkey
     assert main(words) == 0
     assert json.loads(capsys.readouterr().out)["recommendation"]["fits"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.html", "r.yaml"]
+    monkeypatch.setattr("kdcache.dump.plan.plan", None)  # is not reached
+    assert main([*words[:5], "--report", "none/p.html"]) == 1
+    assert "none/p.html" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,28 @@ FAULTS = {
     "no_teacher": (
         lambda make, world, root: make(None, THRESHOLD),
         RecipeError,
-        "signals need a teacher: set dump.teacher.path",
+        "signals.logits needs a teacher: set dump.teacher.path, or signals.logits.teacher",
+    ),
+    "too_few_hypotheses": (
+        lambda make, world, root: make(
+            signals={
+                "beams": {"kind": "beams", "num_beams": 3, "num_hypotheses": 2},
+                "best": {"kind": "logits", "hypotheses": "beams", "hypothesis": 2},
+            }
+        ),
+        RecipeError,
+        "signals.best.hypothesis is 2; beams has 2 a sample, so expected 0 to 1, or all",
+    ),
+    "second_teacher_of_another_kind": (
+        lambda make, world, root: make(
+            teachers={"other": {"path": str(world.root / "bart")}},
+            signals={
+                "logits": {},
+                "topic": {"kind": "classes", "stream": "src", "teacher": "other"},
+            },
+        ),
+        ModelError,
+        "signals.topic: .*bart, a teacher of kind encoder_decoder, has no classes; it has logits",
     ),
     "no_tokenizer": (
         lambda make, world, root: make(None),

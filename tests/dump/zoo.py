@@ -130,6 +130,13 @@ def marian_tokenizer(lines: list[str]):
     return train_sentencepiece(lines, section, "test")._backend
 
 
+def bart_tokenizer(words: list[str]):
+    """Whole words between a begin and an end, and a mask token."""
+    tokenizer = word_tokenizer(words, bart=True)
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    return tokenizer
+
+
 def mbart_tokenizer(words: list[str]):
     """Whole words, a language code before the text and an end after it."""
     pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁", -9.0)]
@@ -258,7 +265,7 @@ def _byte_level(words: list[str], special: list[str]):
 TOKENIZERS = {
     "marian": marian_tokenizer,
     "t5": lambda words: word_tokenizer(words, bart=False),
-    "bart": lambda words: word_tokenizer(words, bart=True),
+    "bart": bart_tokenizer,
     "mbart": mbart_tokenizer,
     "gpt2": gpt2_tokenizer,
     "llama": llama_tokenizer,

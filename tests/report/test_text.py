@@ -49,6 +49,15 @@ def test_listing_aligns_and_joins_keys() -> None:
     assert listing({}) == ""
 
 
+def test_listing_keeps_names_of_the_users() -> None:
+    values = {"signals": {"my_best": {"data_bytes": 1536}}, "tokens": {"my_src": 3}, "a_b": 1}
+    assert listing(values).splitlines() == [
+        "signals.my_best.data bytes  1.5 KiB",
+        "tokens.my_src               3",
+        "a b                         1",
+    ]
+
+
 def test_table_aligns_numbers_right() -> None:
     text = table(("name", "count"), [("a", 1), ("bcdef", 1000)])
     assert text == "name   count\n-----  -----\na          1\nbcdef  1,000"

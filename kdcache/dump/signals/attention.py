@@ -61,13 +61,12 @@ class AttentionEncoder(DenseEncoder):
         signal = section.signals[name]
         assert isinstance(signal, AttentionSignal), "the runner chooses by kind"
         assert teacher is not None, "attentions were checked to have a teacher"
-        check_side(name, signal, teacher)
+        check_layers(name, signal, teacher)
         if teacher.heads(signal.side) < 1:
             raise ModelError(
                 f"signals.{name}: the {signal.side} of {teacher.record.path} has no attention "
                 "heads; leave out the signal"
             )
-        _layers(name, signal, teacher)
 
     def counts(self, items: Items) -> np.ndarray:
         """[F] int64 pairs of tokens."""
@@ -88,6 +87,22 @@ class AttentionEncoder(DenseEncoder):
         query, key = divmod(row, int(items.tokens.lengths[item]))
         head = "the mean over heads" if self.record.averaged else f"head {column}"
         return f"{head} at query {query}, key {key}"
+
+
+def check_layers(name: str, signal: AttentionSignal, teacher: Teacher) -> None:
+    """The teacher must have that side and those layers; it may be loaded without attentions.
+
+    Args:
+        name: of the signal.
+        signal: its section.
+        teacher: that will speak.
+
+    Raises:
+        RecipeError: a layer is named twice, or a source is missing or too much.
+        ModelError: there is no such side or layer.
+    """
+    check_side(name, signal, teacher)
+    _layers(name, signal, teacher)
 
 
 def _layers(name: str, signal: AttentionSignal, teacher: Teacher) -> tuple[int, ...]:

@@ -31,7 +31,8 @@ class Items:
         tokens: [F] ragged: `id` int32, and `segment` uint8 for pairs. What is described.
         source: [F] ragged `id`: what an encoder reads beside them; None where there is none.
         labels: [F] ragged: `position` of each labelled token within its item, ascending, and
-            `gold`, the token that stands there in truth; None for signals without labels.
+            `gold`, the token that stands there in truth; of segments also `place`, the token's
+            position within the sample. None for signals without labels.
         from_start: whether a decoder begins with its start token, see `Batch`.
     """
 
@@ -181,7 +182,8 @@ def segment_items(samples: SampleShard, stream: str, masks: Mapping[str, Ragged]
     masked = masked_items(samples, stream, masks)
     assert masked.labels is not None, "masked items have labels"
     tokens = Ragged(masked.labels.offsets, {"id": masked.labels.fields["gold"]})
-    labels = _all(tokens)
+    place = masked.labels.fields["position"]
+    labels = Ragged(masked.labels.offsets, {**_all(tokens).fields, "place": place})
     return Items(masked.sample, masked.variant, tokens, masked.tokens, labels, from_start=True)
 
 

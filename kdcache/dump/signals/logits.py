@@ -152,7 +152,9 @@ class LogitsEncoder(SignalEncoder):
         counts = items.labels.lengths[rows]
         at = int(np.searchsorted(np.cumsum(counts), label, side="right"))
         item, within = int(rows[at]), label - int(counts[:at].sum())
-        position = items.labels.fields["position"][int(items.labels.offsets[item]) + within]
+        fields = items.labels.fields
+        places = fields.get("place", fields["position"])
+        position = places[int(items.labels.offsets[item]) + within]
         variant = ""
         if self.record.inputs:
             word = "replica" if self.record.masks else "hypothesis"

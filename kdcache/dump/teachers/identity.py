@@ -97,13 +97,14 @@ def own_record(
     """The record of a custom teacher.
 
     Args:
-        section: its section; class, path and options are what its config digest is over.
-        files: what its numbers depend on, weights above all, in a fixed order.
+        section: its section; class and options are what its config digest is over.
+        files: what its numbers depend on, weights above all, in a fixed order. Without any, its
+            path is in the config digest too; with some it may move.
         model_type: a word for reports.
     """
     named = {
         "class": section.model_class,
-        "path": section.label,
+        "path": None if files else section.label,
         "options": dict(section.options),
     }
     return TeacherRecord(

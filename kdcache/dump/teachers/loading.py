@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from kdcache.dump.teachers.identity import (
 from kdcache.dump.teachers.masked import MaskedTeacher
 from kdcache.dump.teachers.model import ModelTeacher
 from kdcache.dump.teachers.positions import max_positions
-from kdcache.errors import ModelError
+from kdcache.errors import KDCacheError, ModelError
 from kdcache.formats.signals import TeacherRecord
 from kdcache.models import model_directory, quiet_transformers, resolve_device
 from kdcache.recipe.teacher import TeacherSection
@@ -95,6 +96,19 @@ def load_teacher(section: TeacherSection, needs_attention: bool = False) -> Teac
     if section.average == "parameters":
         return _load_averaged(sources, section, needs_attention)
     return Ensemble([_load_one(source, section, needs_attention) for source in sources])
+
+
+def teacher_class(section: TeacherSection) -> type[Teacher]:
+    """The class of a teacher that is not loaded; its files must be there.
+
+    Raises:
+        ModelError: it is not there, or its config says that it cannot be loaded.
+    """
+    if section.kind == "custom":
+        return _custom_class(section)
+    quiet_transformers()
+    sources = [_source(path, section) for path in section.paths]
+    return KINDS[sources[0].kind].teacher
 
 
 def teacher_positions(section: TeacherSection) -> int | None:
@@ -314,7 +328,19 @@ def _check_same(first: TeacherRecord, other: TeacherRecord) -> None:
 
 def _load_custom(section: TeacherSection, needs_attention: bool) -> Teacher:
     """A teacher of the user's own class."""
-    teacher = _custom_class(section).load(section, needs_attention)
+    found = _custom_class(section)
+    try:
+        teacher = found.load(section, needs_attention)
+    except (KDCacheError, OSError):
+        raise
+    except Exception as error:
+        # The class raises whatever it likes; its line is what its author looks for.
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise ModelError(
+            f"{section.model_class}: its load failed ({type(error).__name__}: {_line(error)}; "
+            f"{Path(frame.filename).name}, line {frame.lineno}); mend the class, or what "
+            "dump.teacher gives it (path, options)"
+        ) from error
     if not isinstance(teacher, Teacher):
         raise ModelError(
             f"{section.model_class}: its load gave {type(teacher).__name__}; expected a "
