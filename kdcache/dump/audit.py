@@ -11,7 +11,7 @@ the teacher said?
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,8 +215,7 @@ def _audit_signal(
         plan: tolerances.
     """
     record = encoder.record
-    batch_tokens = int(record.recipe["batch_tokens"])
-    stored, first, again, alone = [], [], [], []
+    readings: list[tuple[Columns, Columns, Columns, Columns]] = []
     losses = []
     num_samples = 0
     for shard, order in orders.items():
@@ -226,36 +225,22 @@ def _audit_signal(
             continue
         num_samples += len(samples)
         rows = np.flatnonzero(np.isin(items.sample, samples))
-        stored.append(stored_columns(cache, record, shard, samples))
+        stored = stored_columns(cache, record, shard, samples)
         wide, high = encoder.plan_lengths(items)
-        plans = plan_batches(wide[rows], high[rows], batch_tokens)
-        first.append(_run(encoder, items, rows, samples, plans))
-        again.append(_run(encoder, items, rows, samples, plans))
-        singles = [np.array([row]) for row in range(len(rows))]
-        alone.append(_run(encoder, items, rows, samples, singles))
-        losses.append(truncation(encoder, items, rows, stored[-1], plans))
-    if not stored:
+        together = plan_batches(wide[rows], high[rows], int(record.recipe["batch_tokens"]))
+        alone = list(np.arange(len(rows))[:, None])
+        new, again, other = (
+            _run(encoder, items, rows, samples, plan) for plan in (together, together, alone)
+        )
+        readings.append((stored, new, again, other))
+        losses.append(truncation(encoder, items, rows, stored))
+    if not readings:
         raise RecipeError(
             f"{cache.path}: signal {record.name!r} says nothing of the samples of the shards that "
             "were looked at; audit the other signals with --signal NAME"
         )
-    columns = [_joined(pieces) for pieces in (stored, first, again, alone)]
-    found = difference(record, columns[0], columns[1])
-    own, repeated = (difference(record, columns[1], other) for other in columns[2:][::-1])
-    tolerance = TOLERANCES[record.kind] if plan.tolerance is None else plan.tolerance
-    value, noise = found.pop("difference"), own["difference"]
-    # Nothing can be asked of labels that the teacher itself does not keep to.
-    limit = max(tolerance, 4 * noise)
-    repeats = repeated["difference"]
-    faithfulness = {
-        "difference": value,
-        **found,
-        "own_noise": noise,
-        "repeated": repeats,
-        "deterministic": repeats == 0,
-        "tolerance": limit,
-        "passed": bool(value <= limit and repeats <= tolerance),
-    }
+    columns = [_joined(pieces) for pieces in zip(*readings, strict=True)]
+    faithfulness = _faithfulness(record, columns, plan)
     cut = _truncated([loss for loss in losses if loss is not None], record, plan)
     return {
         "kind": record.kind,
@@ -263,6 +248,35 @@ def _audit_signal(
         "faithfulness": faithfulness,
         "truncation": cut,
         "passed": faithfulness["passed"] and (cut is None or cut["passed"]),
+    }
+
+
+def _faithfulness(
+    record: SignalRecord, columns: Sequence[Columns], plan: AuditPlan
+) -> dict[str, Any]:
+    """Stored against new, and what the teacher differs from itself.
+
+    Args:
+        record: of the signal.
+        columns: of the same samples as stored, made anew, once more, and in other batches.
+        plan: tolerances.
+    """
+    stored, new, again, other = columns
+    found = difference(record, stored, new)
+    value = found.pop("difference")
+    noise = difference(record, new, other)["difference"]
+    repeated = difference(record, new, again)["difference"]
+    tolerance = TOLERANCES[record.kind] if plan.tolerance is None else plan.tolerance
+    # Nothing can be asked of labels that the teacher itself does not keep to.
+    limit = max(tolerance, 4 * noise)
+    return {
+        "difference": value,
+        **found,
+        "own_noise": noise,
+        "repeated": repeated,
+        "deterministic": repeated == 0,
+        "tolerance": limit,
+        "passed": bool(value <= limit and repeated <= tolerance),
     }
 
 
@@ -332,7 +346,7 @@ def stored_columns(cache: Cache, record: SignalRecord, shard: int, samples: np.n
     return {"values": Ragged(np.concatenate([[0], np.cumsum(lengths)]), {"decoded": values})}
 
 
-def _joined(pieces: list[Columns]) -> Columns:
+def _joined(pieces: Sequence[Columns]) -> Columns:
     """Columns of several shards one after another."""
     return {name: concat([piece[name] for piece in pieces]) for name in pieces[0]}
 

@@ -168,7 +168,6 @@ def truncation(
     items: Items,
     rows: np.ndarray,
     stored: Columns,
-    plans: list[np.ndarray],
 ) -> dict[str, Any] | None:
     """How far what is stored is from all that the teacher says.
 
@@ -177,17 +176,16 @@ def truncation(
         items: of the shard.
         rows: items of the chosen samples, ascending.
         stored: columns of those samples.
-        plans: batches, as indices into `rows`.
 
     Returns:
         `loss`, `unit`, `count` (its weight in a mean) and more by kind; None where nothing is
         cut, or more is known from the difference.
     """
     if isinstance(encoder, LogitsEncoder):
-        return _labels_truncation(encoder, items, rows, stored, plans)
+        return _labels_truncation(encoder, items, rows, stored)
     if isinstance(encoder, DenseEncoder):
         full = np.concatenate(
-            [encoder.describe(items, rows[batch]).float().cpu().numpy() for batch in _each(rows)]
+            [encoder.describe(items, item).float().cpu().numpy() for item in rows[:, None]]
         )
         kept = decoded_rows(encoder.record, stored)
         losses = [_relative(kept[:, i], full[:, i]) for i in range(full.shape[1])]
@@ -195,13 +193,8 @@ def truncation(
     return None
 
 
-def _each(rows: np.ndarray) -> list[np.ndarray]:
-    """One batch for every item, in order."""
-    return [np.array([row]) for row in range(len(rows))]
-
-
 def _labels_truncation(
-    encoder: LogitsEncoder, items: Items, rows: np.ndarray, stored: Columns, plans: list[np.ndarray]
+    encoder: LogitsEncoder, items: Items, rows: np.ndarray, stored: Columns
 ) -> dict[str, Any]:
     """Mass that is missing, noise and lost KL of the stored labels against the distributions."""
     record, teacher = encoder.record, encoder.teacher
@@ -214,11 +207,11 @@ def _labels_truncation(
     head = decode(coded, 1.0, "uniform") if record.codec.has_exact else None
     sums = dict.fromkeys(("mass", "noise", "kl"), 0.0)
     position = 0
-    for batch in _each(rows):
-        at, _ = items.labelled(rows[batch], teacher.device)
+    for item in rows[:, None]:  # one by one, so that they come in order
+        at, _ = items.labelled(item, teacher.device)
         if not bool(at.any()):
             continue
-        padded = items.batch(rows[batch], teacher.pad_id, teacher.device)
+        padded = items.batch(item, teacher.pad_id, teacher.device)
         for logits in teacher.logits_in_pieces(padded, at, 1 << 24):
             full = torch.log_softmax(logits.float(), dim=-1).cpu()  # [n, V]
             here = slice(position, position + len(full))

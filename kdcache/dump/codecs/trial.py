@@ -46,7 +46,7 @@ class Trial:
             probs: temperature to [N, V] softmax of the logits there, 1 among them.
         """
         codec, spec = self.spec.codec, self.spec
-        coded = coded_labels(spec, self._columns(logits, gold))
+        coded = coded_labels(spec, self._columns(logits, gold)).to(logits.device)
         for temperature, expected in probs.items():
             if temperature != 1 and not codec.has_tail and codec.name != "full":
                 continue
