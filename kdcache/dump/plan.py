@@ -99,7 +99,7 @@ def plan(
             name: s / 3600 for name, s in {**seconds, "total": sum(seconds.values())}.items()
         },
         "codec": {
-            name: signal.codec.name
+            name: _family(signal.codec)
             for name, signal in recipe.dump.signals.items()
             if isinstance(signal, LogitsSignal)
         },
@@ -278,8 +278,16 @@ def recommend(result: dict[str, Any], budget_bytes: float | None) -> dict[str, A
         fitting = [k for k in range(CURVE[0], CURVE[-1] + 1) if _between(sizes, k) <= budget_bytes]
         k = max(fitting, default=CURVE[0])
         why = "the finest threshold that the budget allows" if fitting else "the coarsest tried"
-    overrides = {f"dump.signals.{name}.codec": f"{{name: threshold, c: 1/{k}}}" for name in curves}
+    overrides = {f"dump.signals.{name}.codec.c": f"1/{k}" for name in chosen} or {
+        f"dump.signals.{name}.codec": f"{{name: threshold, c: 1/{k}}}" for name in curves
+    }
     return _verdict(_between(sizes, k), budget_bytes, result["rows"], overrides, why)
+
+
+def _family(codec: Codec) -> str:
+    """A codec's name; a threshold for other temperatures than 1 is not one that is tried."""
+    several = isinstance(codec, ThresholdCodec) and codec.drawn_temperatures != (1.0,)
+    return f"{codec.name} for several temperatures" if several else codec.name
 
 
 def _curve(rows: dict[str, dict[str, Any]]) -> dict[int, dict[str, Any]]:

@@ -70,7 +70,7 @@ def _teacher(teacher: Block) -> str:
 
 def _settings(values: Block, *hidden: str) -> str:
     """Settings in one line, those without a value left out."""
-    shown = {k: v for k, v in values.items() if k not in hidden and v is not None}
+    shown = {k: v for k, v in values.items() if k not in hidden and v not in (None, {}, [])}
     return ", ".join(f"{key.replace('_', ' ')} {number(value)}" for key, value in shown.items())
 
 

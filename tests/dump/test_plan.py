@@ -105,12 +105,22 @@ def test_a_budget_chooses_the_finest_threshold_that_fits(world, planned):
     others = result["bytes"]["total"] - result["bytes"]["soft"]
     row = result["codecs"]["soft"]["threshold 1/16"]
     exactly = recommend(result, others + row["bytes"] + 1)
-    assert exactly["overrides"] == {"dump.signals.soft.codec": "{name: threshold, c: 1/16}"}
+    assert exactly["overrides"] == {"dump.signals.soft.codec.c": "1/16"}
     assert exactly["fits"]
     little = recommend(result, others / 2)
     assert not little["fits"]
     limit = int(re.search(r"dump (\d+) of the 60 rows", little["text"])[1])
     assert 0 < limit < 60
+
+
+def test_a_threshold_for_several_temperatures_is_left_as_it_is(planned):
+    from kdcache.dump.plan import recommend
+
+    result = json.loads(json.dumps(planned[1]))
+    result["codec"]["top"] = "threshold for several temperatures"
+    assert list(recommend(result, 1e12)["overrides"]) == ["dump.signals.soft.codec.c"]
+    result["codec"]["soft"] = "nucleus"  # nothing to adjust: a threshold is offered to all
+    assert len(recommend(result, 1e12)["overrides"]) == 2
 
 
 def test_without_a_budget_the_noise_decides(planned):
@@ -120,7 +130,7 @@ def test_without_a_budget_the_noise_decides(planned):
     rows = result["codecs"]["soft"]
     for k in CURVE:
         rows[f"threshold 1/{k}"]["noise_over_signal"]["1"] = QUIET * 23 / k
-    assert "c: 1/24}" in str(recommend(result, None)["overrides"])
+    assert recommend(result, None)["overrides"] == {"dump.signals.soft.codec.c": "1/24"}
 
 
 def test_texts_name_every_signal_and_codec(planned):
