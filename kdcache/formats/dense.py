@@ -1,8 +1,8 @@
 """Dense signals: hidden states and attentions of a shard, read layer by layer from mapped chunks.
 
 A chunk is checked against its crc32c the first time it is read, and only chunks of the layer that
-was asked for are touched. The rule for reading is to map: benchmarks/bench_hidden.py took 5.6 times
-as long with zarr-python for a window of 8,192 rows of one layer and 51 times for a random sample,
+was asked for are touched. The rule for reading is to map: benchmarks/bench_hidden.py took 4.8 times
+as long with zarr-python for a window of 8,192 rows of one layer and 42 times for a random sample,
 with TensorStore 3.4 and 14, with zarrs 1.1 (on two threads; 1.7 times the processor time) and 21.
 `DensePart.decode_through_zarr` reads through zarr-python all the same.
 
