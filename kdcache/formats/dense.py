@@ -3,7 +3,7 @@
 A chunk is checked against its crc32c the first time it is read, and only chunks of the layer that
 was asked for are touched. The rule for reading is to map: benchmarks/bench_hidden.py took 4.8 times
 as long with zarr-python for a window of 8,192 rows of one layer and 42 times for a random sample,
-with TensorStore 3.4 and 14, with zarrs 1.1 (on two threads; 1.7 times the processor time) and 21.
+with TensorStore 2.5 and 15, with zarrs 1.1 (on two threads; 1.5 times the processor time) and 18.
 `DensePart.decode_through_zarr` reads through zarr-python all the same.
 
 # M samples, R rows of a part, L layers, W width (features, or heads)
