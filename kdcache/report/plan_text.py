@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from kdcache.report.page import page, preformatted, section
@@ -106,7 +105,7 @@ def plan_page(result: dict[str, Any], name: str) -> str:
                 line_chart(
                     _curves(codecs),
                     f"Noise over bytes per token for {signal}",
-                    "bytes per token (2 to this power)",
+                    "bytes per token",
                     "root mean square of |label - teacher|",
                     log_y=True,
                 )
@@ -120,10 +119,10 @@ def plan_page(result: dict[str, Any], name: str) -> str:
 
 
 def _curves(codecs: dict[str, dict[str, Any]]) -> list[Line]:
-    """Families of codecs as lines over the logarithm of their bytes."""
+    """Families of codecs as lines over their bytes."""
     families: dict[str, list[tuple[float, float]]] = {}
     for name, row in codecs.items():
         if row.get("noise"):
-            point = math.log2(row["bytes_per_token"]), row["noise"]
+            point = row["bytes_per_token"], row["noise"]
             families.setdefault(name.split()[0], []).append(point)
     return [Line(family, sorted(points)) for family, points in families.items() if family != "the"]
