@@ -22,7 +22,7 @@ from kdcache.dump.batches import plan_batches
 from kdcache.dump.measures import TOLERANCES, TRUNCATIONS, difference, truncation
 from kdcache.dump.part import PartBuilder
 from kdcache.dump.shards import shard_inputs
-from kdcache.dump.signals.encoder import Columns, SignalEncoder
+from kdcache.dump.signals.encoder import Columns, Request, SignalEncoder
 from kdcache.dump.signals.items import Items
 from kdcache.dump.signals.kinds import ENCODERS
 from kdcache.dump.teacher import Teacher
@@ -127,7 +127,7 @@ def encoder_of(
             loaded[key] = load_teacher(section.teacher, needs_attention=attention)
         teacher = loaded[key]
         _check_identity(cache, record, teacher)
-    encoder = ENCODERS[record.kind](cache, section, record.name, teacher)
+    encoder = ENCODERS[record.kind](cache, Request(section, record.name, teacher))
     encoder.record = record
     return encoder
 

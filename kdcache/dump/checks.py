@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from kdcache.dump.signals.attention import check_layers
+from kdcache.dump.signals.encoder import Request
 from kdcache.dump.signals.kinds import ENCODERS
 from kdcache.dump.teacher import Teacher
 from kdcache.dump.teachers.loading import teacher_class
@@ -123,7 +124,7 @@ def check_signal(
         IdentityError: a stream has another tokenizer than the teacher; shows both digests.
     """
     signal = section.signals[name]
-    ENCODERS[signal.kind].check(section, name, teacher, tokenizers)
+    ENCODERS[signal.kind].check(Request(section, name, teacher, tokenizers))
     used = section.teacher_of(name)
     if teacher is None or used is None:
         return

@@ -15,6 +15,7 @@ from kdcache.corpus import read_corpus
 from kdcache.dump.checks import check_inputs, check_later, check_signal, check_streams
 from kdcache.dump.samples import SampleWriter, check_corpus, check_recipe, check_templates
 from kdcache.dump.shards import dump_signal
+from kdcache.dump.signals.encoder import Request
 from kdcache.dump.signals.kinds import ENCODERS, in_order
 from kdcache.dump.teacher import Teacher
 from kdcache.dump.teachers.loading import load_teacher, teacher_positions
@@ -98,7 +99,7 @@ def dump(recipe: Recipe, out: str | Path, only: np.ndarray | None = None) -> Dum
             teacher = teachers.of(name)
             check_signal(section, name, teacher, tokenizers)
             cache = open_cache(out)  # with the signals written so far
-            encoder = ENCODERS[section.signals[name].kind](cache, section, name, teacher)
+            encoder = ENCODERS[section.signals[name].kind](cache, Request(section, name, teacher))
             begun = time.perf_counter()
             signals[name] = dump_signal(writer, cache, encoder)
             signals[name]["seconds"] = time.perf_counter() - begun

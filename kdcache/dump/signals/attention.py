@@ -4,20 +4,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 from torch import Tensor
 
 from kdcache.dump.signals.dense import DenseEncoder, check_side, chosen_layers
-from kdcache.dump.signals.encoder import common_fields
+from kdcache.dump.signals.encoder import Request, common_fields
 from kdcache.dump.signals.items import Items
 from kdcache.dump.teacher import Teacher
-from kdcache.dump.tokenize import Tokenizer
 from kdcache.errors import ModelError
 from kdcache.formats.cache import Cache
 from kdcache.formats.signals import AttentionRecord
-from kdcache.recipe import AttentionSignal, DumpSection
+from kdcache.recipe import AttentionSignal
 
 
 class AttentionEncoder(DenseEncoder):
@@ -32,16 +29,14 @@ class AttentionEncoder(DenseEncoder):
 
     record: AttentionRecord
 
-    def __init__(
-        self, cache: Cache, section: DumpSection, name: str, teacher: Teacher | None
-    ) -> None:
-        super().__init__(cache, section, name, teacher)
-        signal = section.signals[name]
+    def __init__(self, cache: Cache, request: Request) -> None:
+        super().__init__(cache, request)
+        signal, name, teacher = request.signal, request.name, request.teacher
         assert isinstance(signal, AttentionSignal), "the runner chooses by kind"
         assert teacher is not None, "attentions were checked to have a teacher"
         averaged = signal.heads == "mean"
         self.record = AttentionRecord(
-            **common_fields(cache, section, name, teacher),
+            **common_fields(cache, request),
             side=signal.side,
             layers=_layers(name, signal, teacher),
             heads=1 if averaged else teacher.heads(signal.side),
@@ -50,15 +45,9 @@ class AttentionEncoder(DenseEncoder):
         )
 
     @classmethod
-    def check(
-        cls,
-        section: DumpSection,
-        name: str,
-        teacher: Teacher | None,
-        tokenizers: Mapping[str, Tokenizer],
-    ) -> None:
+    def check(cls, request: Request) -> None:
         """The teacher must have that side, those layers, and heads in them."""
-        signal = section.signals[name]
+        signal, name, teacher = request.signal, request.name, request.teacher
         assert isinstance(signal, AttentionSignal), "the runner chooses by kind"
         assert teacher is not None, "attentions were checked to have a teacher"
         check_layers(name, signal, teacher)

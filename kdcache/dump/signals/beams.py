@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from kdcache.dump.batches import Batch, pad, to_device
-from kdcache.dump.signals.encoder import Columns, SignalEncoder, common_fields
+from kdcache.dump.signals.encoder import Columns, Request, SignalEncoder, common_fields
 from kdcache.dump.signals.generate import Decoding, Written, generate
 from kdcache.dump.signals.items import Items, sample_items
 from kdcache.dump.signals.logits import PIECE_ENTRIES, PIECE_ENTRIES_CPU
 from kdcache.dump.signals.processors import NEVER
 from kdcache.dump.teacher import Teacher
-from kdcache.dump.tokenize import Tokenizer
 from kdcache.errors import ModelError, RecipeError
 from kdcache.formats.cache import Cache
 from kdcache.formats.keyed import position_hash, sample_keys
@@ -28,7 +27,7 @@ from kdcache.formats.schema import record_bytes, signal_schema, split_ids
 from kdcache.formats.shard import SampleShard
 from kdcache.formats.signals import BeamsRecord
 from kdcache.formats.units import MAIN_COLUMN
-from kdcache.recipe import BeamsSignal, DumpSection
+from kdcache.recipe import BeamsSignal
 from kdcache.recipe.signals import MAX_HYPOTHESIS
 
 logger = logging.getLogger(__name__)
@@ -54,11 +53,9 @@ class BeamsEncoder(SignalEncoder):
     _rows: np.ndarray
     _keys: np.ndarray
 
-    def __init__(
-        self, cache: Cache, section: DumpSection, name: str, teacher: Teacher | None
-    ) -> None:
-        super().__init__(cache, section, name, teacher)
-        signal = section.signals[name]
+    def __init__(self, cache: Cache, request: Request) -> None:
+        super().__init__(cache, request)
+        signal, name, teacher = request.signal, request.name, request.teacher
         assert isinstance(signal, BeamsSignal), "the runner chooses by kind"
         assert teacher is not None, "beams were checked to have a teacher"
         assert teacher.vocab_size is not None, "a teacher that writes has a vocabulary"
@@ -71,22 +68,16 @@ class BeamsEncoder(SignalEncoder):
                 self.decoding.ignored,
             )
         self.record = BeamsRecord(
-            **common_fields(cache, section, name, teacher),
+            **common_fields(cache, request),
             vocab_size=teacher.vocab_size,
             num_hypotheses=signal.num_hypotheses,
             decoding={**self.decoding.record(), "max_positions": teacher.max_positions},
         )
 
     @classmethod
-    def check(
-        cls,
-        section: DumpSection,
-        name: str,
-        teacher: Teacher | None,
-        tokenizers: Mapping[str, Tokenizer],
-    ) -> None:
+    def check(cls, request: Request) -> None:
         """The teacher must write, and its tokenizer must have the forced token."""
-        signal = section.signals[name]
+        signal, name, teacher = request.signal, request.name, request.teacher
         assert isinstance(signal, BeamsSignal), "the runner chooses by kind"
         assert teacher is not None, "beams were checked to have a teacher"
         if "beams" not in teacher.signals or teacher.vocab_size is None or not teacher.members:
@@ -95,7 +86,7 @@ class BeamsEncoder(SignalEncoder):
                 f"causal_lm, {teacher.record.path} is of kind {teacher.kind}; choose another "
                 "teacher"
             )
-        tokenizer = tokenizers.get(section.streams[signal.stream].tokenizer)
+        tokenizer = request.tokenizers.get(request.section.streams[signal.stream].tokenizer)
         if tokenizer is not None:  # one that is still to be trained is refused with its stream
             _decoding(name, signal, teacher, tokenizer.tokens)
 

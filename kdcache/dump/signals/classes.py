@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
-from kdcache.dump.signals.encoder import Columns, SignalEncoder, common_fields
+from kdcache.dump.signals.encoder import Columns, Request, SignalEncoder, common_fields
 from kdcache.dump.signals.items import Items, masked_items, sample_items
 from kdcache.dump.signals.values import float_codes, to_host
 from kdcache.dump.teacher import Teacher
-from kdcache.dump.tokenize import Tokenizer
 from kdcache.errors import ModelError
 from kdcache.formats.cache import Cache
 from kdcache.formats.ragged import Ragged
@@ -21,7 +20,7 @@ from kdcache.formats.schema import record_bytes, signal_schema
 from kdcache.formats.shard import SampleShard
 from kdcache.formats.signals import ClassesRecord
 from kdcache.formats.units import MAIN_COLUMN
-from kdcache.recipe import ClassesSignal, DumpSection
+from kdcache.recipe import ClassesSignal
 
 
 class ClassesEncoder(SignalEncoder):
@@ -36,16 +35,14 @@ class ClassesEncoder(SignalEncoder):
     teacher: Teacher
     _corpus_rows: np.ndarray
 
-    def __init__(
-        self, cache: Cache, section: DumpSection, name: str, teacher: Teacher | None
-    ) -> None:
-        super().__init__(cache, section, name, teacher)
-        signal = section.signals[name]
+    def __init__(self, cache: Cache, request: Request) -> None:
+        super().__init__(cache, request)
+        signal, teacher = request.signal, request.teacher
         assert isinstance(signal, ClassesSignal), "the runner chooses by kind"
         assert teacher is not None, "classes were checked to have a teacher"
         self._tasks = cache.manifest.corpus.tasks
         self.record = ClassesRecord(
-            **common_fields(cache, section, name, teacher),
+            **common_fields(cache, request),
             masks=signal.masks,
             task=signal.task,
             problem=teacher.problem,
@@ -54,14 +51,9 @@ class ClassesEncoder(SignalEncoder):
         )
 
     @classmethod
-    def check(
-        cls,
-        section: DumpSection,
-        name: str,
-        teacher: Teacher | None,
-        tokenizers: Mapping[str, Tokenizer],
-    ) -> None:
+    def check(cls, request: Request) -> None:
         """The teacher must be a classifier or a regressor."""
+        name, teacher = request.name, request.teacher
         assert teacher is not None, "classes were checked to have a teacher"
         if "classes" not in teacher.signals or not teacher.labels:
             raise teacher.cannot(f"classes ({name})")

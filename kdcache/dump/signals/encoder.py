@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,10 +22,32 @@ from kdcache.formats.schema import ragged_batch, signal_schema
 from kdcache.formats.shard import SampleShard
 from kdcache.formats.signals import SignalRecord
 from kdcache.formats.writer import CacheWriter
-from kdcache.recipe import DumpSection, signal_streams
+from kdcache.recipe import DumpSection, Signal, signal_streams
 
 #: Columns of some items, each as many samples long, ready to be put into the order of the shard.
 Columns = dict[str, Ragged]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a recipe asks for: one signal, and who speaks.
+
+    Attributes:
+        section: the recipe's.
+        name: of the signal.
+        teacher: of the signal, loaded; None where it needs none.
+        tokenizers: by name, those that exist before the corpus is read; for `check` alone.
+    """
+
+    section: DumpSection
+    name: str
+    teacher: Teacher | None
+    tokenizers: Mapping[str, Tokenizer] = field(default_factory=dict)
+
+    @property
+    def signal(self) -> Signal:
+        """The signal's own section."""
+        return self.section.signals[self.name]
 
 
 class SignalEncoder(ABC):
@@ -39,35 +62,22 @@ class SignalEncoder(ABC):
     main: ClassVar[str]
     record: SignalRecord
 
-    def __init__(
-        self, cache: Cache, section: DumpSection, name: str, teacher: Teacher | None
-    ) -> None:
+    def __init__(self, cache: Cache, request: Request) -> None:
         """Keep the teacher; a kind makes its record.
 
         Args:
             cache: whose streams are described.
-            section: the recipe's.
-            name: of the signal.
-            teacher: that speaks, checked by `check`.
+            request: checked by `check`.
         """
-        self.teacher = teacher
+        self.teacher = request.teacher
 
     @classmethod
     @abstractmethod
-    def check(
-        cls,
-        section: DumpSection,
-        name: str,
-        teacher: Teacher | None,
-        tokenizers: Mapping[str, Tokenizer],
-    ) -> None:
+    def check(cls, request: Request) -> None:
         """Refuse what this kind of signal cannot be made with, before anything is written.
 
         Args:
-            section: the recipe's.
-            name: of the signal.
-            teacher: of the signal, loaded; None where it needs none.
-            tokenizers: by name, those that exist before the corpus is read.
+            request: what is asked for.
 
         Raises:
             RecipeError: the recipe asks for what there is not.
@@ -128,19 +138,15 @@ class SignalEncoder(ABC):
         return writer.write_part(self.record.name, shard, part, *span, batch)
 
 
-def common_fields(
-    cache: Cache, dump: DumpSection, name: str, teacher: Teacher | None
-) -> dict[str, Any]:
+def common_fields(cache: Cache, request: Request) -> dict[str, Any]:
     """What the record of a signal says whatever its kind.
 
     Args:
         cache: whose streams it is of.
-        dump: the recipe's section.
-        name: of the signal.
-        teacher: that makes it.
+        request: what is asked for.
     """
-    section = dump.signals[name]
-    streams = signal_streams(section)
+    dump, name, teacher = request.section, request.name, request.teacher
+    streams = signal_streams(request.signal)
     source = streams.get("source")
     used = dump.teacher_of(name)
     return {
@@ -152,7 +158,7 @@ def common_fields(
         "seed": dump.seed,
         "teacher": None if teacher is None else teacher.record,
         "recipe": {
-            "signal": section.model_dump(mode="json"),
+            "signal": request.signal.model_dump(mode="json"),
             "teacher": None if used is None else used.model_dump(mode="json"),
             "batch_tokens": dump.batch_tokens,
         },

@@ -4,19 +4,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 from torch import Tensor
 
 from kdcache.dump.signals.dense import DenseEncoder, check_side, chosen_layers
-from kdcache.dump.signals.encoder import common_fields
+from kdcache.dump.signals.encoder import Request, common_fields
 from kdcache.dump.signals.items import Items
 from kdcache.dump.teacher import Teacher
-from kdcache.dump.tokenize import Tokenizer
 from kdcache.formats.cache import Cache
 from kdcache.formats.signals import HiddenRecord
-from kdcache.recipe import DumpSection, HiddenSignal
+from kdcache.recipe import HiddenSignal
 
 
 class HiddenEncoder(DenseEncoder):
@@ -30,15 +27,13 @@ class HiddenEncoder(DenseEncoder):
 
     record: HiddenRecord
 
-    def __init__(
-        self, cache: Cache, section: DumpSection, name: str, teacher: Teacher | None
-    ) -> None:
-        super().__init__(cache, section, name, teacher)
-        signal = section.signals[name]
+    def __init__(self, cache: Cache, request: Request) -> None:
+        super().__init__(cache, request)
+        signal, name, teacher = request.signal, request.name, request.teacher
         assert isinstance(signal, HiddenSignal), "the runner chooses by kind"
         assert teacher is not None, "hidden states were checked to have a teacher"
         self.record = HiddenRecord(
-            **common_fields(cache, section, name, teacher),
+            **common_fields(cache, request),
             masks=signal.masks,
             side=signal.side,
             layers=_layers(name, signal, teacher),
@@ -48,15 +43,9 @@ class HiddenEncoder(DenseEncoder):
         )
 
     @classmethod
-    def check(
-        cls,
-        section: DumpSection,
-        name: str,
-        teacher: Teacher | None,
-        tokenizers: Mapping[str, Tokenizer],
-    ) -> None:
+    def check(cls, request: Request) -> None:
         """The teacher must have that side and those layers."""
-        signal = section.signals[name]
+        signal, name, teacher = request.signal, request.name, request.teacher
         assert isinstance(signal, HiddenSignal), "the runner chooses by kind"
         assert teacher is not None, "hidden states were checked to have a teacher"
         check_side(name, signal, teacher)

@@ -11,7 +11,7 @@ from kdcache.dump.signals.logits import LogitsEncoder
 from kdcache.dump.signals.masks import MasksEncoder
 from kdcache.recipe import DumpSection
 
-#: Kind of a signal to what makes it; called with cache, recipe section, name and teacher.
+#: Kind of a signal to what makes it; called with a cache and a request.
 ENCODERS: dict[str, type[SignalEncoder]] = {
     "masks": MasksEncoder,
     "logits": LogitsEncoder,

@@ -11,7 +11,7 @@ import torch
 
 from kdcache.dump.codecs.block import NotFiniteError
 from kdcache.dump.codecs.select import EncodedPositions, encode_logits
-from kdcache.dump.signals.encoder import Columns, SignalEncoder, common_fields
+from kdcache.dump.signals.encoder import Columns, Request, SignalEncoder, common_fields
 from kdcache.dump.signals.items import (
     Items,
     hypothesis_items,
@@ -21,7 +21,6 @@ from kdcache.dump.signals.items import (
     target_items,
 )
 from kdcache.dump.teacher import Teacher
-from kdcache.dump.tokenize import Tokenizer
 from kdcache.errors import ModelError
 from kdcache.formats.cache import Cache
 from kdcache.formats.keyed import position_hash, sample_keys
@@ -29,7 +28,7 @@ from kdcache.formats.ragged import Ragged, offsets_of
 from kdcache.formats.schema import max_bytes_per_token
 from kdcache.formats.shard import SampleShard
 from kdcache.formats.signals import LogitsRecord
-from kdcache.recipe import DumpSection, LogitsSignal
+from kdcache.recipe import LogitsSignal
 
 #: Logits made at a time: what a processor's cache holds, and a GiB in float32 elsewhere.
 PIECE_ENTRIES_CPU, PIECE_ENTRIES = 1 << 22, 1 << 28
@@ -42,16 +41,14 @@ class LogitsEncoder(SignalEncoder):
     record: LogitsRecord
     teacher: Teacher
 
-    def __init__(
-        self, cache: Cache, section: DumpSection, name: str, teacher: Teacher | None
-    ) -> None:
-        super().__init__(cache, section, name, teacher)
-        signal = section.signals[name]
+    def __init__(self, cache: Cache, request: Request) -> None:
+        super().__init__(cache, request)
+        signal, teacher = request.signal, request.teacher
         assert isinstance(signal, LogitsSignal), "the runner chooses by kind"
         assert teacher is not None, "logits were checked to have a teacher"
         assert teacher.vocab_size is not None, "a teacher of logits has a vocabulary"
         self.record = LogitsRecord(
-            **common_fields(cache, section, name, teacher),
+            **common_fields(cache, request),
             at=signal.at,
             masks=signal.masks,
             hypotheses=signal.hypotheses,
@@ -64,15 +61,9 @@ class LogitsEncoder(SignalEncoder):
         self._corpus_rows = np.empty(0, dtype=np.int64)
 
     @classmethod
-    def check(
-        cls,
-        section: DumpSection,
-        name: str,
-        teacher: Teacher | None,
-        tokenizers: Mapping[str, Tokenizer],
-    ) -> None:
+    def check(cls, request: Request) -> None:
         """The teacher must label that kind of position."""
-        signal = section.signals[name]
+        signal, name, teacher = request.signal, request.name, request.teacher
         assert isinstance(signal, LogitsSignal), "the runner chooses by kind"
         assert teacher is not None, "logits were checked to have a teacher"
         if signal.at not in teacher.places or teacher.vocab_size is None:

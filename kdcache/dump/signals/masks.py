@@ -8,17 +8,15 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from kdcache.dump.signals.encoder import Columns, SignalEncoder, common_fields
+from kdcache.dump.signals.encoder import Columns, Request, SignalEncoder, common_fields
 from kdcache.dump.signals.items import Items, sample_items
 from kdcache.dump.signals.masking import MaskVocabulary, draw_masks, no_mask_token, scheme_of
-from kdcache.dump.teacher import Teacher
-from kdcache.dump.tokenize import Tokenizer
 from kdcache.formats.cache import Cache
 from kdcache.formats.schema import record_bytes, signal_schema
 from kdcache.formats.shard import SampleShard
 from kdcache.formats.signals import MasksRecord
 from kdcache.formats.units import MAIN_COLUMN
-from kdcache.recipe import DumpSection, MasksSignal
+from kdcache.recipe import MasksSignal
 
 
 class MasksEncoder(SignalEncoder):
@@ -27,11 +25,9 @@ class MasksEncoder(SignalEncoder):
     main = MAIN_COLUMN["masks"]
     record: MasksRecord
 
-    def __init__(
-        self, cache: Cache, section: DumpSection, name: str, teacher: Teacher | None
-    ) -> None:
-        super().__init__(cache, section, name, teacher)
-        signal = section.signals[name]
+    def __init__(self, cache: Cache, request: Request) -> None:
+        super().__init__(cache, request)
+        signal, name = request.signal, request.name
         assert isinstance(signal, MasksSignal), "the runner chooses by kind"
         tokenizer_name = cache.stream(signal.stream).tokenizer
         tokenizer = cache.tokenizer(tokenizer_name)
@@ -44,7 +40,7 @@ class MasksEncoder(SignalEncoder):
         )
         self._scheme = scheme_of(signal)
         self.record = MasksRecord(
-            **common_fields(cache, section, name, teacher),
+            **common_fields(cache, request),
             scheme=signal.scheme,
             replicas=signal.replicas,
             vocab_size=tokenizer.vocab_size,
@@ -53,17 +49,12 @@ class MasksEncoder(SignalEncoder):
         )
 
     @classmethod
-    def check(
-        cls,
-        section: DumpSection,
-        name: str,
-        teacher: Teacher | None,
-        tokenizers: Mapping[str, Tokenizer],
-    ) -> None:
+    def check(cls, request: Request) -> None:
         """The stream's tokenizer must have a mask token; those trained on the corpus have none."""
-        stream = section.signals[name].stream
-        tokenizer_name = section.streams[stream].tokenizer
-        tokenizer = tokenizers.get(tokenizer_name)
+        name = request.name
+        stream = request.signal.stream
+        tokenizer_name = request.section.streams[stream].tokenizer
+        tokenizer = request.tokenizers.get(tokenizer_name)
         if tokenizer is None or tokenizer.mask_id is None:
             path = "trained on the corpus" if tokenizer is None else tokenizer.path
             raise no_mask_token(
