@@ -8,7 +8,9 @@
     │   └── IntegrityError   bytes changed: size, checksum or structure
     ├── IdentityError    two things that must be the same are not (both are shown)
     ├── StorageError     the disk or object store refused
-    └── TrainingError    a run cannot go on
+    ├── TrainingError    a run cannot go on
+    ├── AuditError       a cache does not say what its teacher says
+    └── StoppedError     somebody asked the process to stop
 
 A message says where, what was found, what was expected, and what to do.
 """
@@ -52,3 +54,7 @@ class TrainingError(KDCacheError, RuntimeError):
 
 class AuditError(KDCacheError, RuntimeError):
     """A cache does not say what its teacher says, beyond the tolerance."""
+
+
+class StoppedError(KDCacheError, RuntimeError):
+    """The process was asked to stop, and did so where nothing is lost."""

@@ -5,16 +5,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import pyarrow as pa
 
 from kdcache.errors import FormatError, IntegrityError
 from kdcache.formats.dense import DenseShard, open_dense_part
-from kdcache.formats.integrity import check_file, check_size
+from kdcache.formats.integrity import check_opened, check_opened_size, mapped
 from kdcache.formats.listing import list_commits, list_signals, part_of, read_commit, read_signal
 from kdcache.formats.manifest import (
     MANIFEST_NAME,
@@ -25,7 +26,9 @@ from kdcache.formats.manifest import (
     PartRecord,
     StreamRecord,
     TokenizerRecord,
+    commit_path,
     read_record,
+    signal_path,
 )
 from kdcache.formats.ragged import offsets_of
 from kdcache.formats.schema import ragged_columns, samples_schema, signal_schema, stream_extras
@@ -38,47 +41,64 @@ from kdcache.formats.signals import (
     MasksRecord,
     SignalRecord,
 )
+from kdcache.formats.store import REPAIR, Store, open_store
 from kdcache.formats.units import label_counts
-from kdcache.formats.zarr_layout import METADATA_NAME
+
+#: Commits that are held; a window of shards needs some for each of its shards.
+MOST_COMMITS = 4096
 
 
-def open_cache(path: str | Path) -> Cache:
+def open_cache(location: str | Path) -> Cache:
     """Open a cache for reading.
 
     Args:
-        path: directory of the cache.
+        location: directory of the cache, or its URL ("s3://bucket/caches/deen").
 
     Raises:
-        FormatError: there is no finished cache, or a record is damaged.
+        FormatError: there is no cache whose samples are all there, or a record is damaged.
+        StorageError: the location cannot be read.
     """
-    return Cache(Path(path))
+    return Cache(open_store(location))
 
 
 class Cache:
     """A cache that is read. Every file is checked once, before its first use.
 
     Attributes:
-        path: directory of the cache.
+        store: where the cache lies.
+        path: its directory or URL, for messages.
         manifest: what kdcache.json says.
         signals: name to record of every signal.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, store: Store, skip_broken: bool = False) -> None:
         """Read the records.
 
         Args:
-            path: directory of the cache.
+            store: where the cache lies.
+            skip_broken: leave out signals whose record is damaged or does not fit, for a repair.
 
         Raises:
-            FormatError: there is no finished cache, or a record is damaged.
+            FormatError: there is no cache whose samples are all there, or a record is damaged.
+            StorageError: a record cannot be read.
         """
-        self.path = path
-        self.manifest = _read_manifest(path)
-        self.signals = {name: _checked_signal(self, name) for name in list_signals(path)}
-        for record in self.signals.values():
-            _check_inputs(self, record)
+        self.store = store
+        self.path = store.name
+        self.manifest = _read_manifest(store)
+        self.signals: dict[str, SignalRecord] = {}
+        for name in list_signals(store):
+            with contextlib.suppress(*([FormatError] if skip_broken else [])):
+                self.signals[name] = _checked_signal(self, name)
+        for name, record in list(self.signals.items()):
+            try:
+                _check_inputs(self, record)
+            except FormatError:
+                if not skip_broken:
+                    raise
+                del self.signals[name]
         self._commits: dict[tuple[str, int], CommitRecord] = {}
         self._checked: set[str] = set()
+        self._valid: set[str] = set()
 
     @property
     def num_samples(self) -> int:
@@ -131,7 +151,7 @@ class Cache:
 
     def committed(self, signal: str) -> set[int]:
         """Shards of a signal (or of "samples") whose commit stands now."""
-        return list_commits(self.path).get(signal, set())
+        return list_commits(self.store).get(signal, set())
 
     def complete(self, signal: str) -> bool:
         """Whether every shard of a signal (or of "samples") is committed."""
@@ -159,10 +179,11 @@ class Cache:
             FormatError: there is none, it is damaged, or it covers other samples.
         """
         key = (signal, shard)
-        if key not in self._commits:
+        record = self._commits.get(key)
+        if record is None:
             if not 0 <= shard < self.num_shards:
                 raise FormatError(f"{self.path}: no shard {shard}; the cache has {self.num_shards}")
-            record = read_commit(self.path, signal, shard)
+            record = read_commit(self.store, signal, shard)
             plan = self.manifest.shards[shard]
             if (record.start, record.stop) != (plan.start, plan.stop):
                 raise FormatError(
@@ -173,8 +194,12 @@ class Cache:
                 raise FormatError(
                     f"{self.path}: samples shard {shard} has {len(record.parts)} parts, expected 1"
                 )
+            # Of a hundred thousand shards not every commit can be held.
+            while len(self._commits) >= MOST_COMMITS:
+                oldest, *_ = list(self._commits)  # at once: threads may add meanwhile
+                self._commits.pop(oldest, None)
             self._commits[key] = record
-        return self._commits[key]
+        return record
 
     @cached_property
     def samples_schema(self) -> pa.Schema:
@@ -208,7 +233,7 @@ class Cache:
             FormatError: a file is not what its schema says.
         """
         schema = self.signal_schema(name)
-        record = self._checked_commit(name, shard)
+        record = self.signal_commit(name, shard)
         parts = [
             (part.start, part.stop, ragged_columns(self._open(part, schema)))
             for part in record.parts
@@ -227,22 +252,26 @@ class Cache:
             raise FormatError(
                 f"{self.path}: signal {name!r} is of kind {signal.kind}, which has no dense arrays"
             )
-        record = self._checked_commit(name, shard)
+        record = self.signal_commit(name, shard)
         counts = label_counts(self, signal, shard)
         assert counts is not None, "dense signals have a row for each thing described"
         offsets = offsets_of(counts)
         parts = []
         for part in record.parts:
-            for file in part.files:
-                self._check(file, bytes_too=file.path.endswith(METADATA_NAME))
             first, last = offsets[part.start - record.start], offsets[part.stop - record.start]
-            folder = self.path / part_of(part.files[0].path)
-            rows = int(last - first)
-            parts.append(open_dense_part(folder, part.start, part.stop, signal, rows))
+            group = part_of(part.files[0].path)
+            files = {file.path.removeprefix(f"{group}/"): file for file in part.files}
+            folder, rows = self.store.at(group), int(last - first)
+            opened = partial(self._file_of, files, folder)
+            parts.append(open_dense_part(opened, folder, part.start, part.stop, signal, rows))
         return DenseShard(record.start, record.stop, offsets, parts)
 
-    def _checked_commit(self, name: str, shard: int) -> CommitRecord:
-        """The commit of a signal's shard, made from the inputs that stand, in the right files."""
+    def signal_commit(self, name: str, shard: int) -> CommitRecord:
+        """The commit of a signal's shard, if it fits the signal's record and inputs that stand.
+
+        Raises:
+            FormatError: it does not, or is missing or damaged.
+        """
         signal, record = self.signal(name), self.commit_record(name, shard)
         found = {put: self.commit_record(put, shard).digest for put in signal.inputs}
         if found != record.inputs:
@@ -261,22 +290,48 @@ class Cache:
             path = part_of(part.files[0].path)
             if not path.endswith(ending):
                 raise FormatError(
-                    f"{self.path / path}: a part of {name!r}, whose kind {signal.kind} is kept "
+                    f"{self.store.at(path)}: a part of {name!r}, whose kind {signal.kind} is kept "
                     f"as {ending}"
                 )
+        if record.record != signal.digest:
+            raise IntegrityError(
+                f"{self.store.at(signal_path(name))}: its digest is {signal.digest}, "
+                f"{commit_path(name, shard)} was made under {record.record}: one of both belongs "
+                f"elsewhere; {REPAIR}"
+            )
         return record
 
     def _open(self, part: PartRecord, schema: pa.Schema) -> pa.RecordBatch:
-        checked = self._check(part.files[0])
-        return open_part(self.path, part, schema, checked)
+        file = part.files[0]
+        valid, where = file.path in self._valid, self.store.at(file.path)
+        batch = open_part(self._mapped(file), where, part, schema, checked=valid)
+        self._valid.add(file.path)
+        return batch
 
-    def _check(self, file: FileRecord, bytes_too: bool = True) -> bool:
-        """Compare a file with its record the first time; say whether that was done before."""
-        if file.path in self._checked:
-            return True
-        check_file(self.path, file) if bytes_too else check_size(self.path, file)
-        self._checked.add(file.path)
-        return False
+    def _mapped(self, file: FileRecord, bytes_too: bool = True) -> memoryview:
+        """All bytes of a file, mapped, compared with its record the first time.
+
+        Args:
+            file: its record.
+            bytes_too: compare the bytes; else the size alone.
+        """
+        with self.store.open(file) as stream:
+            if file.path not in self._checked:
+                where = self.store.at(file.path)
+                if bytes_too:
+                    check_opened(stream, where, file)
+                else:
+                    check_opened_size(stream, where, file)
+                self._checked.add(file.path)
+            return mapped(stream)
+
+    def _file_of(
+        self, files: Mapping[str, FileRecord], folder: str, path: str, bytes_too: bool
+    ) -> memoryview:
+        """A file of a Zarr group that its commit must name."""
+        if path not in files:
+            raise FormatError(f"{folder}: its commit names no {path}")
+        return self._mapped(files[path], bytes_too)
 
     def tokenizer(self, name: str) -> TokenizerRecord:
         """The record of a tokenizer.
@@ -297,9 +352,10 @@ class Cache:
         Raises:
             FormatError: no such tokenizer, or a file is not what was committed.
         """
-        for file in self.tokenizer(name).files:
-            self._check(file)
-        return self.path / "tokenizers" / name
+        files = self.tokenizer(name).files
+        for file in files:
+            self._mapped(file)
+        return self.store.folder(files) / "tokenizers" / name
 
     def tokens(self, name: str) -> list[str]:
         """Token string of every id of a tokenizer, from its tokens.json.
@@ -310,40 +366,53 @@ class Cache:
         path = f"tokenizers/{name}/tokens.json"
         if path not in {file.path for file in self.tokenizer(name).files}:
             raise FormatError(f"{self.path}: tokenizer {name!r} has no tokens.json")
-        file = self.tokenizer_dir(name) / "tokens.json"
-        try:
-            tokens = json.loads(file.read_bytes().decode("utf-8"))
-            json.dumps(tokens, ensure_ascii=False).encode("utf-8")  # a lone surrogate fails here
-        except (ValueError, RecursionError):
-            raise FormatError(f"{file}: not JSON in UTF-8") from None
-        if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-            raise FormatError(f"{file}: expected a list of strings")
-        if len(tokens) != self.tokenizer(name).vocab_size:
-            raise FormatError(
-                f"{file}: {len(tokens)} tokens, expected {self.tokenizer(name).vocab_size}"
-            )
-        return tokens
+        file = next(file for file in self.tokenizer(name).files if file.path == path)
+        data = bytes(self._mapped(file))
+        return decode_tokens(data, self.store.at(path), self.tokenizer(name).vocab_size)
 
 
-def _read_manifest(path: Path) -> Manifest:
-    if not path.is_dir():
-        raise FormatError(f"{path}: no such directory; a cache is one that `kdcache dump` made")
+def decode_tokens(data: bytes, where: str, vocab_size: int) -> list[str]:
+    """The token string of every id, from the bytes of a tokens.json.
+
+    Args:
+        data: bytes of the file.
+        where: how messages call it.
+        vocab_size: how many there must be.
+
+    Raises:
+        FormatError: they are not.
+    """
     try:
-        return read_record(Manifest, path, MANIFEST_NAME)
+        tokens = json.loads(data.decode("utf-8"))
+        json.dumps(tokens, ensure_ascii=False).encode("utf-8")  # a lone surrogate fails here
+    except (ValueError, RecursionError):
+        raise FormatError(f"{where}: not JSON in UTF-8") from None
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise FormatError(f"{where}: expected a list of strings")
+    if len(tokens) != vocab_size:
+        raise FormatError(f"{where}: {len(tokens)} tokens, expected {vocab_size}")
+    return tokens
+
+
+def _read_manifest(store: Store) -> Manifest:
+    try:
+        return read_record(Manifest, store, MANIFEST_NAME)
     except FileNotFoundError:
         pass
-    have = len(list_commits(path).get(SAMPLES, set()))
+    if not store.exists():
+        raise FormatError(f"{store.name}: nothing there; a cache is what `kdcache dump` made")
+    have = len(list_commits(store).get(SAMPLES, set()))
     if have:
         raise FormatError(
-            f"{path}: dump is unfinished: {have} shards of 'samples' are committed and there is "
-            f"no {MANIFEST_NAME}; run the same `kdcache dump` again to finish"
+            f"{store.name}: dump is unfinished: {have} shards of 'samples' are committed and there "
+            f"is no {MANIFEST_NAME}; run the same `kdcache dump` again to finish"
         )
-    raise FormatError(f"{path}: not a cache: it has no {MANIFEST_NAME}")
+    raise FormatError(f"{store.name}: not a cache: it has no {MANIFEST_NAME}")
 
 
 def _checked_signal(cache: Cache, name: str) -> SignalRecord:
     """A signal's record whose streams are the manifest's."""
-    record = read_signal(cache.path, name)
+    record, where = read_signal(cache.store, name), cache.store.at(signal_path(name))
     sides: Mapping[str, tuple[str | None, str | None]] = {
         "stream": (record.stream, record.stream_digest),
         "source": (record.source, record.source_digest),
@@ -353,14 +422,14 @@ def _checked_signal(cache: Cache, name: str) -> SignalRecord:
             continue
         if stream not in cache.manifest.streams:
             raise FormatError(
-                f"{cache.path}: signal {name!r}: its {role} {stream!r} is no stream of the cache; "
-                f"it has {sorted(cache.manifest.streams)}"
+                f"{where}: signal {name!r}: its {role} {stream!r} is no stream of the cache; "
+                f"{MANIFEST_NAME} has {sorted(cache.manifest.streams)}"
             )
         found = cache.manifest.streams[stream].digest
         if found != digest:
             raise IntegrityError(
-                f"{cache.path}: signal {name!r} was made for {role} {stream!r} of digest "
-                f"{digest}, the cache has {found}: its labels belong to other tokens"
+                f"{where}: signal {name!r} was made for {role} {stream!r} of digest {digest}, "
+                f"{MANIFEST_NAME} has {found}: its labels belong to other tokens"
             )
     return record
 
@@ -377,6 +446,6 @@ def _check_inputs(cache: Cache, record: SignalRecord) -> None:
         if not isinstance(found, kind) or found.stream != record.stream:
             what = f"of kind {found.kind} over stream {found.stream!r}" if found else "missing"
             raise FormatError(
-                f"{cache.path}: signal {record.name!r} was made from the {role} {name!r} over "
+                f"{cache.store.at(signal_path(record.name))}: made from the {role} {name!r} over "
                 f"stream {record.stream!r}; that signal is {what}"
             )

@@ -1,23 +1,24 @@
-"""Files that appear whole or not at all, and the lock that one writer holds."""
+"""Files that appear whole or not at all, and claims that one writer holds."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar, cast
 
 from kdcache.errors import KDCacheError, StorageError
-
-LOCK_NAME = ".lock"
+from kdcache.formats import disk
 
 R = TypeVar("R")
 
 _TEMPORARY = ".tmp-"
+_TEMPORARY_NAME = re.compile(r"\.tmp-\d+-(.+)", re.DOTALL)
 _ADVICE = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again",
     errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
@@ -38,7 +39,8 @@ def storage_errors(path: Path) -> Iterator[None]:
     except (KDCacheError, FileExistsError):
         raise
     except OSError as error:
-        reason = _ADVICE.get(error.errno or 0, error.strerror or str(error))
+        mend = "mend that and run the same command again"
+        reason = _ADVICE.get(error.errno or 0, f"{error.strerror or error}; {mend}")
         raise StorageError(f"{path}: cannot be written: {reason}") from error
 
 
@@ -57,11 +59,11 @@ def create_file(path: Path, data: bytes) -> None:
     with storage_errors(path):
         temporary = _temporary_beside(path)
         try:
-            _write_durably(temporary, lambda stream: _write_all(stream, data))
-            os.link(temporary, path)
+            _write_durably(temporary, lambda stream: stream.write(data))
+            disk.link(temporary, path)
         finally:
-            temporary.unlink(missing_ok=True)
-        sync(path.parent)
+            disk.unlink(temporary)
+        disk.sync_folder(path.parent)
 
 
 def write_data(path: Path, write: Callable[[BinaryIO], Path]) -> Path:
@@ -81,11 +83,11 @@ def write_data(path: Path, write: Callable[[BinaryIO], Path]) -> Path:
         temporary = _temporary_beside(path)
         try:
             final = _write_durably(temporary, write)
-            temporary.replace(final)
+            disk.rename(temporary, final)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        sync(final.parent)
+        disk.sync_folder(final.parent)
     return final
 
 
@@ -106,28 +108,29 @@ def write_directory(path: Path, write: Callable[[Path], Path]) -> Path:
     with storage_errors(path):
         temporary = _temporary_beside(path)
         try:
-            temporary.mkdir()
+            disk.remove(temporary)
+            disk.make_folder(temporary)
             final = write(temporary)
             for folder in [*(item for item in temporary.rglob("*") if item.is_dir()), temporary]:
-                sync(folder)
+                disk.sync_folder(folder)
             if final.exists():
-                shutil.rmtree(final)
-            temporary.rename(final)
+                disk.remove(final)
+            disk.rename(temporary, final)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        sync(final.parent)
+        disk.sync_folder(final.parent)
     return final
 
 
-def write_file(path: Path, pieces: Iterable[memoryview]) -> None:
+def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     """Write a file of a folder that is not yet named, durably.
 
     Args:
         path: of the file; its folders are made.
         pieces: its bytes.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    disk.make_folder(path.parent)
 
     def write(stream: BinaryIO) -> None:
         for piece in pieces:
@@ -138,86 +141,116 @@ def write_file(path: Path, pieces: Iterable[memoryview]) -> None:
 
 def sync(path: Path) -> None:
     """Make a file's bytes durable, or the names that were added to or taken from a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    disk.sync_folder(path)
+
+
+def temporary_of(name: str) -> str | None:
+    """The name that a temporary file stands for; None where it is none."""
+    match = _TEMPORARY_NAME.fullmatch(name)
+    return match.group(1) if match else None
+
+
+def make_durably(folder: Path) -> None:
+    """Make a folder, and those above it, whose name the disk keeps as it does the files in it."""
+    if not folder.is_dir():
+        make_durably(folder.parent)
+        try:
+            disk.make_folder(folder)
+        except FileExistsError as error:  # which to a create-only write would be an answer
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
+        disk.sync_folder(folder.parent)
 
 
 def _temporary_beside(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_durably(path.parent)
     return path.parent / f"{_TEMPORARY}{os.getpid()}-{path.name}"
 
 
-def _write_all(stream: BinaryIO, data: bytes) -> None:
-    stream.write(data)
-
-
 def _write_durably(path: Path, write: Callable[[BinaryIO], R]) -> R:
-    with path.open("wb") as stream:
-        result = write(stream)
-        stream.flush()
-        os.fsync(stream.fileno())
+    stream = disk.OutputFile(path)
+    try:
+        result = write(cast(BinaryIO, stream))
+        stream.finish()
+    finally:
+        stream.close()
     return result
 
 
-class Lock:
-    """The right to write a cache, held through CACHE/.lock until released.
+class LocalClaim:
+    """The right to write one thing of a cache, held through a locked file until released.
 
-    The operating system frees it when the process ends, however it ends.
+    The operating system frees the lock when the process ends, however it ends; the file that stays
+    behind then says that something may be left over, and `stale` that it was found there.
     """
 
-    def __init__(self, root: Path) -> None:
-        """Name the lock of a cache; `acquire` takes it.
+    def __init__(self, path: Path, handle: int, stale: bool) -> None:
+        """Keep what `take_claim` got.
 
         Args:
-            root: the cache.
+            path: of the locked file.
+            handle: descriptor that holds the lock.
+            stale: whether the file was there before.
         """
-        self._path = root / LOCK_NAME
-        self._handle: int | None = None
+        self.stale = stale
+        self._path, self._handle = path, handle
 
-    def acquire(self) -> None:
-        """Take the lock at once or fail.
+    def release(self, tidy: bool = True) -> None:
+        """Give the claim back.
+
+        Args:
+            tidy: whether everything under it is; else the file stays, and `stale` says so then.
 
         Raises:
-            StorageError: another process has it, or the disk refused.
+            StorageError: its file cannot be removed; the claim is given back all the same.
         """
-        with storage_errors(self._path):
-            handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            if tidy:
+                with storage_errors(self._path):
+                    disk.unlink(self._path)
+        finally:
+            os.close(self._handle)
+
+
+def take_claim(path: Path) -> LocalClaim | None:
+    """Lock a file that stands for something to be written, at once.
+
+    Args:
+        path: of the file; made where there is none.
+
+    Returns:
+        The claim; None where another holds it.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    with storage_errors(path):
+        while True:
+            try:
+                make_durably(path.parent)
+                flags = os.O_RDWR | os.O_CLOEXEC
+                try:
+                    disk.note("create", path)
+                    handle, stale = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644), False
+                except FileExistsError:
+                    handle, stale = os.open(path, flags), True
+            except FileNotFoundError:
+                continue  # its holder, or the whole cache, has gone in between
+            held = False
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = os.path.samestat(os.fstat(handle), path.stat())
+                if held:
+                    if not stale:
+                        disk.sync_folder(path.parent)
+                    return LocalClaim(path, handle, stale)
             except BlockingIOError:
                 os.close(handle)
-                raise StorageError(
-                    f"{self._path.parent}: another dump is writing here; wait for it to end, "
-                    "or choose another output"
-                ) from None
+                return None
+            except FileNotFoundError:
+                pass  # released between our two calls
             except BaseException:
+                if held and not stale:
+                    path.unlink(missing_ok=True)
                 os.close(handle)
                 raise
-            self._handle = handle
-            if not self._stands():
-                self.release()
-                raise StorageError(
-                    f"{self._path.parent}: another dump has just left here; run the same "
-                    "command again"
-                )
-
-    def _stands(self) -> bool:
-        """Whether the file that is locked is the one that others would find."""
-        assert self._handle is not None
-        try:
-            return os.path.samestat(os.fstat(self._handle), self._path.stat())
-        except FileNotFoundError:
-            return False
-
-    def remove(self) -> None:
-        """Take the lock's file away while it is held."""
-        self._path.unlink(missing_ok=True)
-
-    def release(self) -> None:
-        """Give the lock back, if it is held."""
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
+            os.close(handle)

@@ -12,24 +12,25 @@ with TensorStore 2.5 and 15, with zarrs 1.1 (on two threads; 1.5 times the proce
 from __future__ import annotations
 
 import json
-import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kdcache.errors import FormatError, IntegrityError, StorageError
+from kdcache.errors import FormatError, IntegrityError
 from kdcache.formats.identity import differences
-from kdcache.formats.integrity import REPAIR
 from kdcache.formats.signals import AttentionRecord, HiddenRecord
+from kdcache.formats.store import REPAIR
 from kdcache.formats.zarr_layout import (
+    CHECKSUMS,
     CHUNK_ROWS,
     CRC_BYTES,
     METADATA_NAME,
     array_metadata,
     chunk_bytes,
     crc_bytes,
+    decode_checksums,
     decode_index,
     group_metadata,
     num_row_chunks,
@@ -89,30 +90,42 @@ class MappedArray:
     """One Zarr array [R, L, ...] of a part: its only shard file, mapped.
 
     Attributes:
-        file: the shard file; there is none where R is 0.
+        file: path or URL of the shard file; there is none where R is 0.
         shape: [R, L, ...].
         dtype: as stored.
     """
 
-    def __init__(self, file: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
-        """Map the file and read its chunk index.
+    def __init__(
+        self,
+        data: memoryview,
+        file: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        checksums: np.ndarray | None = None,
+    ) -> None:
+        """Read the chunk index of the file.
 
         Args:
-            file: the shard file.
+            data: all bytes of the shard file, mapped; none where R is 0.
+            file: how messages call it.
             shape: [R, L, ...].
             dtype: as stored.
+            checksums: [C, L] uint32 that the chunks must have; those that stand behind them
+                without it, which a chunk from elsewhere has too.
 
         Raises:
-            IntegrityError: it is missing or short, or its index is damaged or lacks a chunk.
-            StorageError: it cannot be read.
+            IntegrityError: it is short, or its index is damaged or lacks a chunk.
         """
         self.file, self.shape, self.dtype = file, shape, dtype
         self._size = chunk_bytes(shape, dtype)
         grid = num_row_chunks(shape[0]), shape[1]
         self._checked = np.zeros(grid, dtype=bool)
-        self._data = _mapped(file) if shape[0] else np.empty(0, dtype=np.uint8)
+        self._checksums = checksums
+        self._data = np.frombuffer(data, dtype=np.uint8)
         self._offsets = np.zeros(grid, dtype=np.int64)
         if shape[0]:
+            if not len(data):
+                raise IntegrityError(f"{file}: empty; {REPAIR}")
             try:
                 self._offsets = decode_index(self._data, *grid, self._size)
             except IntegrityError as error:
@@ -152,8 +165,12 @@ class MappedArray:
         begin = int(self._offsets[number, layer])
         flat = self._data[begin : begin + self._size]
         if not self._checked[number, layer]:
-            stored = self._data[begin + self._size : begin + self._size + CRC_BYTES]
-            if not np.array_equal(crc_bytes(flat), stored):
+            found = crc_bytes(flat)
+            right = [self._data[begin + self._size : begin + self._size + CRC_BYTES]]
+            if self._checksums is not None:
+                own = self._checksums[number, layer : layer + 1]
+                right.append(own.astype("<u4").view(np.uint8))
+            if not all(np.array_equal(found, crc) for crc in right):
                 raise IntegrityError(
                     f"{self.file}: the crc32c of chunk {number} of layer index {layer} is "
                     f"another; {REPAIR}"
@@ -169,7 +186,7 @@ class DensePart:
     Attributes:
         start: first sample, counted over the corpus.
         stop: sample after the last.
-        folder: the Zarr group.
+        folder: path or URL of the Zarr group.
         kind: `values` of the signal's record.
         values: [R, L, W] as stored.
         scale: [R, L] float32 for int8, else None.
@@ -177,7 +194,7 @@ class DensePart:
 
     start: int
     stop: int
-    folder: Path
+    folder: str
     kind: str
     values: MappedArray
     scale: MappedArray | None
@@ -216,7 +233,7 @@ class DensePart:
         """The same as `decode` through zarr-python, slower and with fewer checks."""
         import zarr
 
-        group: Any = zarr.open_group(str(self.folder), mode="r")
+        group: Any = zarr.open_group(self.folder, mode="r")
         stored = group[VALUES][start_row:stop_row, layer_index]
         scale = group[SCALE][start_row:stop_row, layer_index] if self.scale else None
         return decode_values(stored, self.kind, scale)
@@ -271,12 +288,19 @@ class DenseShard:
 
 
 def open_dense_part(
-    folder: Path, start: int, stop: int, record: DenseRecord, rows: int
+    opened: Callable[[str, bool], memoryview],
+    folder: str,
+    start: int,
+    stop: int,
+    record: DenseRecord,
+    rows: int,
 ) -> DensePart:
-    """Map one part whose files have the sizes that were committed.
+    """Read the metadata of one part.
 
     Args:
-        folder: the Zarr group.
+        opened: gives all bytes of a file by its path inside the group, mapped, and checks all of
+            them if the second argument says so, else their number.
+        folder: path or URL of the Zarr group, for messages.
         start: first sample, counted over the corpus.
         stop: sample after the last.
         record: of the signal.
@@ -284,20 +308,37 @@ def open_dense_part(
 
     Raises:
         FormatError: its metadata are not those of such a part.
-        IntegrityError: a file is missing or short, or a chunk index is damaged.
-        StorageError: a file cannot be read.
+        IntegrityError: a file is short, or a chunk index is damaged.
     """
-    _check_metadata(folder / METADATA_NAME, group_metadata())
-    opened = {}
+
+    def metadata(path: str, expected: dict[str, Any]) -> dict[str, Any]:
+        return _checked_metadata(bytes(opened(path, True)), f"{folder}/{path}", expected)
+
+    metadata(METADATA_NAME, group_metadata())
+    arrays = {}
     for name, (shape, dtype) in dense_arrays(record, rows).items():
-        _check_metadata(folder / name / METADATA_NAME, array_metadata(shape, dtype))
-        opened[name] = MappedArray(folder / shard_path(name, len(shape)), shape, dtype)
-    return DensePart(start, stop, folder, record.values, opened[VALUES], opened.get(SCALE))
+        found = metadata(f"{name}/{METADATA_NAME}", array_metadata(shape, dtype))
+        checksums = _checksums(found, f"{folder}/{name}/{METADATA_NAME}", shape)
+        path = shard_path(name, len(shape))
+        # Another writer may not repeat them; then the whole file is read once.
+        data = opened(path, checksums is None) if shape[0] else memoryview(b"")
+        arrays[name] = MappedArray(data, f"{folder}/{path}", shape, dtype, checksums)
+    return DensePart(start, stop, folder, record.values, arrays[VALUES], arrays.get(SCALE))
 
 
-def _check_metadata(file: Path, expected: dict[str, Any]) -> None:
-    """What a zarr.json says must be what the record and the samples demand."""
-    data = _bytes_of(file)
+def _checksums(metadata: dict[str, Any], file: str, shape: tuple[int, ...]) -> np.ndarray | None:
+    """What metadata repeat of the chunks' checksums, if they do."""
+    attributes = metadata.get("attributes")
+    if not isinstance(attributes, dict) or CHECKSUMS not in attributes:
+        return None
+    try:
+        return decode_checksums(attributes[CHECKSUMS], num_row_chunks(shape[0]), shape[1])
+    except FormatError as error:
+        raise FormatError(f"{file}: {error}; {REPAIR}") from None
+
+
+def _checked_metadata(data: bytes, file: str, expected: dict[str, Any]) -> dict[str, Any]:
+    """What a zarr.json says, which must be what the record and the samples demand."""
     try:
         tree = json.loads(data.decode("utf-8"))
         faults = differences(tree, expected, ignore=("attributes",))
@@ -308,26 +349,4 @@ def _check_metadata(file: Path, expected: dict[str, Any]) -> None:
     if faults:
         fault = faults[0].removesuffix(" given").replace(" in the cache, ", ", expected ")
         raise FormatError(f"{file}: " + "".join(c if c.isprintable() else "?" for c in fault))
-
-
-def _bytes_of(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise IntegrityError(f"{file}: missing; {REPAIR}") from None
-    except OSError as error:
-        raise StorageError(f"{file}: cannot be read: {error.strerror}") from None
-
-
-def _mapped(file: Path) -> np.ndarray:
-    """[n] uint8 view of a whole file."""
-    try:
-        with file.open("rb") as stream:
-            if stream.seek(0, 2) == 0:
-                raise IntegrityError(f"{file}: empty; {REPAIR}")
-            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    except (FileNotFoundError, NotADirectoryError):
-        raise IntegrityError(f"{file}: missing; {REPAIR}") from None
-    except OSError as error:
-        raise StorageError(f"{file}: cannot be read: {error.strerror}") from None
-    return np.frombuffer(data, dtype=np.uint8)
+    return tree

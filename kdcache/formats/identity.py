@@ -5,11 +5,17 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
+
+#: Bytes of texts that are copied together: what is copied stays in the processor's cache.
+_BYTES_AT_ONCE = 1 << 20
 
 
 def sample_id(fields: Sequence[str], task: str = "", label: str = "") -> bytes:
@@ -29,6 +35,49 @@ def sample_id(fields: Sequence[str], task: str = "", label: str = "") -> bytes:
         hasher.update(len(encoded).to_bytes(8, "little"))
         hasher.update(encoded)
     return hasher.digest()
+
+
+def sample_ids(
+    fields: Sequence[pa.Array], task: pa.Array | None = None, label: pa.Array | None = None
+) -> np.ndarray:
+    """`sample_id` of many samples, some hundred nanoseconds each.
+
+    Args:
+        fields: raw texts in the manifest's order, Arrow string arrays of M values without nulls.
+        task: M names; None where there are no tasks.
+        label: M labels; None where there are none.
+
+    Returns:
+        [M, 16] uint8.
+    """
+    num_samples = len(fields[0])
+    empty = pa.array([""]).take(pa.array(np.zeros(num_samples, dtype=np.int32)))
+    values = [*fields, empty if task is None else task, empty if label is None else label]
+    lengths = [pc.binary_length(value).to_numpy().astype("<i8") for value in values]  # [M] each
+    ends = np.cumsum(8 * len(values) + sum(lengths))
+    pieces: list[bytes] = []
+    start = 0
+    while start < num_samples:
+        before = int(ends[start - 1]) if start else 0
+        fit = int(np.searchsorted(ends, before + _BYTES_AT_ONCE, side="right"))
+        some = slice(start, max(start + 1, fit))
+        pieces += _sample_ids([v[some] for v in values], [n[some] for n in lengths])
+        start = some.stop
+    return np.frombuffer(b"".join(pieces), dtype=np.uint8).reshape(-1, 16)
+
+
+def _sample_ids(values: Sequence[pa.Array], lengths: Sequence[np.ndarray]) -> list[bytes]:
+    """Ids of a few samples from all of their values and how long these are."""
+    offsets = pa.py_buffer(8 * np.arange(len(values[0]) + 1, dtype=np.int32))
+    joined = []
+    for value, length in zip(values, lengths, strict=True):
+        buffers = [None, offsets, pa.py_buffer(np.ascontiguousarray(length))]
+        joined.append(pa.BinaryArray.from_buffers(pa.binary(), len(value), buffers))
+        joined.append(value.cast(pa.binary()))
+    whole = pc.binary_join_element_wise(*joined, pa.scalar(b"", type=pa.binary()))
+    counts = np.diff(np.frombuffer(whole.buffers()[1], dtype=np.int32)[: len(whole) + 1])
+    messages = map(io.BytesIO(whole.buffers()[2]).read, counts.tolist())
+    return list(map(xxhash.xxh3_128_digest, messages))
 
 
 class CorpusDigest:

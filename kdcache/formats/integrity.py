@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import mmap
+import os
+from typing import BinaryIO
 
 import google_crc32c
 import numpy as np
 import xxhash
 
-from kdcache.errors import IntegrityError, StorageError
+from kdcache.errors import IntegrityError, KDCacheError, StorageError
 from kdcache.formats.manifest import FileRecord
-
-CHUNK_BYTES = 1 << 20
-
-REPAIR = "restore the file, or delete the cache and dump again"
+from kdcache.formats.store import CHUNK_BYTES, REPAIR, Store
 
 
 class Digester:
@@ -38,6 +37,11 @@ class Digester:
             self._crc32c = google_crc32c.extend(self._crc32c, flat)
 
     @property
+    def has_crc32c(self) -> bool:
+        """Whether the crc32c is kept too."""
+        return self._crc32c is not None
+
+    @property
     def xxh3(self) -> str:
         """16 hex digits of the bytes so far."""
         return self._xxh3.hexdigest()
@@ -60,56 +64,49 @@ def digest_bytes(data: bytes, path: str) -> FileRecord:
     return digester.record(path)
 
 
-def digest_file(root: Path, path: str) -> FileRecord:
+def digest_file(store: Store, path: str) -> FileRecord:
     """Record of a file of a cache.
 
     Args:
-        root: the cache.
+        store: where the cache lies.
         path: path inside the cache.
     """
-    return _digest(root / path, crc32c=True).record(path)
+    return _digest(store, path, crc32c=True).record(path)
 
 
-def _digest(file: Path, crc32c: bool) -> Digester:
+def _digest(store: Store, path: str, crc32c: bool) -> Digester:
     digester = Digester(crc32c)
     try:
-        with file.open("rb", buffering=0) as stream:
-            while piece := stream.read(CHUNK_BYTES):
-                digester.update(piece)
+        for piece in store.pieces(path):
+            digester.update(piece)
     except FileNotFoundError:
-        raise IntegrityError(f"{file}: missing; {REPAIR}") from None
-    except OSError as error:
-        raise StorageError(f"{file}: cannot be read: {error.strerror}") from None
+        raise IntegrityError(f"{store.at(path)}: missing; {REPAIR}") from None
     return digester
 
 
-def check_size(root: Path, record: FileRecord) -> None:
+def check_size(store: Store, record: FileRecord) -> None:
     """Compare the size of a file with its record.
 
     Args:
-        root: the cache.
+        store: where the cache lies.
         record: what was committed.
 
     Raises:
         IntegrityError: it is missing or has another size.
         StorageError: it cannot be read.
     """
-    file = root / record.path
     try:
-        size = file.stat().st_size
-    except (FileNotFoundError, NotADirectoryError):
-        raise IntegrityError(f"{file}: missing; {REPAIR}") from None
-    except OSError as error:
-        raise StorageError(f"{file}: cannot be read: {error.strerror}") from None
-    if size != record.bytes:
-        raise IntegrityError(f"{file}: {size} bytes, expected {record.bytes}; {REPAIR}")
+        found = store.size(record.path)
+    except FileNotFoundError:
+        raise IntegrityError(f"{store.at(record.path)}: missing; {REPAIR}") from None
+    _compare_size(store.at(record.path), found, record)
 
 
-def check_file(root: Path, record: FileRecord, full: bool = False) -> None:
+def check_file(store: Store, record: FileRecord, full: bool = False) -> None:
     """Compare a file with its record: its size, then its xxh3.
 
     Args:
-        root: the cache.
+        store: where the cache lies.
         record: what was committed.
         full: compare the crc32c too.
 
@@ -117,10 +114,70 @@ def check_file(root: Path, record: FileRecord, full: bool = False) -> None:
         IntegrityError: it is missing or its bytes are not those of the record.
         StorageError: it cannot be read.
     """
-    check_size(root, record)
-    file = root / record.path
-    found = _digest(file, crc32c=full)
+    check_size(store, record)
+    compare(store.at(record.path), _digest(store, record.path, crc32c=full), record)
+
+
+def check_opened(stream: BinaryIO, where: str, record: FileRecord, full: bool = False) -> None:
+    """Compare an open local file with its record; its position ends at the end.
+
+    Args:
+        stream: the file, at its beginning.
+        where: how messages call it.
+        record: what was committed.
+        full: compare the crc32c too.
+
+    Raises:
+        IntegrityError: its bytes are not those of the record.
+        StorageError: it cannot be read.
+    """
+    digester = Digester(full)
+    try:
+        check_opened_size(stream, where, record)
+        while piece := stream.read(CHUNK_BYTES):
+            digester.update(piece)
+    except KDCacheError:
+        raise
+    except OSError as error:
+        raise StorageError(f"{where}: cannot be read: {error.strerror}") from None
+    compare(where, digester, record)
+
+
+def check_opened_size(stream: BinaryIO, where: str, record: FileRecord) -> None:
+    """Compare the size of an open local file with its record.
+
+    Args:
+        stream: the file.
+        where: how messages call it.
+        record: what was committed.
+
+    Raises:
+        IntegrityError: it has another size.
+    """
+    _compare_size(where, os.fstat(stream.fileno()).st_size, record)
+
+
+def mapped(stream: BinaryIO) -> memoryview:
+    """All bytes of an open local file, mapped for reading; the file may be closed after."""
+    if os.fstat(stream.fileno()).st_size == 0:
+        return memoryview(b"")  # nothing cannot be mapped
+    return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _compare_size(where: str, found: int, record: FileRecord) -> None:
+    if found != record.bytes:
+        raise IntegrityError(f"{where}: {found} bytes, expected {record.bytes}; {REPAIR}")
+
+
+def compare(where: str, found: Digester, record: FileRecord) -> None:
+    """Compare what was digested with a record.
+
+    Raises:
+        IntegrityError: size, xxh3 or (where it was kept) crc32c is another.
+    """
+    if found.bytes != record.bytes:
+        _compare_size(where, found.bytes, record)
     if found.xxh3 != record.xxh3:
-        raise IntegrityError(f"{file}: xxh3 {found.xxh3}, expected {record.xxh3}; {REPAIR}")
-    if full and found.crc32c != record.crc32c:
-        raise IntegrityError(f"{file}: crc32c {found.crc32c}, expected {record.crc32c}; {REPAIR}")
+        raise IntegrityError(f"{where}: xxh3 {found.xxh3}, expected {record.xxh3}; {REPAIR}")
+    if found.has_crc32c and found.crc32c != record.crc32c:
+        raise IntegrityError(f"{where}: crc32c {found.crc32c}, expected {record.crc32c}; {REPAIR}")

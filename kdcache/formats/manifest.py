@@ -9,17 +9,28 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import google_crc32c
 import xxhash
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
-from kdcache.errors import FormatError, IntegrityError, StorageError
+from kdcache.errors import FormatError, IntegrityError
+from kdcache.formats.store import Store
 
 #: Largest vocabulary that an id of two plus one bytes can name.
 MAX_VOCAB_SIZE = 1 << 24
+
+#: Most shards of a cache, so that a reader takes no memory for what is hostile.
+MAX_SHARDS = 250_000
 
 FORMAT_VERSION = 1
 MIN_READER_VERSION = 1
@@ -30,6 +41,7 @@ SAMPLES = "samples"
 RESERVED = frozenset({SAMPLES, "commits", "signals", "tokenizers"})
 
 _PATH_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _HEADER = re.compile(rb'\{"crc32c": "([0-9a-f]{8})",\n')
 
 
@@ -97,7 +109,8 @@ class StreamRecord(Record):
     """One stream: the tokens of one raw field, or of a pair of them, under one tokenizer.
 
     `template` chat: the field holds messages, and the tokens are those of the tokenizer's chat
-    template. `digest` is over the tokenizer and every token, see `identity.StreamDigest`.
+    template. `digest` is over the tokenizer and every token, see `identity.StreamDigest`;
+    `longest` are the tokens of its longest sample.
     """
 
     field: Name
@@ -108,6 +121,7 @@ class StreamRecord(Record):
     digest: Digest
     vocab_size: VocabSize
     num_tokens: Count
+    longest: Count
 
 
 class _Range(Record):
@@ -134,6 +148,13 @@ class ShardRecord(_Range):
     tokens: Count
 
 
+def _not_too_many(shards: object) -> object:
+    """Before any is looked at."""
+    if isinstance(shards, list) and len(shards) > MAX_SHARDS:
+        raise ValueError(f"{len(shards)} of them, a cache has at most {MAX_SHARDS}")
+    return shards
+
+
 class CorpusRecord(Record):
     """What was dumped.
 
@@ -151,6 +172,29 @@ class CorpusRecord(Record):
     label: Name | None = None
 
 
+class SourceRecord(Record):
+    """A cache that another was compiled from, as it stood then.
+
+    `name` says where it lay. `corpus` is its corpus digest, `streams` are those of its streams, and
+    `signals` those of the signals that were used, each over its record and commits. `lineage` is
+    its own, where it was compiled itself.
+    """
+
+    name: str
+    corpus: Digest
+    num_samples: Count
+    streams: dict[Name, Digest]
+    signals: dict[SignalName, Digest]
+    lineage: Lineage | None = None
+
+
+class Lineage(Record):
+    """How a cache was compiled: what was done, in order, and the caches it was done to."""
+
+    operations: list[dict[str, Any]]
+    sources: Annotated[list[SourceRecord], Field(min_length=1)]
+
+
 class Manifest(Record):
     """kdcache.json: written once, when all samples are committed."""
 
@@ -160,9 +204,10 @@ class Manifest(Record):
     tokenizers: dict[Name, TokenizerRecord]
     streams: dict[Name, StreamRecord]
     shard_tokens: Count
-    shards: list[ShardRecord]
+    shards: Annotated[list[ShardRecord], BeforeValidator(_not_too_many)]
     recipe: dict[str, Any]
     versions: dict[str, str]
+    lineage: Lineage | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -200,6 +245,8 @@ class CommitRecord(_Range):
     `tokens` counts what the signal describes, one by one (see `units.label_counts`; the tokens
     of all streams for `samples`), and `entries` the records of every column. `inputs` are the
     signals it was made from (masks, hypotheses) and the digest of their commit of this shard.
+    `record` is the digest of the signal's record, which says how its bytes are read; the samples
+    have none.
     """
 
     signal: Name
@@ -207,6 +254,7 @@ class CommitRecord(_Range):
     tokens: Count
     entries: dict[str, Count]
     inputs: dict[Name, Digest] = Field(default_factory=dict)
+    record: Digest | None = None
     parts: list[PartRecord]
 
     @model_validator(mode="after")
@@ -306,7 +354,8 @@ def decode_json(data: bytes, where: str) -> dict[str, Any]:
         tree = json.loads(
             data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant
         )
-        json.dumps(tree, ensure_ascii=False).encode("utf-8")  # a lone surrogate fails here
+        if _SURROGATE.search(data):
+            json.dumps(tree, ensure_ascii=False).encode("utf-8")  # one that stands alone fails here
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise FormatError(f"{where}: not the JSON of a cache: {reason}") from None
@@ -359,6 +408,7 @@ def decode_record(kind: Kind[R], data: bytes, where: str) -> R:
     except (RecursionError, ArithmeticError) as error:
         faults = [f"cannot be read: {type(error).__name__}"]
     shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
+    shown = shown if len(shown) <= 1000 else shown[:1000] + " ..."  # a fault may quote a long key
     # A hostile key may hold line breaks or terminal escapes.
     raise FormatError(f"{where}: " + "".join(c if c.isprintable() else "?" for c in shown))
 
@@ -373,12 +423,12 @@ def _check_version(tree: dict[str, Any], where: str) -> None:
         )
 
 
-def read_record(kind: Kind[R], root: Path, path: str) -> R:
+def read_record(kind: Kind[R], store: Store, path: str) -> R:
     """Read one record's file of a cache.
 
     Args:
         kind: which record it holds.
-        root: the cache.
+        store: where the cache lies.
         path: path inside the cache.
 
     Raises:
@@ -386,11 +436,4 @@ def read_record(kind: Kind[R], root: Path, path: str) -> R:
         FormatError: it is damaged or not a record of that kind.
         StorageError: it cannot be read.
     """
-    where = root / path
-    try:
-        data = where.read_bytes()
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise StorageError(f"{where}: cannot be read: {error.strerror}") from None
-    return decode_record(kind, data, str(where))
+    return decode_record(kind, store.read(path), store.at(path))

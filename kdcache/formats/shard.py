@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kdcache.errors import FormatError, StorageError
+from kdcache.errors import FormatError
 from kdcache.formats.manifest import PartRecord
 from kdcache.formats.ragged import Ragged
 from kdcache.formats.schema import FIELD_PREFIX, STREAM_PREFIX, TASK, ragged_columns
@@ -87,39 +86,39 @@ class SignalShard:
     parts: list[tuple[int, int, dict[str, Ragged]]]
 
 
-def open_part(root: Path, part: PartRecord, schema: pa.Schema, checked: bool) -> pa.RecordBatch:
-    """Map one data file whose size and checksum were compared with its record.
+def open_part(
+    data: memoryview, where: str, part: PartRecord, schema: pa.Schema, checked: bool
+) -> pa.RecordBatch:
+    """Open one data file whose size and checksum were compared with its record.
 
     Args:
-        root: the cache.
+        data: all of its bytes, mapped or in memory.
+        where: how messages call it.
         part: its record.
         schema: what it must hold.
         checked: whether the values were validated before.
 
     Raises:
         FormatError: it is not one record batch of that schema with the part's samples.
-        StorageError: it cannot be read.
     """
-    file = root / part.files[0].path
     try:
-        with pa.memory_map(str(file)) as source, pa.ipc.open_file(source) as reader:
+        with pa.ipc.open_file(pa.BufferReader(pa.py_buffer(data))) as reader:
             if not reader.schema.equals(schema):
-                raise FormatError(f"{file}: {_schema_fault(reader.schema, schema)}")
+                raise FormatError(f"{where}: {_schema_fault(reader.schema, schema)}")
             if reader.num_record_batches != 1:
-                raise FormatError(f"{file}: {reader.num_record_batches} record batches, expected 1")
+                number = reader.num_record_batches
+                raise FormatError(f"{where}: {number} record batches, expected 1")
             batch = reader.get_batch(0)
         if not checked:
             batch.validate(full=True)
     except (pa.ArrowException, ValueError) as error:
         if isinstance(error, FormatError):
             raise
-        raise FormatError(f"{file}: not an Arrow file of a cache: {_line(error)}") from None
-    except OSError as error:
-        raise StorageError(f"{file}: cannot be read: {_line(error)}") from None
+        raise FormatError(f"{where}: not an Arrow file of a cache: {_line(error)}") from None
     if batch.num_rows != part.num_samples:
-        raise FormatError(f"{file}: {batch.num_rows} rows, expected {part.num_samples}")
+        raise FormatError(f"{where}: {batch.num_rows} rows, expected {part.num_samples}")
     if any(array.null_count for array in _arrays(batch)):
-        raise FormatError(f"{file}: it holds nulls, a cache has none")
+        raise FormatError(f"{where}: it holds nulls, a cache has none")
     return batch
 
 

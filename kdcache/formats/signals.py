@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import xxhash
 from pydantic import AfterValidator, Field, model_validator
 
 from kdcache.formats.codec import Codec
 from kdcache.formats.manifest import Count, Digest, Name, Record, SignalName, VocabSize
 
 Temperature = Annotated[float, Field(gt=0)]
+Few = Annotated[int, Field(ge=1, lt=1 << 16)]
 Side = Literal["encoder", "decoder"]
 
 
@@ -74,6 +78,19 @@ class SignalRecord(Record):
                 raise ValueError(f"{role}: {getattr(self, role)!r}, a {self.kind} signal has none")
         return self
 
+    @cached_property
+    def digest(self) -> str:
+        """32 hex digits over all that its labels depend on.
+
+        Left out are the recipe, the library versions and where the teacher lay.
+        """
+        tree = self.model_dump(mode="json", exclude={"recipe", "versions"})
+        for teacher in [tree["teacher"], *(tree["teacher"] or {}).get("members", [])]:
+            for key in ("path", "revision"):
+                (teacher or {}).pop(key, None)
+        text = json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return xxhash.xxh3_128_hexdigest(text.encode())
+
     @property
     def inputs(self) -> list[str]:
         """Signals that this one was made from."""
@@ -121,7 +138,7 @@ class HiddenRecord(SignalRecord):
     kind: Literal["hidden"] = "hidden"
     side: Side
     layers: LayerNumbers
-    width: Annotated[int, Field(ge=1)]
+    width: Annotated[int, Field(ge=1, lt=1 << 24)]
     pool: Literal["none", "cls", "mean"]
     values: Literal["float16", "bfloat16", "int8"]
 
@@ -132,7 +149,7 @@ class AttentionRecord(SignalRecord):
     kind: Literal["attention"] = "attention"
     side: Side
     layers: LayerNumbers
-    heads: Annotated[int, Field(ge=1)]
+    heads: Few
     averaged: bool
     values: Literal["float16", "bfloat16"]
 
@@ -142,7 +159,7 @@ class BeamsRecord(SignalRecord):
 
     kind: Literal["beams"] = "beams"
     vocab_size: VocabSize
-    num_hypotheses: Annotated[int, Field(ge=1)]
+    num_hypotheses: Few
     decoding: dict[str, Any]
 
 
@@ -163,7 +180,7 @@ class MasksRecord(SignalRecord):
 
     kind: Literal["masks"] = "masks"
     scheme: Literal["bert", "whole_word", "span", "segment", "word"]
-    replicas: Annotated[int, Field(ge=1)]
+    replicas: Few
     vocab_size: VocabSize
     mask_id: Count
     parameters: dict[str, float]

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from kdcache.formats.ragged import Ragged
-from kdcache.formats.schema import join_ids
+from kdcache.formats.ragged import Ragged, offsets_of
 from kdcache.formats.signals import (
     BeamsRecord,
     ClassesRecord,
@@ -19,12 +18,14 @@ from kdcache.formats.signals import (
     SignalRecord,
 )
 from kdcache.formats.structure import (
+    beyond,
     label_faults,
     logits_faults,
     offset_faults,
     range_faults,
     sum_faults,
 )
+from kdcache.formats.structure_entries import first_fall
 from kdcache.formats.units import MAIN_COLUMN
 
 #: A hypothesis' log-prob may be above 0 by this much, for rounding in float32 sums.
@@ -73,8 +74,9 @@ def _beams_faults(record: BeamsRecord, hypotheses: Ragged, tokens: Ragged) -> li
             f"the part: {int(counts[m])}, expected 1 to {record.num_hypotheses}"
         )
     fields = hypotheses.fields
-    faults += sum_faults("tokens", hypotheses, tokens, fields["num_tokens"], "num_tokens")
-    faults += range_faults("tokens", join_ids(tokens.fields), record.vocab_size)
+    ends = offsets_of(fields["num_tokens"])
+    faults += sum_faults("tokens", hypotheses, tokens, ends, "num_tokens")
+    faults += range_faults("tokens", tokens.fields, record.vocab_size)
     log_probs = fields["log_prob"]
     faults += _finite_faults("hypotheses.log_prob", log_probs)
     faults += _finite_faults("hypotheses.score", fields["score"])
@@ -88,29 +90,35 @@ def _masks_faults(
     record: MasksRecord, replicas: Ragged, masked: Ragged, lengths: np.ndarray
 ) -> list[str]:
     """Positions ascend within a replica and lie in their sample."""
-    counts = replicas.fields["num_masked"].astype(np.int64)
-    faults = sum_faults("masked", replicas, masked, counts, "num_masked")
-    faults += range_faults("masked", join_ids(masked.fields), record.vocab_size)
+    counts = replicas.fields["num_masked"]
+    ends = offsets_of(counts)
+    faults = sum_faults("masked", replicas, masked, ends, "num_masked")
+    faults += range_faults("masked", masked.fields, record.vocab_size)
     if faults:
         return faults
-    position = masked.fields["position"].astype(np.int64)
-    sample = np.repeat(np.arange(len(lengths)), masked.lengths)  # [E] sample of each entry
-    beyond = np.flatnonzero(position >= lengths[sample])
-    if len(beyond):
-        at = int(beyond[0])
-        faults.append(
-            f"masked: position {int(position[at])} of sample {int(sample[at])} of the part, which "
-            f"has {int(lengths[sample[at]])} tokens"
-        )
-    replica = np.repeat(np.arange(len(counts)), counts)  # [E] replica of the part
-    falls = np.flatnonzero((np.diff(position) <= 0) & (np.diff(replica) == 0))
-    if len(falls):
-        at = int(sample[int(falls[0])])
-        faults.append(f"masked: positions of sample {at} of the part do not ascend")
-    return faults
+    sample = np.repeat(np.arange(len(lengths)), replicas.lengths)  # [R] sample of each replica
+    position = masked.fields["position"]
+    fall = first_fall(position, ends)
+    if fall is not None:
+        at = int(sample[int(np.searchsorted(ends, fall, side="right")) - 1])
+        return [f"masked: positions of sample {at} of the part do not ascend"]
+    filled = np.flatnonzero(counts)
+    last = position[ends[filled + 1] - 1].astype(np.int64)  # the largest of their replica
+    beyond_end = np.flatnonzero(last >= lengths[sample[filled]])
+    if not len(beyond_end):
+        return []
+    first = int(beyond_end[0])
+    at = int(sample[filled[first]])
+    return [
+        f"masked: position {int(last[first])} of sample {at} of the part, which has "
+        f"{int(lengths[at])} tokens"
+    ]
 
 
 def _finite_faults(name: str, values: np.ndarray) -> list[str]:
     """Nothing that a teacher says here may be NaN or infinite."""
+    largest = np.finfo(values.dtype).max
+    if not beyond(values, largest, -largest):
+        return []
     bad = np.count_nonzero(~np.isfinite(values))
-    return [f"{name}: {bad} values are NaN or infinite"] if bad else []
+    return [f"{name}: {bad} values are NaN or infinite"]

@@ -8,13 +8,13 @@ the shard, and `CommitRecord.entries` has it too (for Zarr under `values`: the r
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
 from kdcache.errors import FormatError
 from kdcache.formats.ragged import Ragged, concat
-from kdcache.formats.shard import SampleShard
+from kdcache.formats.shard import SampleShard, SignalShard
 from kdcache.formats.signals import (
     AttentionRecord,
     ClassesRecord,
@@ -24,8 +24,21 @@ from kdcache.formats.signals import (
     SignalRecord,
 )
 
-if TYPE_CHECKING:
-    from kdcache.formats.cache import Cache
+
+class Described(Protocol):
+    """What must be known of a cache: `cache.Cache`, or shards that are in memory."""
+
+    path: str
+
+    def signal(self, name: str) -> SignalRecord:
+        """The record of a signal."""
+
+    def samples(self, shard: int) -> SampleShard:
+        """The samples of one shard."""
+
+    def signal_shard(self, name: str, shard: int) -> SignalShard:
+        """One signal of one shard."""
+
 
 #: Kind to the column that has one record for each thing described.
 MAIN_COLUMN = {
@@ -38,7 +51,7 @@ MAIN_COLUMN = {
 }
 
 
-def label_counts(cache: Cache, record: SignalRecord, shard: int) -> np.ndarray | None:
+def label_counts(cache: Described, record: SignalRecord, shard: int) -> np.ndarray | None:
     """Records of the main column that each sample of a shard must have.
 
     Args:
@@ -69,7 +82,7 @@ def label_counts(cache: Cache, record: SignalRecord, shard: int) -> np.ndarray |
     return None
 
 
-def num_replicas(cache: Cache, record: SignalRecord) -> int:
+def num_replicas(cache: Described, record: SignalRecord) -> int:
     """How often every sample was read: the replicas of the masks signal, 1 without one.
 
     Raises:
@@ -87,7 +100,7 @@ def num_replicas(cache: Cache, record: SignalRecord) -> int:
 
 
 def _label_positions(
-    cache: Cache, record: LogitsRecord, samples: SampleShard, shard: int
+    cache: Described, record: LogitsRecord, samples: SampleShard, shard: int
 ) -> np.ndarray:
     """[M] labels of each sample."""
     stream = samples.streams[record.stream]
@@ -98,15 +111,17 @@ def _label_positions(
     if record.at == "targets":
         return stream.lengths
     # A token is predicted from those before it, so the first has no label.
-    labelled = np.ones(int(stream.offsets[-1]), dtype=np.int64)
-    if "loss" in stream.fields:
-        labelled = stream.fields["loss"].astype(np.int64)
+    if "loss" not in stream.fields:
+        return np.maximum(stream.lengths - 1, 0)
+    labelled = stream.fields["loss"].astype(np.int64)
     filled = stream.lengths > 0
     labelled[stream.offsets[:-1][filled]] = 0
     return _sums(labelled, stream.offsets)
 
 
-def _hypothesis_lengths(cache: Cache, record: LogitsRecord, beams: str, shard: int) -> np.ndarray:
+def _hypothesis_lengths(
+    cache: Described, record: LogitsRecord, beams: str, shard: int
+) -> np.ndarray:
     """[M] tokens of the chosen hypothesis of each sample, or of all; 0 where it has none."""
     if record.hypothesis == "all":
         return _input_column(cache, beams, shard, "tokens").lengths
@@ -118,12 +133,12 @@ def _hypothesis_lengths(cache: Cache, record: LogitsRecord, beams: str, shard: i
     return counts
 
 
-def _input_column(cache: Cache, signal: str, shard: int, column: str) -> Ragged:
+def _input_column(cache: Described, signal: str, shard: int, column: str) -> Ragged:
     """One column of a signal that another was made from."""
     return concat([columns[column] for _, _, columns in cache.signal_shard(signal, shard).parts])
 
 
-def _of_task(cache: Cache, record: ClassesRecord, samples: SampleShard) -> np.ndarray:
+def _of_task(cache: Described, record: ClassesRecord, samples: SampleShard) -> np.ndarray:
     """[M] bool, whether each sample is of the task that the signal labels."""
     if record.task is None:
         return np.ones(len(samples.row), dtype=bool)

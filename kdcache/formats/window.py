@@ -5,17 +5,26 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
+from threading import Event, Thread
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdcache.errors import IntegrityError
+from kdcache.errors import IntegrityError, KDCacheError
+from kdcache.formats.manifest import SAMPLES, FileRecord
 from kdcache.formats.ragged import Ragged, gather, offsets_of
+from kdcache.formats.store import LocalStore
 from kdcache.formats.units import MAIN_COLUMN, label_counts
 
 if TYPE_CHECKING:
     from kdcache.formats.cache import Cache
+
+#: Records read at a time.
+THREADS = 8
 
 
 class WindowReader:
@@ -35,9 +44,10 @@ class WindowReader:
         Raises:
             FormatError: a stream or signal is not in the cache, or a file is damaged.
         """
-        samples = [cache.samples(shard) for shard in shards]
         for name in streams:
             cache.stream(name)
+        cache.store.fetch(window_files(cache, shards, signals))
+        samples = [cache.samples(shard) for shard in shards]
         self.sample_id: np.ndarray = np.concatenate(
             [shard.sample_id for shard in samples] or [np.empty((0, 16), np.uint8)]
         )
@@ -99,6 +109,52 @@ class WindowReader:
             column: gather([part[column] for part in parts], source, inner)
             for column in (parts[0] if parts else {})
         }
+
+
+def window_files(cache: Cache, shards: Sequence[int], signals: Sequence[str]) -> list[FileRecord]:
+    """Records of all data files that a window reads, those of the signals' inputs too.
+
+    Args:
+        cache: the cache.
+        shards: shard numbers.
+        signals: signals that the window serves.
+
+    Raises:
+        FormatError: a signal or a commit is missing or damaged.
+    """
+    inputs = [name for signal in signals for name in cache.signal(signal).inputs]
+    names = list(dict.fromkeys([SAMPLES, *inputs, *signals]))
+    commits = [(name, shard) for shard in shards for name in names]
+    if isinstance(cache.store, LocalStore):
+        records = [cache.commit_record(*commit) for commit in commits]
+    else:  # over a network each takes its time, so they are read side by side
+        with ThreadPoolExecutor(THREADS, "kdcache-records") as threads:
+            records = list(threads.map(lambda commit: cache.commit_record(*commit), commits))
+    return [file for record in records for part in record.parts for file in part.files]
+
+
+class WindowAhead:
+    """Fetches the files of a window in the background, while the one before is read.
+
+    Args:
+        cache: the cache; of a local one nothing is done.
+        signals: signals that the windows serve.
+        stop: ends the fetching, with the files that are on their way.
+    """
+
+    def __init__(self, cache: Cache, signals: Sequence[str], stop: Event) -> None:
+        self._cache, self._signals, self._stop = cache, signals, stop
+
+    def begin(self, shards: Sequence[int]) -> None:
+        """Begin to fetch a window of these shards."""
+        if not isinstance(self._cache.store, LocalStore):
+            Thread(target=self._fetch, args=(shards,), name="kdcache-ahead", daemon=True).start()
+
+    def _fetch(self, shards: Sequence[int]) -> None:
+        # Whoever reads the window meets the same error.
+        with contextlib.suppress(KDCacheError):
+            files = window_files(self._cache, shards, self._signals)
+            self._cache.store.fetch(takewhile(lambda _: not self._stop.is_set(), files))
 
 
 def _starts(counts: list[int]) -> np.ndarray:

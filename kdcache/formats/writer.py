@@ -1,10 +1,9 @@
-"""The one writer of a cache: data files first, then the record that makes them real."""
+"""Writers of a cache: data files first, then the record that makes them real."""
 
 from __future__ import annotations
 
 import contextlib
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self, TypeVar
@@ -13,23 +12,21 @@ import numpy as np
 import pyarrow as pa
 
 from kdcache.errors import FormatError, IdentityError, KDCacheError, StorageError
-from kdcache.formats.commit import (
-    LOCK_NAME,
-    Lock,
-    create_file,
-    is_temporary,
-    storage_errors,
-    write_data,
-    write_directory,
-)
+from kdcache.formats.claims import Claims, standing_manifest
+from kdcache.formats.commit import is_temporary
 from kdcache.formats.data_files import write_group, write_ipc
 from kdcache.formats.dense import SCALE, VALUES
 from kdcache.formats.identity import differences
-from kdcache.formats.integrity import check_file, digest_bytes
-from kdcache.formats.listing import leftovers, list_commits, names_in, read_commit
+from kdcache.formats.integrity import check_file, check_size, digest_bytes
+from kdcache.formats.listing import (
+    list_signals,
+    part_of,
+    read_signal,
+)
 from kdcache.formats.manifest import (
     MANIFEST_NAME,
     RESERVED,
+    SAMPLES,
     CommitRecord,
     FileRecord,
     Manifest,
@@ -44,57 +41,48 @@ from kdcache.formats.manifest import (
     signal_path,
 )
 from kdcache.formats.signals import SignalRecord
+from kdcache.formats.store import CLAIMS, STATUS, open_store
 
 R = TypeVar("R", bound=Record)
 
+#: Names in a cache's folder that are no part of the format.
+HIDDEN = frozenset({CLAIMS, STATUS})
+
 #: Keys that may differ between two dumps of the same thing.
 _MANIFEST_IGNORES = ("recipe", "versions")
-_SIGNAL_IGNORES = ("recipe", "versions", "teacher.path", "teacher.revision")
+SIGNAL_IGNORES = ("recipe", "versions", "teacher.path", "teacher.revision")
 
 
-class CacheWriter:
-    """Writes a cache, one process at a time.
+class CacheWriter(Claims):
+    """Writes a cache; any number of processes may do so at once.
 
-    Used as a context manager: entering takes the lock and sweeps what an interrupted dump left
-    behind; leaving, by an exception or not, commits nothing. What was not committed by then was
-    never written, as far as any reader can tell, and where nothing was, nothing stays.
+    What is written is claimed first: the samples as a whole, then each shard of a signal. On a disk
+    a claim keeps others out; an object store has none, and there the commit decides. Used as a
+    context manager: entering sweeps what writers that died have left behind; leaving, by an
+    exception or not, commits nothing, and where nothing was committed nothing stays.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, location: str | Path) -> None:
         """Name the cache; nothing is touched before the context is entered.
 
         Args:
-            path: directory of the cache; made where there is none.
+            location: directory or URL of the cache; made where there is none.
         """
-        self.path = Path(path)
-        self.manifest: Manifest | None = None
-        self._lock = Lock(self.path)
+        super().__init__(open_store(location))
+        self.path = self.store.name
         self._made = False
 
     def __enter__(self) -> Self:
-        """Take the lock, read what stands and sweep what no record names.
+        """Read what stands and sweep what died.
 
         Raises:
-            StorageError: the directory holds something else than a cache, another process
-                writes it, or the disk refused.
-            FormatError: the manifest or a commit that stands is damaged.
+            StorageError: the directory holds something else than a cache, or the store refused.
+            FormatError: the manifest, or a commit whose writer died, is damaged.
         """
-        with storage_errors(self.path):
-            try:
-                self._made = not self.path.exists()
-                self.path.mkdir(parents=True, exist_ok=True)
-            except FileExistsError:
-                raise StorageError(
-                    f"{self.path}: output is a file, a cache is a directory; choose another output"
-                ) from None
-            self._refuse_others()
-        self._lock.acquire()
-        try:
-            self.manifest = _standing(Manifest, self.path, MANIFEST_NAME)
-            self.sweep()
-        except BaseException:
-            self._lock.release()
-            raise
+        self._made = self.store.make()
+        self._refuse_others()
+        self.manifest = standing_manifest(self.store)
+        self.tidy()
         return self
 
     def __exit__(
@@ -103,75 +91,31 @@ class CacheWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Give the lock back; commit nothing; take away a cache that holds no commit."""
-        try:
-            # What led here matters more than a tidy end.
-            with contextlib.suppress(KDCacheError, OSError):
-                if self.manifest is None and not list_commits(self.path):
-                    self._discard()
-        finally:
-            self._lock.release()
+        """Take away a cache that this writer made and that holds nothing."""
+        # What led here matters more than a tidy end.
+        with contextlib.suppress(KDCacheError, OSError):
+            if not self._names():
+                self.store.remove(STATUS)
+                self.store.discard(self._made)
 
-    def _discard(self) -> None:
-        """Remove what a dump that committed nothing wrote."""
-        self.sweep()
-        _empty(self.path / "tokenizers")
-        for name in RESERVED:
-            with contextlib.suppress(OSError):
-                (self.path / name).rmdir()
-        if set(names_in(self.path)) == {LOCK_NAME}:
-            self._lock.remove()
-            if self._made:
-                self.path.rmdir()
+    def _names(self) -> set[str]:
+        """Names in the cache that are part of the format."""
+        return {name for name in self.store.names("") if name not in HIDDEN}
 
     def _refuse_others(self) -> None:
-        """A directory is ours if it is empty, has a manifest, or a dump that began left a lock."""
-        names = {item.name for item in self.path.iterdir()}
+        """A directory is ours if it is empty, has a manifest, or a dump that began left claims."""
+        names = self._names()
         if not names or MANIFEST_NAME in names:
             return
-        others = sorted(name for name in names - RESERVED - {LOCK_NAME} if not is_temporary(name))
-        if LOCK_NAME not in names:
+        others = sorted(name for name in names - RESERVED if not is_temporary(name))
+        # An object store has no claims; there a dump that was killed leaves the format's names.
+        if self.store.exclusive and CLAIMS not in self.store.names(""):
             others = others or sorted(names)
         if others:
             raise StorageError(
                 f"{self.path}: output already holds other files ({', '.join(others[:3])}"
                 f"{', ...' if len(others) > 3 else ''}); choose an empty or new directory"
             )
-
-    def sweep(self) -> list[str]:
-        """Remove temporary files and data files that no commit names.
-
-        Returns:
-            Paths inside the cache of what was removed.
-        """
-        named = {
-            file.path
-            for signal, shards in list_commits(self.path).items()
-            for shard in shards
-            for part in self.commit_record(signal, shard).parts
-            for file in part.files
-        }
-        removed = []
-        with storage_errors(self.path):
-            for path in leftovers(self.path, named):
-                if (self.path / path).is_dir() and not (self.path / path).is_symlink():
-                    shutil.rmtree(self.path / path)
-                else:
-                    (self.path / path).unlink(missing_ok=True)
-                removed.append(path)
-        return removed
-
-    def committed(self, signal: str) -> set[int]:
-        """Shards of a signal (or of "samples") whose commit stands."""
-        return list_commits(self.path).get(signal, set())
-
-    def commit_record(self, signal: str, shard: int) -> CommitRecord:
-        """The commit of one shard.
-
-        Raises:
-            FormatError: there is none, or it is damaged or another shard's.
-        """
-        return read_commit(self.path, signal, shard)
 
     def write_manifest(self, manifest: Manifest) -> Manifest:
         """Create kdcache.json, or find that the same stands already.
@@ -189,12 +133,20 @@ class CacheWriter:
 
     @staticmethod
     def _manifest_ignores(manifest: Manifest) -> tuple[str, ...]:
-        """A tokenizer is its digest; its other files change with library versions."""
+        """A tokenizer is its digest, its other files change with versions; sources may move."""
         files = tuple(f"tokenizers.{name}.files" for name in manifest.tokenizers)
-        return (*_MANIFEST_IGNORES, *files)
+        sources = manifest.lineage.sources if manifest.lineage else []
+        moved = tuple(f"lineage.sources.{number}.name" for number in range(len(sources)))
+        return (*_MANIFEST_IGNORES, *files, *moved)
 
-    def write_signal(self, record: SignalRecord) -> SignalRecord:
+    def write_signal(
+        self, record: SignalRecord, waiting: Callable[[], object] = lambda: None
+    ) -> SignalRecord:
         """Create a signal's record, or find that the same stands already.
+
+        Args:
+            record: the signal's.
+            waiting: called again and again while another process writes it.
 
         Returns:
             The record that stands.
@@ -203,7 +155,14 @@ class CacheWriter:
             IdentityError: a different one stands; the message shows both sides.
         """
         path = signal_path(record.name)
-        return self._create(path, record, _SIGNAL_IGNORES, "give the signal another name")
+        if record.name in list_signals(self.store):
+            return self._stands(path, record, SIGNAL_IGNORES, "give the signal another name")
+        claim = self.wait(record.name, waiting)
+        try:
+            return self._create(path, record, SIGNAL_IGNORES, "give the signal another name")
+        finally:
+            if claim is not None:
+                self.release(claim, record.name)
 
     def put_tokenizer(self, name: str, files: Mapping[str, bytes]) -> list[FileRecord]:
         """Write the files of a tokenizer, before the manifest that names them.
@@ -221,18 +180,28 @@ class CacheWriter:
                     f"{sorted(self.manifest.tokenizers)}, not {name!r}; choose another output"
                 )
             return list(self.manifest.tokenizers[name].files)
-        folder = self.path / "tokenizers" / name
-        with storage_errors(folder):
-            _empty(folder)
+        if self.store.exclusive:
+            self.store.remove(f"tokenizers/{name}")  # of a dump that was killed here
         records = []
         for file, data in sorted(files.items()):
             try:
                 path = inside(f"tokenizers/{name}/{file}")
             except ValueError as error:
                 raise FormatError(f"tokenizer {name}: {error}") from None
-            create_file(self.path / path, data)
+            self._put(path, data)
             records.append(digest_bytes(data, path))
         return records
+
+    def _put(self, path: str, data: bytes) -> None:
+        """Create a file; where claims keep nobody out, another may have put the same bytes."""
+        try:
+            self.store.create(path, data)
+        except FileExistsError:
+            if self.store.exclusive or self.store.read(path) != data:
+                raise StorageError(
+                    f"{self.store.at(path)}: a dump that was not finished left other bytes here; "
+                    "remove them, or choose another output"
+                ) from None
 
     def write_part(
         self, signal: str, shard: int, part: int, start: int, stop: int, batch: pa.RecordBatch
@@ -258,17 +227,17 @@ class CacheWriter:
                 f"{signal} shard {shard} part {part}: {batch.num_rows} rows given for the "
                 f"samples {start} to {stop}"
             )
-        if shard in self.committed(signal):
+        if self.is_committed(signal, shard):
             return self._compare_part(signal, shard, part, [write_ipc(batch, None)])
         record: list[FileRecord] = []
 
-        def write(stream: BinaryIO) -> Path:
+        def write(stream: BinaryIO) -> str:
             found = write_ipc(batch, stream)
             path = part_path(signal, shard, part, [found])
             record.append(found.model_copy(update={"path": path}))
-            return self.path / path
+            return path
 
-        write_data(self.path / signal / f"{shard:05d}.{part}.arrow", write)
+        self.store.put_file(f"{signal}/{shard:05d}.{part}.arrow", write)
         return PartRecord(start=start, stop=stop, files=record)
 
     def write_dense_part(
@@ -299,17 +268,17 @@ class CacheWriter:
             StorageError: the disk refused; nothing is left behind.
         """
         arrays = {VALUES: values} | ({} if scale is None else {SCALE: scale})
-        if shard in self.committed(signal):
+        if self.is_committed(signal, shard):
             return self._compare_part(signal, shard, part, write_group(None, arrays))
         files: list[FileRecord] = []
 
-        def write(folder: Path) -> Path:
+        def write(folder: Path) -> str:
             found = write_group(folder, arrays)
             path = part_path(signal, shard, part, found)
             files.extend(f.model_copy(update={"path": f"{path}/{f.path}"}) for f in found)
-            return self.path / path
+            return path
 
-        write_directory(self.path / signal / f"{shard:05d}.{part}.zarr", write)
+        self.store.put_folder(f"{signal}/{shard:05d}.{part}.zarr", write)
         return PartRecord(start=start, stop=stop, files=files)
 
     def _compare_part(
@@ -332,15 +301,28 @@ class CacheWriter:
         """Make one shard real: check that its files are there, then create the record.
 
         Returns:
-            The commit that stands.
+            The commit that stands; where another process was first, its own.
 
         Raises:
-            IdentityError: a different commit of the shard stands.
+            IdentityError: a commit of the shard stands that is of other samples or inputs.
         """
         for part in record.parts:
             for file in part.files:
-                check_file(self.path, file)
-        return self._create(commit_path(record.signal, record.shard), record, ())
+                # What a disk kept can be read back for nothing; an upload was counted.
+                check = check_file if self.store.exclusive else check_size
+                check(self.store, file)
+        path = commit_path(record.signal, record.shard)
+        if record.signal == SAMPLES:
+            return self._create(path, record, ())
+        said = read_signal(self.store, record.signal).digest
+        record = record.model_copy(update={"record": said})
+        # Two teachers on two machines differ by float noise: whoever was first has said it.
+        standing = self._create(path, record, ("entries", "parts"))
+        named = {file.path for part in standing.parts for file in part.files}
+        for part in record.parts:
+            if part.files[0].path not in named:
+                self.store.remove(part_of(part.files[0].path))
+        return standing
 
     def _create(
         self,
@@ -350,35 +332,22 @@ class CacheWriter:
         otherwise: str = "choose another output",
     ) -> R:
         try:
-            create_file(self.path / path, encode_record(record))
+            self.store.create(path, encode_record(record))
         except FileExistsError:
-            standing = read_record(type(record), self.path, path)
-        else:
-            return record
+            return self._stands(path, record, ignore, otherwise)
+        return record
+
+    def _stands(self, path: str, record: R, ignore: tuple[str, ...], otherwise: str) -> R:
+        """The record that stands, if it says the same."""
+        standing = read_record(type(record), self.store, path)
         faults = differences(_tree(standing), _tree(record), ignore)
         if faults:
             shown = "; ".join(faults[:4]) + ("; ..." if len(faults) > 4 else "")
             raise IdentityError(
-                f"{self.path / path}: {shown}: use what the cache was made with, or {otherwise}"
+                f"{self.store.at(path)}: {shown}: use what the cache was made with, or {otherwise}"
             )
         return standing
 
 
-def _empty(folder: Path) -> None:
-    """Remove everything in a folder."""
-    for item in sorted(folder.rglob("*"), reverse=True):
-        if item.is_dir() and not item.is_symlink():
-            item.rmdir()
-        else:
-            item.unlink()
-
-
 def _tree(record: Record) -> dict[str, Any]:
     return record.model_dump(mode="json")
-
-
-def _standing(kind: type[R], root: Path, path: str) -> R | None:
-    try:
-        return read_record(kind, root, path)
-    except FileNotFoundError:
-        return None

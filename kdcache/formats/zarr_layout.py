@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,8 +29,13 @@ CRC_BYTES = 4
 
 METADATA_NAME = "zarr.json"
 
+#: Attribute of an array that repeats the crc32c of all of its chunks: 8 hex digits for each, in the
+#: order of the index. The one behind a chunk is right of any chunk; the commit vouches for these.
+CHECKSUMS = "chunk_crc32c"
+
 _NUMPY_TO_ZARR = {"<f2": "float16", "<f4": "float32", "<u2": "uint16", "|i1": "int8"}
 _CRC32C = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+_HEX = re.compile("[0-9a-f]*")
 _MISSING = np.uint64(2**64 - 1)
 
 
@@ -48,12 +54,15 @@ def group_metadata() -> dict[str, Any]:
     return {"attributes": {}, "zarr_format": 3, "node_type": "group"}
 
 
-def array_metadata(shape: Sequence[int], dtype: np.dtype) -> dict[str, Any]:
+def array_metadata(
+    shape: Sequence[int], dtype: np.dtype, checksums: np.ndarray | None = None
+) -> dict[str, Any]:
     """What zarr.json of an array says.
 
     Args:
         shape: [R, L, ...].
         dtype: of the values, little-endian.
+        checksums: [C, L] uint32 crc32c of the chunks; they are not repeated without it.
 
     Raises:
         FormatError: it is none that a cache stores.
@@ -77,7 +86,7 @@ def array_metadata(shape: Sequence[int], dtype: np.dtype) -> dict[str, Any]:
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "fill_value": 0.0 if dtype.kind == "f" else 0,
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-        "attributes": {},
+        "attributes": {} if checksums is None else {CHECKSUMS: encode_checksums(checksums)},
         "zarr_format": 3,
         "node_type": "array",
         "storage_transformers": [],
@@ -101,21 +110,42 @@ def group_files(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, Iterato
         arrays: name to [R, L, ...] array; with R = 0 there is no shard file.
     """
     for name, array in sorted(arrays.items()):
+        checksums = np.zeros((num_row_chunks(len(array)), array.shape[1]), dtype=np.uint32)
         if len(array):
-            yield shard_path(name, array.ndim), shard_pieces(array)
-        yield f"{name}/{METADATA_NAME}", _metadata_pieces(array_metadata(array.shape, array.dtype))
-    yield METADATA_NAME, _metadata_pieces(group_metadata())
+            yield shard_path(name, array.ndim), shard_pieces(array, checksums)
+        yield f"{name}/{METADATA_NAME}", _array_pieces(array, checksums)
+    yield METADATA_NAME, iter([memoryview(encode_metadata(group_metadata()))])
 
 
-def _metadata_pieces(tree: dict[str, Any]) -> Iterator[memoryview]:
-    yield memoryview(encode_metadata(tree))
+def _array_pieces(array: np.ndarray, checksums: np.ndarray) -> Iterator[memoryview]:
+    """Bytes of an array's metadata; made when they are asked for, after those of its shard."""
+    yield memoryview(encode_metadata(array_metadata(array.shape, array.dtype, checksums)))
 
 
-def shard_pieces(array: np.ndarray) -> Iterator[memoryview]:
+def encode_checksums(checksums: np.ndarray) -> str:
+    """8 hex digits for each of [C, L] uint32 checksums, layers innermost."""
+    return checksums.astype(">u4").tobytes().hex()
+
+
+def decode_checksums(text: object, row_chunks: int, layers: int) -> np.ndarray:
+    """[C, L] uint32 checksums of chunks, from what metadata say.
+
+    Raises:
+        FormatError: they are not so many.
+    """
+    count = row_chunks * layers
+    if not isinstance(text, str) or len(text) != 8 * count or not _HEX.fullmatch(text):
+        raise FormatError(f"attributes.{CHECKSUMS}: expected {8 * count} hex digits, 8 a chunk")
+    found = np.frombuffer(bytes.fromhex(text), dtype=">u4")
+    return found.astype(np.uint32).reshape(row_chunks, layers)
+
+
+def shard_pieces(array: np.ndarray, checksums: np.ndarray) -> Iterator[memoryview]:
     """Bytes of a shard file, chunk by chunk and then the index.
 
     Args:
         array: [R, L, ...], R at least 1, little-endian.
+        checksums: [C, L] uint32, filled with the crc32c of the chunks as they are made.
     """
     rows, layers = array.shape[:2]
     # + CRC_BYTES: a chunk and its checksum are one piece.
@@ -126,7 +156,8 @@ def shard_pieces(array: np.ndarray) -> Iterator[memoryview]:
             values = np.ascontiguousarray(array[begin : begin + CHUNK_ROWS, layer])
             flat = values.reshape(-1).view(np.uint8)
             piece[: len(flat)] = flat
-            piece[size:] = crc_bytes(piece[:size])
+            piece[size:] = crc = crc_bytes(piece[:size])
+            checksums[begin // CHUNK_ROWS, layer] = crc.view("<u4")[0]
             yield piece.data
     yield encode_index(num_row_chunks(rows), layers, size).data
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from kdcache.formats import disk
 from tests.formats.kinds import Kinds, make_kinds
+from tests.formats.observing import Observed
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +35,14 @@ def own_kinds(kinds: Kinds, tmp_path: Path) -> Kinds:
 def own_int8(int8_kinds: Kinds, tmp_path: Path) -> Path:
     """A copy of `int8_kinds` that may be changed."""
     return copied(int8_kinds, tmp_path / "cache").root
+
+
+@pytest.fixture
+def observed(monkeypatch: pytest.MonkeyPatch) -> Observed:
+    """The observer of the disk's steps, set for one test."""
+    observer = Observed()
+    monkeypatch.setattr(disk, "observer", observer)
+    return observer
 
 
 def copied(kinds: Kinds, root: Path) -> Kinds:

@@ -85,7 +85,11 @@ class Kinds:
 
 
 def make_kinds(
-    root: Path, part_samples: int = 2, only: Sequence[str] | None = None, **options: Any
+    root: Path,
+    part_samples: int = 2,
+    only: Sequence[str] | None = None,
+    seed: int = 1,
+    **options: Any,
 ) -> Kinds:
     """Write a cache with a signal of every kind.
 
@@ -93,9 +97,10 @@ def make_kinds(
         root: where.
         part_samples: samples of a part.
         only: these signals; all without it.
-        options: of `make_cache`.
+        seed: another one gives other records and values for the same samples.
+        options: of `make_cache`, whose own logits signals are none without `codecs`.
     """
-    make_cache(root, codecs={}, **options)
+    make_cache(root, **{"codecs": {}, **options})
     cache = open_cache(root)
     stream = concat([cache.samples(n).streams["tgt"] for n in range(cache.num_shards)])
     targets = [
@@ -103,7 +108,7 @@ def make_kinds(
         for a, b in zip(stream.offsets[:-1], stream.offsets[1:], strict=True)
     ]
     kinds = Kinds(root, targets, made_up_masks(targets), made_up_beams(len(targets)), {})
-    records = made_up_records(cache)
+    records = made_up_records(cache, seed)
     with CacheWriter(root) as writer:
         for name, record in records.items():
             if only is not None and name not in only:
@@ -137,12 +142,12 @@ def made_up_beams(num_samples: int) -> list[list[tuple[list[int], float, float]]
     return beams
 
 
-def made_up_records(cache: Cache) -> dict[str, SignalRecord]:
+def made_up_records(cache: Cache, seed: int = 1) -> dict[str, SignalRecord]:
     """Records of all signals, those that others are made from first."""
 
     def about(name: str, **fields: Any) -> dict[str, Any]:
         stream = {"stream": "tgt", "stream_digest": cache.stream("tgt").digest}
-        rest = {"seed": 1, "teacher": teacher_record(), "recipe": {}, "versions": {}}
+        rest = {"seed": seed, "teacher": teacher_record(), "recipe": {}, "versions": {}}
         return {"name": name, **stream, **rest, **fields}
 
     hidden = {"side": "encoder", "layers": LAYERS, "width": WIDTH, "pool": "none"}
@@ -198,7 +203,7 @@ def ragged(lists: list[list[Any]], fields: dict[str, np.ndarray]) -> Ragged:
 
 def made_up_columns(kinds: Kinds, record: SignalRecord) -> dict[str, Ragged]:
     """Columns of one signal over the whole corpus."""
-    draw = np.random.default_rng(len(record.name))
+    draw = np.random.default_rng(len(record.name) + 1000 * (record.seed - 1))
     if isinstance(record, MasksRecord):
         pairs = [[pair for replica in one for pair in replica] for one in kinds.masked]
         flat = np.array([pair for one in pairs for pair in one]).reshape(-1, 2)
@@ -267,30 +272,42 @@ def write_signal(
 ) -> None:
     """Write and commit every shard of a signal."""
     writer.write_signal(record)
+    for shard in range(cache.num_shards):
+        with writer.claimed(record.name, shard):
+            writer.commit(_written(writer, cache, record, columns, shard, part_samples))
+
+
+def _written(
+    writer: CacheWriter,
+    cache: Cache,
+    record: SignalRecord,
+    columns: dict[str, Ragged],
+    shard: int,
+    part_samples: int,
+) -> CommitRecord:
+    """The commit of a shard whose parts are written."""
+    plan = cache.manifest.shards[shard]
     main = {"beams": "tokens", "masks": "replicas", "classes": "scores", "logits": "tokens"}
-    for shard, plan in enumerate(cache.manifest.shards):
-        parts, entries = [], dict.fromkeys(columns, 0)
-        for number, start in enumerate(range(plan.start, plan.stop, part_samples)):
-            stop = min(plan.stop, start + part_samples)
-            mine = {name: column.take(np.arange(start, stop)) for name, column in columns.items()}
-            place = (record.name, shard, number, start, stop)
-            if record.kind in ("hidden", "attention"):
-                fields = mine[VALUES].fields
-                parts.append(writer.write_dense_part(*place, fields[VALUES], fields.get(SCALE)))
-            else:
-                parts.append(writer.write_part(*place, ragged_batch(signal_schema(record), mine)))
-            for name, column in mine.items():
-                entries[name] += int(column.offsets[-1])
-        commits = {name: cache.commit_record(name, shard).digest for name in record.inputs}
-        writer.commit(
-            CommitRecord(
-                signal=record.name,
-                shard=shard,
-                start=plan.start,
-                stop=plan.stop,
-                tokens=entries[main.get(record.kind, VALUES)],
-                entries=entries,
-                inputs=commits,
-                parts=parts,
-            )
-        )
+    parts, entries = [], dict.fromkeys(columns, 0)
+    for number, start in enumerate(range(plan.start, plan.stop, part_samples)):
+        stop = min(plan.stop, start + part_samples)
+        mine = {name: column.take(np.arange(start, stop)) for name, column in columns.items()}
+        place = (record.name, shard, number, start, stop)
+        if record.kind in ("hidden", "attention"):
+            fields = mine[VALUES].fields
+            parts.append(writer.write_dense_part(*place, fields[VALUES], fields.get(SCALE)))
+        else:
+            parts.append(writer.write_part(*place, ragged_batch(signal_schema(record), mine)))
+        for name, column in mine.items():
+            entries[name] += int(column.offsets[-1])
+    commits = {name: cache.commit_record(name, shard).digest for name in record.inputs}
+    return CommitRecord(
+        signal=record.name,
+        shard=shard,
+        start=plan.start,
+        stop=plan.stop,
+        tokens=entries[main.get(record.kind, VALUES)],
+        entries=entries,
+        inputs=commits,
+        parts=parts,
+    )

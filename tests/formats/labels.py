@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pyarrow as pa
 from kdcache.formats.codec import Codec, ThresholdCodec
 from kdcache.formats.identity import CorpusDigest, StreamDigest, sample_id
 from kdcache.formats.manifest import (
+    SAMPLES,
     CommitRecord,
     CorpusRecord,
     Manifest,
@@ -190,7 +192,7 @@ def make_cache(
         part_bytes: see `plan_parts`.
         vocab_size: of the streams and of the signals.
         temperatures: knots of the tails.
-        skip_commits: (signal, shard) pairs that stay uncommitted.
+        skip_commits: (signal, shard) pairs that stay uncommitted, a signal's data where it is.
     """
     codecs = {"logits": THRESHOLD} if codecs is None else codecs
     texts = SENTENCES if sentences is None else sentences
@@ -206,29 +208,33 @@ def make_cache(
     plan = plan_shards(counts, shard_tokens)
     schema = samples_schema(["src", "tgt"], dict.fromkeys(streams, vocab_size))
     with CacheWriter(path) as writer:
-        for shard, (start, stop) in enumerate(plan):
-            batch = samples_batch(
-                schema,
-                sample_ids[start:stop],
-                rows[start:stop],
-                {name: texts[name][start:stop] for name in texts},
-                {name: rows_of(stream, start, stop) for name, stream in streams.items()},
-            )
-            part = writer.write_part("samples", shard, 0, start, stop, batch)
-            if ("samples", shard) not in skip_commits:
-                writer.commit(_commit("samples", shard, [part], [batch], counts[start:stop]))
-        manifest = _manifest(writer, texts, sample_ids, rows, streams, plan, shard_tokens)
-        writer.write_manifest(manifest)
+        with writer.claimed(SAMPLES):
+            for shard, (start, stop) in enumerate(plan):
+                batch = samples_batch(
+                    schema,
+                    sample_ids[start:stop],
+                    rows[start:stop],
+                    {name: texts[name][start:stop] for name in texts},
+                    {name: rows_of(stream, start, stop) for name, stream in streams.items()},
+                )
+                part = writer.write_part(SAMPLES, shard, 0, start, stop, batch)
+                if (SAMPLES, shard) not in skip_commits:
+                    writer.commit(_commit(SAMPLES, shard, [part], [batch], counts[start:stop]))
+            manifest = _manifest(writer, texts, sample_ids, rows, streams, plan, shard_tokens)
+            writer.write_manifest(manifest)
         for name, codec in codecs.items():
             writer.write_signal(_signal(name, codec, manifest, temperatures))
             columns = code_labels(*made_up(streams["tgt"], vocab_size), codec, temperatures)
             schema = logits_schema(codec, vocab_size, temperatures)
             for shard, (start, stop) in enumerate(plan):
-                record = _write_labels(
-                    writer, name, shard, columns, schema, start, stop, part_bytes
-                )
-                if (name, shard) not in skip_commits:
-                    writer.commit(record)
+                skipped = (name, shard) in skip_commits
+                # Without a claim what is not committed stays, as where a writer has died.
+                with nullcontext() if skipped else writer.claimed(name, shard):
+                    record = _write_labels(
+                        writer, name, shard, columns, schema, start, stop, part_bytes
+                    )
+                    if not skipped:
+                        writer.commit(record)
     return path
 
 
@@ -303,6 +309,7 @@ def _manifest(writer, texts, sample_ids, rows, streams, plan, shard_tokens) -> M
             digest=digest.hexdigest(),
             vocab_size=VOCAB if "id_high" not in stream.fields else 70_000,
             num_tokens=int(stream.lengths.sum()),
+            longest=int(stream.lengths.max()),
         )
     counts = sum(stream.lengths for stream in streams.values())
     return Manifest(

@@ -15,6 +15,7 @@ from kdcache.formats.identity import sample_id
 from kdcache.formats.manifest import CommitRecord, Manifest, Record, encode_record
 from kdcache.formats.ragged import concat
 from kdcache.formats.schema import join_ids
+from kdcache.formats.store import LocalStore
 from kdcache.formats.window import WindowReader
 from tests.formats.labels import (
     SENTENCES,
@@ -118,8 +119,8 @@ def test_files_are_checked_once_per_cache(
     from kdcache.formats import cache as module
 
     seen = []
-    real = module.check_file
-    monkeypatch.setattr(module, "check_file", lambda root, file: seen.append(real(root, file)))
+    real = module.check_opened
+    monkeypatch.setattr(module, "check_opened", lambda *given: seen.append(real(*given)))
     cache = open_cache(tiny_cache)
     for _ in range(3):
         cache.samples(0)
@@ -159,7 +160,9 @@ def test_an_unfinished_signal_says_how_far_it_came(tmp_path: Path) -> None:
 
 
 def test_what_is_no_cache(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="no such directory"):
+    with pytest.raises(
+        FormatError, match="none: nothing there; a cache is what `kdcache dump` made"
+    ):
         open_cache(tmp_path / "none")
     with pytest.raises(FormatError, match=r"not a cache: it has no kdcache\.json"):
         open_cache(tmp_path)
@@ -173,7 +176,7 @@ def rewrite(root: Path, path: str, kind: type[Record], change: Callable[[dict], 
     """A record of a cache with other contents under a right checksum."""
     from kdcache.formats.manifest import read_record
 
-    tree = read_record(kind, root, path).model_dump(mode="json")
+    tree = read_record(kind, LocalStore(root), path).model_dump(mode="json")
     change(tree)
     (root / path).write_bytes(encode_record(kind.model_validate(tree)))
 
@@ -192,8 +195,11 @@ def test_labels_that_slid_are_refused(tiny_cache: Path, tmp_path: Path) -> None:
     texts = {"src": SENTENCES["src"], "tgt": [*SENTENCES["tgt"][:5], "ab", "abca", "cab"]}
     other = make_cache(tmp_path / "other", sentences=texts, shard_tokens=1000)
     mine = make_cache(tmp_path / "mine", shard_tokens=1000)
+    record = open_cache(mine).signal("logits").digest
     for path in [*(other / "logits").iterdir(), other / "commits" / "logits.00000.json"]:
         path.replace(mine / path.relative_to(other))
+    path = "commits/logits.00000.json"
+    rewrite(mine, path, CommitRecord, lambda tree: tree.update(record=record))
     with pytest.raises(IntegrityError, match="2 samples have another number of labels"):
         WindowReader(open_cache(mine), [0], ["tgt"], ["logits"])
 

@@ -19,10 +19,13 @@ from kdcache.formats.dense import (
     dense_row_bytes,
     open_dense_part,
 )
+from kdcache.formats.listing import part_of
+from kdcache.formats.manifest import CommitRecord, FileRecord, part_digest
 from kdcache.formats.signals import HiddenRecord
 from kdcache.formats.zarr_layout import CHUNK_ROWS, CRC_BYTES, crc_bytes
 from tests.formats.kinds import DENSE, HEADS, Kinds, made_up_hidden
 from tests.formats.labels import teacher_record
+from tests.formats.test_cache import rewrite
 
 ROWS, LAYERS, WIDTH = 1300, 3, 4
 CHUNK = CHUNK_ROWS * WIDTH * 2 + CRC_BYTES  # float16
@@ -50,7 +53,17 @@ def stored(values: str) -> dict[str, np.ndarray]:
 
 
 def opened(folder: Path, values: str = "float16") -> DensePart:
-    return open_dense_part(folder, 0, 7, record(values), ROWS)
+    return open_dense_part(reader(folder, []), str(folder), 0, 7, record(values), ROWS)
+
+
+def reader(folder: Path, asked: list[tuple[str, bool]]) -> Callable[[str, bool], memoryview]:
+    """Files of a group; what is asked for is taken down."""
+
+    def read(path: str, whole: bool) -> memoryview:
+        asked.append((path, whole))
+        return memoryview((folder / path).read_bytes())
+
+    return read
 
 
 def truth(arrays: dict[str, np.ndarray], values: str) -> np.ndarray:
@@ -205,11 +218,42 @@ def test_a_short_file_is_refused(tmp_path: Path, keep: int, message: str) -> Non
 
 
 @pytest.mark.parametrize("path", ["zarr.json", "scale/zarr.json", "scale/c/0/0", "values/c/0/0/0"])
-def test_a_missing_file_is_refused(tmp_path: Path, path: str) -> None:
+def test_a_missing_file_is_refused(own_int8: Path, path: str) -> None:
+    cache = open_cache(own_int8)
+    group = part_of(cache.commit_record("hidden_int8", 0).parts[0].files[0].path)
+    (own_int8 / group / path).unlink()
+    with pytest.raises(IntegrityError, match=f"{group}/{path}: missing"):
+        cache.dense_shard("hidden_int8", 0)
+
+
+def test_a_file_that_the_commit_does_not_name_is_not_looked_for(own_int8: Path) -> None:
+    def change(tree: dict) -> None:
+        tree["parts"][0]["files"] = tree["parts"][0]["files"][1:]  # no scale/c/0/0
+        digest = part_digest([FileRecord(**file) for file in tree["parts"][0]["files"]])
+        for file in tree["parts"][0]["files"]:
+            folder, _, rest = file["path"].split("/", 1)[1].partition("/")
+            number = folder.split("-")[0]
+            file["path"] = f"hidden_int8/{number}-{digest}.zarr/{rest}"
+        (own_int8 / "hidden_int8" / folder).rename(
+            own_int8 / "hidden_int8" / f"{number}-{digest}.zarr"
+        )
+
+    rewrite(own_int8, "commits/hidden_int8.00000.json", CommitRecord, change)
+    with pytest.raises(FormatError, match=r"\.zarr: its commit names no scale/c/0/0"):
+        open_cache(own_int8).dense_shard("hidden_int8", 0)
+
+
+def test_a_part_asks_for_every_file_once_and_for_metadata_whole(tmp_path: Path) -> None:
     write_group(tmp_path, stored("int8"))
-    (tmp_path / path).unlink()
-    with pytest.raises(IntegrityError, match=f"{path}: missing"):
-        opened(tmp_path, "int8")
+    asked: list[tuple[str, bool]] = []
+    open_dense_part(reader(tmp_path, asked), "x", 0, 7, record("int8"), ROWS)
+    assert asked == [
+        ("zarr.json", True),
+        ("values/zarr.json", True),
+        ("values/c/0/0/0", False),
+        ("scale/zarr.json", True),
+        ("scale/c/0/0", False),
+    ]
 
 
 def edited(keys: tuple, value: object) -> Callable[[Path], None]:

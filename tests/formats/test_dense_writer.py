@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from kdcache.errors import IdentityError, IntegrityError, StorageError
-from kdcache.formats import commit
+from kdcache.formats import disk
 from kdcache.formats.cache import open_cache
 from kdcache.formats.manifest import part_path
 from kdcache.formats.writer import CacheWriter
 from tests.formats.kinds import Kinds, make_kinds
+from tests.formats.test_dense import record
 from tests.formats.test_writer import commit_of, tree
 
 
@@ -51,6 +52,7 @@ def test_a_group_has_two_files_or_more(tmp_path: Path, rows: int) -> None:
 
 def test_a_part_may_be_written_twice_before_its_commit(tmp_path: Path) -> None:
     with CacheWriter(tmp_path / "cache") as writer:
+        writer.write_signal(record())
         first = writer.write_dense_part("hidden", 0, 0, 0, 2, values(1))
         assert writer.write_dense_part("hidden", 0, 0, 0, 2, values(1)) == first
         writer.commit(commit_of(first, signal="hidden"))
@@ -58,6 +60,7 @@ def test_a_part_may_be_written_twice_before_its_commit(tmp_path: Path) -> None:
 
 def test_a_committed_group_must_be_given_the_same_again(tmp_path: Path) -> None:
     with CacheWriter(tmp_path / "cache") as writer:
+        writer.write_signal(record())
         part = writer.write_dense_part("hidden", 0, 0, 0, 2, values(1))
         writer.commit(commit_of(part, signal="hidden"))
         before = tree(tmp_path)
@@ -71,6 +74,7 @@ def test_a_committed_group_must_be_given_the_same_again(tmp_path: Path) -> None:
 
 def test_a_commit_needs_every_file_of_its_groups(tmp_path: Path) -> None:
     with CacheWriter(tmp_path / "cache") as writer:
+        writer.write_signal(record())
         part = writer.write_dense_part("hidden", 0, 0, 0, 2, values(1))
         for file in part.files:
             path = tmp_path / "cache" / file.path
@@ -85,17 +89,24 @@ def test_a_commit_needs_every_file_of_its_groups(tmp_path: Path) -> None:
 def test_sweep_removes_groups_that_no_commit_names(tiny_cache: Path) -> None:
     root = tiny_cache
     with CacheWriter(root) as writer:
+        writer.write_signal(record())
         kept = writer.write_dense_part("hidden", 0, 0, 0, 2, values(1))
         writer.commit(commit_of(kept, signal="hidden"))
         loose = writer.write_dense_part("hidden", 1, 0, 2, 3, values(2))
-    temporary = root / "hidden/.tmp-7-00001.0.zarr"
-    (temporary / "values").mkdir(parents=True)
-    (temporary / "values/zarr.json").write_text("{")
+        other = writer.write_dense_part("hidden", 2, 0, 3, 4, values(2))
+    for number in (1, 2):
+        temporary = root / f"hidden/.tmp-7-0000{number}.0.zarr"
+        (temporary / "values").mkdir(parents=True)
+        (temporary / "values/zarr.json").write_text("{")
     (root / "hidden/notes").mkdir()
     (root / "hidden/notes/mine.txt").write_text("the user's own")
-    with CacheWriter(root) as writer:
-        assert writer.sweep() == []
-    assert set(os.listdir(root / "hidden")) == {kept.files[0].path.split("/")[1], "notes"}
+    with CacheWriter(root) as writer, writer.claimed("hidden", 1):
+        pass
+    stands = {part_path("hidden", *at) for at in ((0, 0, kept.files), (2, 0, other.files))}
+    assert {f"hidden/{name}" for name in os.listdir(root / "hidden")} == stands | {
+        "hidden/notes",
+        "hidden/.tmp-7-00002.0.zarr",
+    }
     assert (root / "hidden/notes/mine.txt").is_file()
     assert not (root / part_path("hidden", 1, 0, loose.files)).exists()
     for file in kept.files:
@@ -107,6 +118,7 @@ def test_a_link_to_a_folder_is_unlinked_not_emptied(tiny_cache: Path, tmp_path: 
     (tmp_path / "elsewhere/mine.txt").write_text("x")
     link = tiny_cache / "logits/00001.0-0123456789abcdef.zarr"
     link.symlink_to(tmp_path / "elsewhere")
+    (tiny_cache / ".locks/logits.00001").touch()
     with CacheWriter(tiny_cache):
         pass
     assert not link.is_symlink()
@@ -117,16 +129,16 @@ def test_a_link_to_a_folder_is_unlinked_not_emptied(tiny_cache: Path, tmp_path: 
 def test_a_disk_that_fails_in_mid_group_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    left, real = [after], os.fsync
+    left = [after]
 
-    def fsync(handle: int) -> None:
-        left[0] -= 1
+    def full(step: str, path: Path) -> None:
+        left[0] -= step in ("fsync", "sync_folder")
         if left[0] < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(handle)
 
     with CacheWriter(tmp_path / "cache") as writer:
-        monkeypatch.setattr(commit.os, "fsync", fsync)
+        writer.write_signal(record())
+        monkeypatch.setattr(disk, "observer", full)
         with pytest.raises(StorageError, match="the disk is full") as caught:
             writer.write_dense_part("hidden", 0, 0, 0, 2, values(1))
         monkeypatch.undo()
@@ -146,32 +158,41 @@ ONE = ("hidden_int8",)
 KILLED = f"""
 import os, signal, sys
 from pathlib import Path
-from kdcache.formats import commit
+from kdcache.formats import disk
 from tests.formats.kinds import Kinds, make_kinds
-left = int(sys.argv[2])
-real = os.fsync
+step, name = sys.argv[2:]
 
-def fsync(handle):
-    global left
-    left -= 1
-    if left == 0:
+def observe(found, path):
+    if found == step and "hidden_int8" in path.parts and path.name.endswith(name):
         os.kill(os.getpid(), signal.SIGKILL)
-    real(handle)
 
-commit.os.fsync = fsync
+disk.observer = observe
 make_kinds(Path(sys.argv[1]), only={ONE})
 """
 
 
-@pytest.mark.parametrize("at", [21, 25, 29, 33, 34, 35])
-def test_a_group_killed_in_mid_write_is_resumed_to_the_same_bytes(tmp_path: Path, at: int) -> None:
+@pytest.mark.parametrize(
+    ("step", "name"),
+    [
+        ("mkdir", "-00001.1.zarr"),
+        ("create", "zarr.json"),
+        ("write", "0"),
+        ("fsync", "0"),
+        ("sync_folder", "values"),
+        ("rename", ".zarr"),
+        ("sync_folder", "hidden_int8"),
+    ],
+)
+def test_a_group_killed_in_mid_write_is_resumed_to_the_same_bytes(
+    tmp_path: Path, int8_kinds: Kinds, step: str, name: str
+) -> None:
     killed = tmp_path / "killed"
-    done = subprocess.run([sys.executable, "-c", KILLED, str(killed), str(at)], check=False)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(killed), step, name], check=False)
     assert done.returncode == -signal.SIGKILL
     assert list((killed / "hidden_int8").iterdir())
-    assert not list((killed / "commits").glob("hidden_int8.*"))
+    assert not list((killed / "commits").glob("hidden_int8.00001.*"))
     make_kinds(killed, only=ONE)
-    assert tree(killed) == tree(make_kinds(tmp_path / "whole", only=ONE).root)
+    assert tree(killed) == tree(int8_kinds.root)
 
 
 def test_old_signals_stay_as_they_are_when_one_is_added(own_kinds: Kinds, kinds: Kinds) -> None:

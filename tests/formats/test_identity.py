@@ -1,9 +1,19 @@
 """Digests: golden values, independence of chunks, and what a difference looks like."""
 
 import numpy as np
+import pyarrow as pa
 import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
 
-from kdcache.formats.identity import CorpusDigest, StreamDigest, differences, sample_id
+from kdcache.formats import identity
+from kdcache.formats.identity import (
+    CorpusDigest,
+    StreamDigest,
+    differences,
+    sample_id,
+    sample_ids,
+)
 
 
 def test_sample_id_is_the_hash_of_length_prefixed_values() -> None:
@@ -84,3 +94,25 @@ def test_differences_name_keys_and_both_sides() -> None:
         "files.1: 2 in the cache, absent given",
     ]
     assert differences(standing, standing) == []
+
+
+@given(st.data())
+def test_sample_ids_of_many_are_those_of_each(data: st.DataObject) -> None:
+    num = data.draw(st.integers(0, 6))
+    text = st.text(max_size=300)
+    columns = data.draw(
+        st.lists(st.lists(text, min_size=num, max_size=num), min_size=1, max_size=3)
+    )
+    task, label = (data.draw(st.none() | st.lists(text, min_size=num, max_size=num)) for _ in "ab")
+    arrays = [pa.array(["not", *column, "these"], type=pa.string())[1:-1] for column in columns]
+    extra = [None if one is None else pa.array(one, type=pa.string()) for one in (task, label)]
+    before = identity._BYTES_AT_ONCE
+    identity._BYTES_AT_ONCE = data.draw(st.sampled_from([1, 200, before]))
+    try:
+        found = sample_ids(arrays, *extra)
+    finally:
+        identity._BYTES_AT_ONCE = before
+    assert found.shape == (num, 16)
+    for m in range(num):
+        named = [one[m] if one else "" for one in (task, label)]
+        assert found[m].tobytes() == sample_id([column[m] for column in columns], *named)

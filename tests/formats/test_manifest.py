@@ -25,6 +25,7 @@ from kdcache.formats.manifest import (
     read_record,
 )
 from kdcache.formats.signals import HiddenRecord, LogitsRecord, MasksRecord, signal_class
+from kdcache.formats.store import LocalStore
 from tests.formats.labels import teacher_record
 
 FILE = FileRecord(
@@ -89,7 +90,13 @@ MANIFEST = Manifest(
     },
     streams={
         "src": StreamRecord(
-            field="src", tokenizer="t", target=False, digest="a" * 32, vocab_size=9, num_tokens=0
+            field="src",
+            tokenizer="t",
+            target=False,
+            digest="a" * 32,
+            vocab_size=9,
+            num_tokens=0,
+            longest=0,
         )
     },
     shard_tokens=10,
@@ -287,4 +294,4 @@ def test_any_json_anywhere_is_a_record_or_a_format_error(record: Record, data) -
 
 def test_a_missing_file_is_told_from_a_damaged_one(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        read_record(Manifest, tmp_path, "kdcache.json")
+        read_record(Manifest, LocalStore(tmp_path), "kdcache.json")

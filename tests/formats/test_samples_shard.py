@@ -56,7 +56,8 @@ def shard(
         writer.write_batch(batch)
     file = FileRecord(path=path, bytes=1, crc32c="0" * 8, xxh3="0" * 16)
     part = PartRecord(start=0, stop=3, files=[file])
-    return sample_shard(part, open_part(root, part, schema, checked=False))
+    data = memoryview((root / path).read_bytes())
+    return sample_shard(part, open_part(data, path, part, schema, checked=False))
 
 
 CORPUS = CorpusRecord(

@@ -17,7 +17,7 @@ from kdcache.errors import FormatError, IdentityError, IntegrityError, StorageEr
 from kdcache.formats import data_files
 from kdcache.formats.cache import open_cache
 from kdcache.formats.codec import TopKCodec
-from kdcache.formats.commit import Lock
+from kdcache.formats.commit import take_claim
 from kdcache.formats.manifest import CommitRecord, Manifest, PartRecord
 from kdcache.formats.signals import LogitsRecord
 from kdcache.formats.writer import CacheWriter
@@ -43,6 +43,27 @@ def commit_of(part: PartRecord, **changes: object) -> CommitRecord:
     return CommitRecord.model_validate(fields | changes)
 
 
+def declare(writer: CacheWriter, name: str = "logits") -> None:
+    """Write the record of a signal, which its commits need."""
+    writer.write_signal(
+        LogitsRecord(
+            name=name,
+            at="targets",
+            stream="tgt",
+            source="src",
+            stream_digest="0" * 32,
+            source_digest="1" * 32,
+            vocab_size=12,
+            codec=TopKCodec(k=3),
+            temperatures=(1.0,),
+            seed=1,
+            teacher=teacher_record(),
+            recipe={},
+            versions={},
+        )
+    )
+
+
 def tree(root: Path) -> dict[str, bytes]:
     files = (path for path in sorted(root.rglob("*")) if path.is_file())
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
@@ -66,7 +87,8 @@ def test_a_killed_and_resumed_dump_equals_one_that_was_not(tmp_path: Path) -> No
 
 
 def begin_and_die(root: Path, commit: bool) -> None:
-    with CacheWriter(root) as writer:
+    with CacheWriter(root) as writer, writer.claimed("samples") as mine:
+        assert mine
         writer.put_tokenizer("teacher", tokenizer_files(5))
         if commit:
             writer.commit(
@@ -76,20 +98,37 @@ def begin_and_die(root: Path, commit: bool) -> None:
         raise RuntimeError("teacher died")
 
 
-def test_leaving_by_an_exception_commits_nothing_and_the_next_sweeps(tmp_path: Path) -> None:
+def test_leaving_by_an_exception_commits_nothing_and_removes_what_is_not_committed(
+    tmp_path: Path,
+) -> None:
     root = tmp_path / "cache"
     with pytest.raises(RuntimeError, match="teacher died"):
         begin_and_die(root, commit=True)
     assert os.listdir(root / "commits") == ["samples.00000.json"]
-    assert len(os.listdir(root / "samples")) == 2
+    (kept,) = os.listdir(root / "samples")
+    assert kept.startswith("00000.0-")
+    assert os.listdir(root / ".locks") == []
+
+
+def test_the_next_sweeps_what_a_dead_writer_left_of_the_samples(tmp_path: Path) -> None:
+    root = tmp_path / "cache"
+    with CacheWriter(root) as writer:
+        kept = writer.write_part("samples", 0, 0, 0, 1, batch(1))
+        writer.commit(commit_of(kept, signal="samples"))
+        loose = writer.write_part("samples", 1, 0, 1, 3, batch(2, 3))
     (root / "samples" / ".tmp-1-x").write_bytes(b"half")
+    (root / "commits" / ".tmp-1-samples.00001.json").write_bytes(b"half")
     (root / ".tmp-1-kdcache.json").write_bytes(b"half")
     (root / "samples" / "notes.txt").write_bytes(b"the user's own")
+    (root / ".locks").mkdir()
+    with CacheWriter(root):
+        assert (root / loose.files[0].path).exists()  # nobody says that its writer died
+    (root / ".locks" / "samples").touch()
     with CacheWriter(root) as writer:
         assert writer.committed("samples") == {0}
-        assert len(os.listdir(root / "samples")) == 2
-        assert (root / "samples" / "notes.txt").exists()
-        assert not list(root.rglob(".tmp-*"))
+        assert sorted(tree(root)) == sorted(
+            ["commits/samples.00000.json", kept.files[0].path, "samples/notes.txt"]
+        )
 
 
 @pytest.mark.parametrize("made", [False, True], ids=["made by us", "there before"])
@@ -103,20 +142,24 @@ def test_a_dump_that_committed_nothing_leaves_nothing(tmp_path: Path, made: bool
     assert not made or os.listdir(root) == []
 
 
-def test_sweep_keeps_what_a_commit_names(tmp_path: Path) -> None:
-    root = tmp_path / "cache"
-    with CacheWriter(root) as writer:
-        kept = writer.write_part("logits", 0, 0, 0, 2, batch(1, 2))
-        writer.commit(commit_of(kept))
-        loose = writer.write_part("logits", 1, 0, 2, 3, batch(3))
-        assert writer.sweep() == [loose.files[0].path]
-        assert writer.committed("logits") == {0}
-        assert writer.commit_record("logits", 0).parts == [kept]
-    assert (root / kept.files[0].path).is_file()
+def test_the_status_of_a_dump_that_committed_nothing_goes_with_it(tmp_path: Path) -> None:
+    with CacheWriter(tmp_path / "cache") as writer:
+        writer.store.replace(".status/00000-of-00001.json", b"{}")
+    assert os.listdir(tmp_path) == []
+
+
+def test_nothing_is_taken_away_while_another_writer_is_at_work(tmp_path: Path) -> None:
+    with CacheWriter(tmp_path / "cache") as first:
+        with CacheWriter(tmp_path / "cache") as second, second.claimed("samples"):
+            first.__exit__(None, None, None)
+            assert os.listdir(tmp_path / "cache") == [".locks"]
+            assert second.store.claim("samples") is None
+        assert os.listdir(tmp_path / "cache") == []  # the second did not make the folder
 
 
 def test_a_committed_part_must_be_given_the_same_again(tmp_path: Path) -> None:
     with CacheWriter(tmp_path / "cache") as writer:
+        declare(writer)
         part = writer.write_part("logits", 0, 0, 0, 2, batch(1, 2))
         writer.commit(commit_of(part))
         before = tree(tmp_path)
@@ -130,6 +173,7 @@ def test_a_committed_part_must_be_given_the_same_again(tmp_path: Path) -> None:
 
 def test_commits_are_create_only(tmp_path: Path) -> None:
     with CacheWriter(tmp_path / "cache") as writer:
+        declare(writer)
         part = writer.write_part("logits", 0, 0, 0, 2, batch(1, 2))
         record = writer.commit(commit_of(part))
         assert writer.commit(record) == record
@@ -142,6 +186,7 @@ def test_commits_are_create_only(tmp_path: Path) -> None:
 
 def test_a_commit_needs_its_files(tmp_path: Path) -> None:
     with CacheWriter(tmp_path / "cache") as writer:
+        declare(writer)
         part = writer.write_part("logits", 0, 0, 0, 2, batch(1, 2))
         (tmp_path / "cache" / part.files[0].path).unlink()
         with pytest.raises(IntegrityError, match="missing"):
@@ -152,18 +197,6 @@ def test_a_commit_needs_its_files(tmp_path: Path) -> None:
 def test_a_part_has_the_rows_it_says(tmp_path: Path) -> None:
     with CacheWriter(tmp_path / "cache") as writer, pytest.raises(FormatError, match="2 rows"):
         writer.write_part("logits", 0, 0, 0, 3, batch(1, 2))
-
-
-def test_a_second_writer_is_refused(tmp_path: Path) -> None:
-    root = tmp_path / "cache"
-    with (
-        CacheWriter(root),
-        pytest.raises(StorageError, match="another dump is writing here"),
-        CacheWriter(root),
-    ):
-        pass
-    with CacheWriter(root):
-        pass
 
 
 @pytest.mark.parametrize("other", ["notes.txt", "samples"])
@@ -180,13 +213,16 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
         CacheWriter(tmp_path / "out").__enter__()
 
 
-def test_a_damaged_manifest_stops_the_writer_and_frees_the_lock(tiny_cache: Path) -> None:
+def test_a_damaged_manifest_stops_the_writer(tiny_cache: Path) -> None:
     (tiny_cache / "kdcache.json").write_bytes(b"{}")
+    (tiny_cache / ".locks" / "logits.00001").touch()
+    before = tree(tiny_cache)
     with pytest.raises(IntegrityError, match=r"kdcache\.json"):
         CacheWriter(tiny_cache).__enter__()
-    lock = Lock(tiny_cache)
-    lock.acquire()
-    lock.release()
+    assert tree(tiny_cache) == before
+    claim = take_claim(tiny_cache / ".locks" / "logits.00001")
+    assert claim is not None
+    claim.release()
 
 
 @pytest.mark.parametrize(
@@ -318,19 +354,18 @@ def test_a_manifest_is_kept_after_its_shards(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from kdcache.formats import commit
+from kdcache.formats import disk
 from tests.formats.labels import make_cache
 left = int(sys.argv[2])
-real = os.fsync
 
-def fsync(handle):
+def observe(step, path):
     global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(handle)
+    if step in ("fsync", "sync_folder"):
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-commit.os.fsync = fsync
+disk.observer = observe
 make_cache(Path(sys.argv[1]))
 """
 

@@ -32,7 +32,9 @@ def numbers(shape: tuple[int, ...], dtype: str) -> np.ndarray:
 
 
 def mapped(folder: Path, name: str, array: np.ndarray) -> MappedArray:
-    return MappedArray(folder / shard_path(name, array.ndim), array.shape, array.dtype)
+    file = folder / shard_path(name, array.ndim)
+    data = memoryview(file.read_bytes() if len(array) else b"")
+    return MappedArray(data, str(file), array.shape, array.dtype)
 
 
 def write_with_zarr(folder: Path, name: str, array: np.ndarray) -> None:
@@ -107,9 +109,9 @@ def test_the_bytes_never_change(tmp_path: Path) -> None:
     }
     assert found == {
         "scale/c/0/0": "518005d170ca7758",
-        "scale/zarr.json": "25c2fbf7c12d3bc4",
+        "scale/zarr.json": "9ef382e192cd6f7a",
         "values/c/0/0/0": "92cc482dece78386",
-        "values/zarr.json": "5276851fa64e1944",
+        "values/zarr.json": "531e6af22b37dd1b",
         "zarr.json": "36615682d5be9646",
     }
 
