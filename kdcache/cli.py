@@ -1,8 +1,9 @@
 """The command line: `kdcache COMMAND ...`.
 
 Results go to stdout, progress and logs to stderr. Exit code 0 is success, 1 a failure that
-is told in one line, 2 bad usage, 130 an interrupt. What a command needs is imported when it
-runs, so that `--help`, `inspect` and `verify` start without torch and transformers.
+is told in one line, 2 bad usage, 130 an interrupt, 143 a stop by SIGTERM. What a command needs
+is imported when it runs, so that `--help`, `inspect` and `verify` start without torch and
+transformers.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,7 +20,9 @@ from typing import Any
 
 from kdcache import __version__, commands
 from kdcache.commands import Overrides
-from kdcache.errors import KDCacheError
+from kdcache.compile import arguments as compile_arguments
+from kdcache.dump.ranks import Ranks, parse_ranks
+from kdcache.errors import KDCacheError, StoppedError
 
 _OVERRIDE = re.compile(r"--([A-Za-z_]\w*(?:\.\w+)+)(?:=(.*))?", re.DOTALL)
 _HOW_TO_OVERRIDE = (
@@ -49,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of a pipe has left; the interpreter must not complain when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except StoppedError as error:
+        print(f"kdcache: {_one_line(error)}", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except (KDCacheError, OSError) as error:
         print(f"kdcache: {_one_line(error)}", file=sys.stderr)
         return 1
@@ -105,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         "show what a cache holds and how it was made",
         "kdcache inspect caches/deen --samples 5",
     )
-    command.add_argument("cache", metavar="CACHE", help="the cache directory")
+    command.add_argument("cache", metavar="CACHE", help="the cache, a directory or URL")
     command.add_argument(
         "--samples", type=_count, default=3, metavar="N", help="decoded samples shown (default 3)"
     )
@@ -114,9 +121,32 @@ def _parser() -> argparse.ArgumentParser:
         "verify",
         commands.verify,
         "check every byte and every structural promise of a cache",
-        "kdcache verify caches/deen",
+        "kdcache verify caches/deen --repair --mirror s3://backup/caches/deen",
+        overrides="kdcache dump word-level",
     )
-    command.add_argument("cache", metavar="CACHE", help="the cache directory")
+    command.add_argument("cache", metavar="CACHE", help="the cache, a directory or URL")
+    command.add_argument(
+        "--quick", action="store_true", help="check records and sizes alone; no data is read"
+    )
+    command.add_argument(
+        "--processes",
+        type=_count,
+        metavar="N",
+        help="that work on a large cache (default: one for each processor core)",
+    )
+    command.add_argument(
+        "--repair",
+        action="store_true",
+        help="put back what is broken: from a mirror, or made again by the teacher",
+    )
+    command.add_argument(
+        "--mirror", metavar="CACHE", help="with --repair: a copy of the cache, directory or URL"
+    )
+    command.add_argument(
+        "--recipe",
+        metavar="RECIPE",
+        help="with --repair: how to make things again; as the cache's own records say else",
+    )
     command = _command(
         parsers,
         "audit",
@@ -124,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         "run the teacher again on a part of a cache and compare",
         "kdcache audit caches/deen --fraction 0.01",
     )
-    command.add_argument("cache", metavar="CACHE", help="the cache directory")
+    command.add_argument("cache", metavar="CACHE", help="the cache, a directory or URL")
     command.add_argument(
         "--fraction",
         type=float,
@@ -163,6 +193,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     command = _command(
         parsers,
+        "compile",
+        commands.compile_,
+        "make one cache of others, without a teacher",
+        "kdcache compile caches/a caches/b --out caches/both",
+    )
+    compile_arguments.add_arguments(command)
+    command = _command(
+        parsers,
         "quickstart",
         commands.quickstart,
         "the whole story on a generated corpus, in minutes on a CPU",
@@ -191,7 +229,13 @@ def _recipe_commands(parsers: Any) -> None:
     )
     command.add_argument("recipe", metavar="RECIPE", help="a YAML file or a built-in name")
     command.add_argument(
-        "--out", metavar="CACHE", help="the cache directory; an unfinished one goes on"
+        "--out", metavar="CACHE", help="the cache, a directory or URL; an unfinished one goes on"
+    )
+    command.add_argument(
+        "--rank",
+        type=_rank,
+        metavar="R/WORLD",
+        help="make the shards R, R + WORLD, ...; else what torchrun or SLURM says",
     )
     command.add_argument(
         "--plan",
@@ -216,7 +260,9 @@ def _recipe_commands(parsers: Any) -> None:
         overrides="kdcache train word-level",
     )
     command.add_argument("recipe", metavar="RECIPE", help="a YAML file or a built-in name")
-    command.add_argument("--cache", metavar="CACHE", help="the cache to train from")
+    command.add_argument(
+        "--cache", metavar="CACHE", help="the cache to train from, a directory or URL"
+    )
     command.add_argument(
         "--out", metavar="RUN", help="the run directory; an unfinished one goes on"
     )
@@ -266,6 +312,14 @@ def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no number of samples")
     return int(text)
+
+
+def _rank(text: str) -> Ranks:
+    """One of several processes, for argparse."""
+    try:
+        return parse_ranks(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _bytes(text: str) -> float:

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kdcache.errors import AuditError, IntegrityError
+from kdcache.errors import AuditError, FormatError, IntegrityError
+
+if TYPE_CHECKING:
+    from kdcache.formats.verify import VerifyReport
 
 Overrides = list[tuple[str, str]]
 
@@ -63,9 +67,11 @@ def dump(arguments: argparse.Namespace, overrides: Overrides) -> int:
         if getattr(arguments, option) is not None:
             arguments.error(f"argument --{option}: goes with --plan")
     out = _needs(arguments, "out")
+    from kdcache.dump.ranks import ranks_from
     from kdcache.dump.runner import dump as run
 
-    return _print_summary(arguments, dict(run(recipe, out)))
+    ranks = arguments.rank or ranks_from(os.environ)
+    return _print_summary(arguments, dict(run(recipe, out, ranks=ranks)))
 
 
 def _plan(arguments: argparse.Namespace, recipe: Any) -> int:
@@ -131,31 +137,69 @@ def inspect(arguments: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def verify(arguments: argparse.Namespace, overrides: Overrides) -> int:
-    """Check a cache; faults are an error after they are listed."""
+    """Check a cache, or repair it; faults are an error after they are listed."""
+    if arguments.repair:
+        return _repair(arguments, overrides)
+    given = {"--mirror": arguments.mirror, "--recipe": arguments.recipe}
+    given |= {f"--{dotted}": text for dotted, text in overrides}
+    for option, value in given.items():
+        if value is not None:
+            arguments.error(f"argument {option}: goes with --repair")
     from kdcache.formats.verify import verify_cache
+    from kdcache.formats.verify_flight import num_cores
+
+    processes = arguments.processes or num_cores()
+    report = verify_cache(arguments.cache, quick=arguments.quick, processes=processes)
+    return _print_verified(arguments, report, {})
+
+
+def _repair(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    """Put back what is broken; what is broken still is an error after it is listed."""
+    if arguments.quick:
+        arguments.error("argument --quick: a repair reads everything")
+    if arguments.mirror is not None and (arguments.recipe is not None or overrides):
+        arguments.error("argument --mirror: what it has is not made again; give no recipe for it")
+    from kdcache.repair import repair_cache
+
+    report = repair_cache(arguments.cache, arguments.mirror, arguments.recipe, overrides)
+    if not arguments.json:
+        for line in [*report.repaired, *report.failed]:
+            print(line)
+    said = {"found": report.faults, "repaired": report.repaired, "failed": report.failed}
+    return _print_verified(arguments, report.verified, said)
+
+
+def _print_verified(
+    arguments: argparse.Namespace, report: VerifyReport, more: dict[str, list[str]]
+) -> int:
+    """What a check found, in text or with `more` as JSON; faults are an error then."""
     from kdcache.report.text import size
 
-    report = verify_cache(arguments.cache)
+    state = "broken" if report.faults else "unfinished" if report.unfinished else "sound"
     if arguments.json:
         document = {
             "path": arguments.cache,
-            "ok": not report.faults,
+            "ok": state == "sound",
+            "quick": arguments.quick,
             "files": report.files,
             "bytes": report.bytes,
             "faults": report.faults,
+            "unfinished": report.unfinished,
             "leftovers": report.leftovers,
         }
-        _print_json(document)
+        _print_json({**document, **more})
     else:
-        for fault in report.faults:
-            print(fault)
+        for line in [*report.faults, *report.unfinished]:
+            print(line)
         for path in report.leftovers:
             print(f"{path}: left over from an interrupted dump; the next dump removes it")
-        state = "sound" if not report.faults else "broken"
-        print(f"{arguments.cache}: {state}, {report.files:,} files, {size(report.bytes)} checked")
+        how = f"{state} (sizes alone)" if arguments.quick else state
+        print(f"{arguments.cache}: {how}, {report.files:,} files, {size(report.bytes)} checked")
     if report.faults:
         word = "fault" if len(report.faults) == 1 else "faults"
         raise IntegrityError(f"{arguments.cache}: {len(report.faults)} {word} found")
+    if report.unfinished:
+        raise FormatError(f"{arguments.cache}: nothing is broken, but its dump is unfinished")
     return 0
 
 
@@ -188,6 +232,13 @@ def audit(arguments: argparse.Namespace, overrides: Overrides) -> int:
     for fault in faults:
         print(f"kdcache: {fault}", file=sys.stderr)
     return 0
+
+
+def compile_(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    """Make one cache of others."""
+    from kdcache.compile.arguments import run
+
+    return _print_summary(arguments, run(arguments))
 
 
 def quickstart(arguments: argparse.Namespace, overrides: Overrides) -> int:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,14 +24,18 @@ def resolve_device(name: str) -> torch.device:
     """The device a recipe names.
 
     Args:
-        name: "auto" (cuda, then mps, then cpu) or a torch device name.
+        name: "auto" (cuda, then mps, then cpu) or a torch device name. Where a launcher has
+            started several processes on a node, "auto" and "cuda" are the device of this one.
 
     Raises:
         ModelError: the name is no device, or this machine has none of that kind.
     """
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        # Each process of a node takes a device of its own.
+        local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
+        index = int(local) % torch.cuda.device_count() if local else None
+        return torch.device("cuda" if index is None else f"cuda:{index}")
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)

@@ -84,6 +84,9 @@ def audit(path: str | Path, plan: AuditPlan) -> dict[str, Any]:
         RecipeError: a signal is not there, or is unfinished.
     """
     cache = open_cache(path)
+    if cache.manifest.lineage is not None:  # its rows are numbered anew, and draws go by rows
+        sources = ", ".join(source.name for source in cache.manifest.lineage.sources)
+        raise RecipeError(f"{path}: a compiled cache has no teacher of its own; audit {sources}")
     names = _signals(cache, plan)
     orders, each = _orders(cache, plan)
     total = sum(min(each, len(order)) for order in orders.values())

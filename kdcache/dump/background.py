@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+from kdcache.errors import StoppedError
+
 #: Jobs that may wait; the caller then waits as well, so memory stays bounded.
 MAX_WAITING = 4
 
@@ -17,7 +19,7 @@ class Background:
 
     Used as a context manager. A job that raises ends the work: the error comes out of the
     caller's next `submit`, or of the end of the context. If the caller itself raises, jobs
-    that have not begun are dropped.
+    that have not begun are dropped; where it was asked to stop they are done.
     """
 
     def __init__(self, name: str) -> None:
@@ -44,7 +46,7 @@ class Background:
         trace: TracebackType | None,
     ) -> None:
         """Wait for the thread; raise what a job raised, unless the caller already raises."""
-        self._dropping = kind is not None
+        self._dropping = kind is not None and not issubclass(kind, StoppedError)
         self._jobs.put(None)
         self._thread.join()
         if kind is None:

@@ -13,7 +13,8 @@ from kdcache.dump.teachers.loading import teacher_class
 from kdcache.dump.tokenize import Tokenizer
 from kdcache.errors import IdentityError, ModelError, RecipeError
 from kdcache.formats.cache import open_cache
-from kdcache.formats.manifest import MANIFEST_NAME
+from kdcache.formats.claims import standing_manifest
+from kdcache.formats.store import open_store
 from kdcache.recipe import (
     CorpusSection,
     DumpSection,
@@ -69,17 +70,18 @@ def check_streams(recipe: Recipe) -> CorpusSection:
     return corpus
 
 
-def check_inputs(section: DumpSection, out: Path) -> None:
+def check_inputs(section: DumpSection, out: str | Path) -> None:
     """A signal that is made from another needs it, in the recipe or in the cache that stands.
 
     Args:
         section: the recipe's.
-        out: the cache, if there is one.
+        out: directory or URL of the cache, if there is one.
 
     Raises:
         RecipeError: it is in neither, is of another kind or stream, or has too few hypotheses.
     """
-    stands = open_cache(out).signals if (out / MANIFEST_NAME).exists() else {}
+    begun = standing_manifest(open_store(out)) is not None
+    stands = open_cache(out).signals if begun else {}
     known = {name: (record.kind, record.stream) for name, record in stands.items()}
     known |= {name: (signal.kind, signal.stream) for name, signal in section.signals.items()}
     numbers = {name: getattr(record, "num_hypotheses", 0) for name, record in stands.items()}

@@ -5,19 +5,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kdcache.corpus import RowBatch, read_corpus
 from kdcache.dump.chunk import Chunk, encode_stream, sample_ids_of, trimmed
+from kdcache.dump.stopping import Stopping
 from kdcache.dump.tokenize import Tokenizer
 from kdcache.dump.versions import library_versions
 from kdcache.errors import CorpusError, IdentityError, ModelError
 from kdcache.formats.cache import Cache
 from kdcache.formats.identity import CorpusDigest, StreamDigest, differences
 from kdcache.formats.manifest import (
+    MAX_SHARDS,
     SAMPLES,
     CommitRecord,
     CorpusRecord,
@@ -83,6 +84,7 @@ class SampleWriter:
         self._num_samples = 0
         self._num_rows = 0
         self._num_tokens = dict.fromkeys(sizes, 0)
+        self._longest = dict.fromkeys(sizes, 0)
         self._dropped = {"empty": 0, "no_tokens": 0, "too_long": 0}
         self._corpus_digest = CorpusDigest()
         self._stream_digests = {
@@ -90,34 +92,33 @@ class SampleWriter:
             for name, stream in self._streams.items()
         }
 
-    def run(self, num_rows: int, only: np.ndarray | None = None) -> Manifest:
-        """Read, tokenise and write everything.
+    def run(self, num_rows: int, stopping: Stopping, only: np.ndarray | None = None) -> Manifest:
+        """Read, tokenise and write everything; the samples are claimed.
 
         Args:
             num_rows: rows of the corpus, for the progress bar.
+            stopping: asked after every batch of rows.
             only: numbers of the rows to take, ascending; all without it.
 
         Raises:
             CorpusError: the corpus is wrong, or no sample is left of it.
             IdentityError: an interrupted dump wrote other samples here.
+            StoppedError: the process was asked to stop.
         """
-        try:
-            with progress(num_rows, "tokenise", "row") as bar:
-                for batch in read_corpus(self._corpus):
-                    taken = batch if only is None else batch.only(only)
-                    self._add(self._tokenise(taken))
-                    self._num_rows += batch.num_read
-                    self._dropped["empty"] += batch.dropped
-                    bar.update(batch.num_read)
-            if self._pending:
-                self._write_shard()
-            if not self._commits:
-                raise CorpusError(
-                    f"no sample is left of {self._num_rows} rows; dropped: {self._dropped}"
-                )
-        except BaseException:
-            self._writer.sweep()
-            raise
+        with progress(num_rows, "tokenise", "row") as bar:
+            for batch in read_corpus(self._corpus):
+                taken = batch if only is None else batch.only(only)
+                self._add(self._tokenise(taken))
+                self._num_rows += batch.num_read
+                self._dropped["empty"] += batch.dropped
+                bar.update(batch.num_read)
+                stopping.check()
+        if self._pending:
+            self._write_shard()
+        if not self._commits:
+            raise CorpusError(
+                f"no sample is left of {self._num_rows} rows; dropped: {self._dropped}"
+            )
         self._refuse_more()
         for commit in self._commits:
             self._writer.commit(commit)
@@ -210,8 +211,11 @@ class SampleWriter:
             streams[name] = Ragged(tokens.offsets, stored)
             entries[STREAM_PREFIX + name] = int(tokens.offsets[-1])
             self._num_tokens[name] += int(tokens.offsets[-1])
+            self._longest[name] = max(self._longest[name], int(tokens.lengths.max()))
             self._stream_digests[name].update(tokens.lengths, tokens.fields["id"], beside)
         start, shard = self._num_samples, len(self._commits)
+        if shard == MAX_SHARDS:
+            raise CorpusError(f"over {MAX_SHARDS} shards, no cache has so many: raise shard_tokens")
         stop = start + len(rows)
         tasks = [task for chunk in chunks for task in chunk.tasks]
         batch = samples_batch(self._schema, ids, rows, fields, streams, tasks)
@@ -262,6 +266,7 @@ class SampleWriter:
                     digest=self._stream_digests[name].hexdigest(),
                     vocab_size=self._vocab_sizes[name],
                     num_tokens=self._num_tokens[name],
+                    longest=self._longest[name],
                 )
                 for name, stream in self._streams.items()
             },
@@ -310,7 +315,7 @@ def manifest_recipe(recipe: Recipe, max_tokens: int | None) -> dict[str, Any]:
     }
 
 
-def check_recipe(manifest: Manifest, recipe: Recipe, path: Path) -> None:
+def check_recipe(manifest: Manifest, recipe: Recipe, path: str) -> None:
     """Refuse a recipe that would give other samples than a cache has.
 
     Paths may differ, files move; what they hold is checked by digests. A limit that the recipe

@@ -8,6 +8,8 @@ import torch
 from kdcache.dump.runner import dump
 from kdcache.recipe import parse_recipe
 from tests.dump import zoo as zoo_models
+from tests.dump.forks import Forks
+from tests.dump.ordeal import Ordeal, make_corpus
 from tests.dump.world import THRESHOLD, make_bart, make_lines, make_marian, make_t5, tree
 
 
@@ -83,6 +85,15 @@ def whole(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "cache"
     dump(recipe, out)
     return recipe, tree(out)
+
+
+@pytest.fixture(scope="session")
+def ordeal(tmp_path_factory):
+    """A small dump in six shards that may be killed, refused and shared out; see ordeal.py."""
+    root = tmp_path_factory.mktemp("ordeal")
+    make_corpus(root)
+    with Forks(root / "log") as forks:
+        yield Ordeal(root, forks)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from transformers import (
 
 from kdcache.dump.tokenize import train_sentencepiece
 from kdcache.formats.cache import open_cache
+from kdcache.formats.store import STATUS
 from kdcache.recipe import SentencePieceTokenizer
 
 FAMILIES = ["marian", "t5", "bart"]
@@ -141,11 +142,11 @@ def make_bart(directory: Path, lines: list[str]) -> None:
 
 
 def tree(root: Path) -> dict[str, bytes]:
-    """Every file of a cache but its lock."""
+    """Every file of a cache; how far the dump is, is no part of it."""
     return {
         str(path.relative_to(root)): path.read_bytes()
         for path in sorted(root.rglob("*"))
-        if path.is_file() and path.name != ".lock"
+        if path.is_file() and path.parent.name != STATUS
     }
 
 

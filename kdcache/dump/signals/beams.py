@@ -23,7 +23,7 @@ from kdcache.errors import ModelError, RecipeError
 from kdcache.formats.cache import Cache
 from kdcache.formats.keyed import position_hash, sample_keys
 from kdcache.formats.ragged import Ragged, concat, offsets_of, segment_indices
-from kdcache.formats.schema import record_bytes, signal_schema, split_ids
+from kdcache.formats.schema import split_ids
 from kdcache.formats.shard import SampleShard
 from kdcache.formats.signals import BeamsRecord
 from kdcache.formats.units import MAIN_COLUMN
@@ -89,11 +89,6 @@ class BeamsEncoder(SignalEncoder):
         tokenizer = request.tokenizers.get(request.section.streams[signal.stream].tokenizer)
         if tokenizer is not None:  # one that is still to be trained is refused with its stream
             _decoding(name, signal, teacher, tokenizer.tokens)
-
-    @property
-    def max_bytes_per_row(self) -> int:
-        """Bytes of a token, and of a hypothesis as if each had one token alone."""
-        return sum(record_bytes(column) for column in signal_schema(self.record))
 
     def items(self, samples: SampleShard, inputs: Mapping[str, Columns]) -> Items:
         """The sources or prompts, one item for every sample."""

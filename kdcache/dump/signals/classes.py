@@ -16,7 +16,6 @@ from kdcache.dump.teacher import Teacher
 from kdcache.errors import ModelError
 from kdcache.formats.cache import Cache
 from kdcache.formats.ragged import Ragged
-from kdcache.formats.schema import record_bytes, signal_schema
 from kdcache.formats.shard import SampleShard
 from kdcache.formats.signals import ClassesRecord
 from kdcache.formats.units import MAIN_COLUMN
@@ -57,11 +56,6 @@ class ClassesEncoder(SignalEncoder):
         assert teacher is not None, "classes were checked to have a teacher"
         if "classes" not in teacher.signals or not teacher.labels:
             raise teacher.cannot(f"classes ({name})")
-
-    @property
-    def max_bytes_per_row(self) -> int:
-        """Bytes of a score."""
-        return record_bytes(signal_schema(self.record).field(self.main))
 
     def items(self, samples: SampleShard, inputs: Mapping[str, Columns]) -> Items:
         """The samples of the signal's task, or the maskings of them."""

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
@@ -17,18 +16,13 @@ from kdcache.dump.signals.items import Items, masked_items, sample_items
 from kdcache.dump.signals.values import float_codes, int8_codes, to_host
 from kdcache.dump.teacher import Teacher
 from kdcache.errors import ModelError, RecipeError
-from kdcache.formats.dense import SCALE, VALUES, DenseRecord, dense_arrays
+from kdcache.formats.dense import SCALE, VALUES, DenseRecord
 from kdcache.formats.manifest import PartRecord
-from kdcache.formats.plan import PART_BYTES
 from kdcache.formats.ragged import Ragged, offsets_of
 from kdcache.formats.shard import SampleShard
 from kdcache.formats.units import MAIN_COLUMN
 from kdcache.formats.writer import CacheWriter
-from kdcache.formats.zarr_layout import CHUNK_ROWS, CRC_BYTES, chunk_bytes
 from kdcache.recipe import AttentionSignal, HiddenSignal
-
-#: Bytes of a chunk's entry in the index of its Zarr shard, and what the rest of a group may take.
-INDEX_BYTES, GROUP_BYTES = 16, 1 << 14
 
 
 class DenseEncoder(SignalEncoder):
@@ -38,17 +32,6 @@ class DenseEncoder(SignalEncoder):
     record: DenseRecord
     teacher: Teacher
     _corpus_rows: np.ndarray
-
-    @property
-    def max_bytes_per_row(self) -> int:
-        """A share of a part's limit, so that a part with its last chunk filled up stays below."""
-        chunk = sum(
-            shape[1] * (chunk_bytes(shape, dtype) + CRC_BYTES + INDEX_BYTES)
-            for shape, dtype in dense_arrays(self.record, CHUNK_ROWS).values()
-        )
-        # Where not even one chunk of every layer is within the limit, a part is that chunk.
-        chunks = max(1, (PART_BYTES - GROUP_BYTES) // chunk)
-        return math.ceil(PART_BYTES / (chunks * CHUNK_ROWS))
 
     def items(self, samples: SampleShard, inputs: Mapping[str, Columns]) -> Items:
         """The samples, or the maskings of them."""

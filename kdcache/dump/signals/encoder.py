@@ -84,11 +84,6 @@ class SignalEncoder(ABC):
             ModelError: the teacher is of the wrong kind, or lacks a layer.
         """
 
-    @property
-    @abstractmethod
-    def max_bytes_per_row(self) -> int:
-        """Most bytes that one record of the main column, and what belongs to it, takes."""
-
     @abstractmethod
     def items(self, samples: SampleShard, inputs: Mapping[str, Columns]) -> Items:
         """What the teacher reads, for all samples of a shard.

@@ -25,7 +25,6 @@ from kdcache.errors import ModelError
 from kdcache.formats.cache import Cache
 from kdcache.formats.keyed import position_hash, sample_keys
 from kdcache.formats.ragged import Ragged, offsets_of
-from kdcache.formats.schema import max_bytes_per_token
 from kdcache.formats.shard import SampleShard
 from kdcache.formats.signals import LogitsRecord
 from kdcache.recipe import LogitsSignal
@@ -72,12 +71,6 @@ class LogitsEncoder(SignalEncoder):
                 f"signals.{name}: {teacher.record.path} is of kind {teacher.kind}, which labels "
                 f"{able}; found at: {signal.at}; choose another teacher or another `at`"
             )
-
-    @property
-    def max_bytes_per_row(self) -> int:
-        """By the codec's most entries."""
-        record = self.record
-        return max_bytes_per_token(record.codec, record.vocab_size, record.temperatures)
 
     def items(self, samples: SampleShard, inputs: Mapping[str, Columns]) -> Items:
         """Samples, their maskings or their hypotheses, with the tokens that are labelled."""

@@ -12,7 +12,6 @@ from kdcache.dump.signals.encoder import Columns, Request, SignalEncoder, common
 from kdcache.dump.signals.items import Items, sample_items
 from kdcache.dump.signals.masking import MaskVocabulary, draw_masks, no_mask_token, scheme_of
 from kdcache.formats.cache import Cache
-from kdcache.formats.schema import record_bytes, signal_schema
 from kdcache.formats.shard import SampleShard
 from kdcache.formats.signals import MasksRecord
 from kdcache.formats.units import MAIN_COLUMN
@@ -60,12 +59,6 @@ class MasksEncoder(SignalEncoder):
             raise no_mask_token(
                 f"signals.{name}: the tokenizer {tokenizer_name!r} ({path}) of stream {stream!r}"
             )
-
-    @property
-    def max_bytes_per_row(self) -> int:
-        """Bytes of a masked token and of a replica's count."""
-        schema = signal_schema(self.record)
-        return sum(record_bytes(column) for column in schema)
 
     def items(self, samples: SampleShard, inputs: Mapping[str, Columns]) -> Items:
         """The samples."""
