@@ -1,0 +1,196 @@
+"""The arguments of `kdcache compile`, and the options they stand for."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from kdcache.errors import KDCacheError, RecipeError
+
+if TYPE_CHECKING:
+    from kdcache.compile.options import CompileOptions
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the arguments.
+
+    Args:
+        command: the parser of the command.
+    """
+    add = command.add_argument
+    add("caches", nargs="+", metavar="CACHE", help="finished caches, directories or URLs")
+    add("--out", required=True, metavar="CACHE", help="the new cache; an unfinished one goes on")
+    add("--signals", nargs="*", metavar="NAME", help="keep these signals alone (default: all)")
+    add(
+        "--missing",
+        choices=("refuse", "drop"),
+        default="refuse",
+        help="what becomes of samples without a signal that others have (default refuse)",
+    )
+    add(
+        "--filter",
+        action="append",
+        default=[],
+        type=_told(_condition),
+        metavar="CONDITION",
+        help="keep samples that fulfil it, as 'logits.loss < 3' (mean nats of the targets), "
+        "'logits.entropy > 1', 'tgt.length <= 50', 'beams.bleu >= 20'; may be given again",
+    )
+    add("--ids", metavar="FILE", help="keep the samples listed: a sample_id or row on each line")
+    size = command.add_mutually_exclusive_group()
+    size.add_argument("--fraction", type=_number, metavar="X", help="keep this share of samples")
+    size.add_argument("--count", type=int, metavar="N", help="keep this many samples")
+    add("--seed", type=int, default=0, metavar="N", help="of choices and draws (default 0)")
+    add(
+        "--mix",
+        nargs="+",
+        type=_number,
+        metavar="W",
+        help="take each cache's samples this often, one weight a cache; the caches are merged else",
+    )
+    add(
+        "--targets",
+        type=_told(_targets),
+        metavar="BEAMS=CHOICE",
+        help="make hypotheses the targets: best, reference (closest to it by BLEU) or sampled",
+    )
+    add(
+        "--codec",
+        action="append",
+        default=[],
+        type=_told(_codec),
+        metavar="SIGNAL=CODEC",
+        help="re-encode a logits signal, as logits='{name: threshold, c: 1/8}'; may be given again",
+    )
+    add(
+        "--rename",
+        action="append",
+        default=[],
+        type=_told(_rename),
+        metavar="OLD=NEW",
+        help="call a signal otherwise in the new cache; may be given again",
+    )
+    add("--shard-tokens", type=int, metavar="N", help="most tokens of a shard (default: as it is)")
+    add(
+        "--bleu-tokenizer",
+        default="13a",
+        metavar="NAME",
+        help="sacrebleu's tokenizer for sentence BLEU (default 13a; zh, ja-mecab, char, ...)",
+    )
+    wire = command.add_mutually_exclusive_group()
+    wire.add_argument(
+        "--compress",
+        action="store_true",
+        help="copy one cache for the wire, its data files compressed; whatever reads a cache reads "
+        "the copy too",
+    )
+    wire.add_argument(
+        "--expand", action="store_true", help="make the ordinary cache of a compressed one again"
+    )
+    add("--level", type=int, metavar="N", help="with --compress: Zstandard's, 1 to 22 (default 3)")
+
+
+def options_of(arguments: argparse.Namespace) -> CompileOptions:
+    """The options that parsed arguments stand for."""
+    from kdcache.compile.options import CompileOptions
+
+    return CompileOptions(
+        signals=arguments.signals,
+        missing=arguments.missing,
+        filters=arguments.filter,
+        ids=arguments.ids,
+        fraction=arguments.fraction,
+        count=arguments.count,
+        seed=arguments.seed,
+        mix=arguments.mix,
+        targets=arguments.targets,
+        codecs=dict(arguments.codec),
+        rename=dict(arguments.rename),
+        shard_tokens=arguments.shard_tokens,
+        bleu_tokenizer=arguments.bleu_tokenizer,
+    )
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Compile as the arguments say.
+
+    Returns:
+        The summary of `compile_caches`.
+    """
+    if arguments.compress or arguments.expand or arguments.level is not None:
+        return _transfer(arguments)
+    from kdcache.compile.compiler import compile_caches
+
+    return compile_caches(arguments.caches, arguments.out, options_of(arguments))
+
+
+def _transfer(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Compress or expand one cache."""
+    from kdcache.compile.options import CompileOptions
+    from kdcache.formats.transfer import compress_cache, expand_cache
+    from kdcache.formats.zstd import DEFAULT_LEVEL
+
+    if arguments.level is not None and not arguments.compress:
+        raise RecipeError("compile: --level is of --compress; add that, or leave it out")
+    if len(arguments.caches) > 1 or options_of(arguments) != CompileOptions(filters=[]):
+        raise RecipeError(
+            "compile: --compress and --expand take one cache and do nothing else; do the rest first"
+        )
+    [cache] = arguments.caches
+    if arguments.expand:
+        return expand_cache(cache, arguments.out)
+    return compress_cache(cache, arguments.out, arguments.level or DEFAULT_LEVEL)
+
+
+def _told(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser whose error argparse prints as it is."""
+
+    def parsed(text: str) -> Any:
+        try:
+            return parse(text)
+        except KDCacheError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parsed
+
+
+def _number(text: str) -> float:
+    """A number or a fraction such as 1/20."""
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number or fraction") from None
+
+
+# What parses is imported when there is something to parse: other commands start without it.
+
+
+def _condition(text: str) -> object:
+    from kdcache.compile.options import parse_condition
+
+    return parse_condition(text)
+
+
+def _targets(text: str) -> object:
+    from kdcache.compile.options import parse_targets
+
+    return parse_targets(text)
+
+
+def _codec(text: str) -> tuple[str, object]:
+    """A signal and its codec, checked."""
+    from kdcache.compile.options import parse_codec, split_pair
+    from kdcache.recipe.tree import read_yaml
+
+    name, words = split_pair(text, "codec", "logits='{name: threshold, c: 1/8}'")
+    tree = read_yaml(words)
+    parse_codec(name, tree)
+    return name, tree
+
+
+def _rename(text: str) -> tuple[str, str]:
+    from kdcache.compile.options import split_pair
+
+    return split_pair(text, "rename", "best_logits=logits")
