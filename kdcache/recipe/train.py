@@ -132,6 +132,13 @@ class TrainSection(Section):
     max_epochs: PositiveInt | None = Field(
         None, description="Stop after this many passes, if that comes before max_steps."
     )
+    while_dumping: StrictBool = Field(
+        False,
+        description="Train on a cache whose dump is still on its way: every epoch is drawn from "
+        "the shards, from the first without a gap, that are committed when it begins. The first "
+        "epoch waits for the first shard. Passes differ in size then, so max_steps alone ends the "
+        "run.",
+    )
     batch_tokens: PositiveInt = Field(
         4096, description="Padded target tokens of one optimiser step (global batch)."
     )
@@ -158,6 +165,15 @@ class TrainSection(Section):
         default_factory=lambda: CheckpointSection(), description="What a run keeps."
     )
     log_every: PositiveInt = Field(50, description="Steps between lines of metrics.jsonl.")
+
+    @model_validator(mode="after")
+    def _definite_end(self) -> TrainSection:
+        if self.while_dumping and self.max_epochs is not None:
+            raise ValueError(
+                f"max_epochs is {self.max_epochs} and while_dumping is set: passes over a growing "
+                "cache differ in size; set max_epochs null and bound the run by max_steps"
+            )
+        return self
 
 
 class EvaluateSection(Section):

@@ -41,13 +41,14 @@ def train(recipe: Recipe, cache_path: str | Path, out: str | Path) -> dict[str, 
 
     Args:
         recipe: what to train; its `train` section is used.
-        cache_path: the cache.
+        cache_path: the cache, or its URL.
         out: the run directory.
 
     Returns:
         run, steps, epochs (begun), tokens, parameters, loss (mean of the last line of metrics),
         best_step, best_dev_loss, of the last validation dev_loss, dev_loss_shuffled and
-        dev_accuracy, and seconds (of the process that finished the run).
+        dev_accuracy, with `while_dumping` shards (of the last epoch), and seconds (of the
+        process that finished the run).
 
     Raises:
         RecipeError: the recipe does not fit the cache.
@@ -76,6 +77,7 @@ class Loop:
         self.trainer, self.run = trainer, run
         self.section = trainer.section
         self._since = (0.0, 0)
+        self._epoch: int | None = None
 
     def fit(self) -> dict[str, Any]:
         """Train to the end, from the newest checkpoint of the run if it has one."""
@@ -91,6 +93,7 @@ class Loop:
             bar.update(trainer.state.step)
             while trainer.state.step < trainer.total_steps:
                 batch = next(batches)
+                self._say_epoch(batch)
                 if seen < CANARY_BATCHES:
                     for micro in batch.micro:
                         check_batch(micro)
@@ -106,7 +109,7 @@ class Loop:
         section, trainer, state = self.section, self.trainer, self.trainer.state
         last = state.step == trainer.total_steps
         if last or state.step % section.log_every == 0:
-            self._log(batch.epoch)
+            self._log(batch)
         if trainer.dev is not None and (last or state.step % section.validation.every_steps == 0):
             scores = trainer.validate()
             self.run.log({"step": state.step} | scores)
@@ -118,7 +121,14 @@ class Loop:
             keep = max(1, section.checkpoints.average_last)
             save_checkpoint(self.run.path, state, trainer.model, trainer.optimizer, keep)
 
-    def _log(self, epoch: int) -> None:
+    def _say_epoch(self, batch: GlobalBatch) -> None:
+        """Where a dump may be on its way, say how much of the cache an epoch is drawn from."""
+        if self.section.while_dumping and batch.epoch != self._epoch:
+            total = self.trainer.cache.num_shards
+            logger.info("epoch %d: %d of %d shards", batch.epoch, batch.shards, total)
+        self._epoch = batch.epoch
+
+    def _log(self, batch: GlobalBatch) -> None:
         """A line of metrics: means over the steps since the last one."""
         trainer, state, section = self.trainer, self.trainer.state, self.section
         trainer.settle()
@@ -128,7 +138,8 @@ class Loop:
         self.run.log(
             {
                 "step": state.step,
-                "epoch": epoch,
+                "epoch": batch.epoch,
+                **({"shards": batch.shards} if section.while_dumping else {}),
                 "loss": means[0],
                 "terms": dict(zip(trainer.objective.names, means[1:-1], strict=True)),
                 "lr": learning_rate(section.schedule, peak, state.step, total_steps),
@@ -172,6 +183,6 @@ class Loop:
             "loss": last.get("loss"),
             "best_step": state.step if state.best_step is None else state.best_step,
             "best_dev_loss": state.best_loss,
-            **{key: value for key, value in last.items() if key.startswith("dev_")},
+            **{k: value for k, value in last.items() if k == "shards" or k.startswith("dev_")},
             "seconds": seconds,
         }

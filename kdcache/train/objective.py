@@ -116,7 +116,8 @@ def _checked(
     record = signals.get(term.signal)
     if record is None:
         raise RecipeError(
-            f"{where}.signal: cache has no signal {term.signal!r}; it has {sorted(signals)}"
+            f"{where}.signal: cache has no signal {term.signal!r}; it has {sorted(signals)}; dump "
+            "it, or wait until the dump that is on its way comes to it"
         )
     if not isinstance(record, LogitsRecord) or not _of_references(record):
         usable = sorted(name for name, other in signals.items() if _of_references(other))

@@ -6,6 +6,9 @@ Shards are permuted and grouped into windows, samples are permuted inside a wind
 lengths are brought together inside a pool of that permutation, batches are filled up to a
 token budget, and the batches of a window are permuted. Every permutation is keyed by a hash
 of what it is for, so seeds and epochs never alias and no library version enters.
+
+While a dump goes on an epoch is drawn from the first shards alone: how many is one more number,
+pinned when the epoch begins and kept in the state.
 """
 
 # M samples of a window, B samples of a batch
@@ -40,6 +43,9 @@ class OrderState:
         epoch: epoch of the next batch, from 0.
         window: window of the next batch within its epoch.
         batch: number of the next batch within its window.
+        shards: the epoch is drawn from the first so many shards. None: those that the cache
+            has when the epoch begins; of an epoch that has begun (in a state from before there
+            was this number) all.
     """
 
     digest: str
@@ -48,6 +54,7 @@ class OrderState:
     epoch: int = 0
     window: int = 0
     batch: int = 0
+    shards: int | None = None
 
     def to_json(self) -> str:
         """One line of JSON, under 300 bytes."""
@@ -62,6 +69,8 @@ class OrderState:
         """
         try:
             tree = json.loads(text)
+            if tree.get("shards", 0) is None:
+                del tree["shards"]
             return cls(digest=str(tree.pop("digest")), **{k: int(v) for k, v in tree.items()})
         except (ValueError, TypeError, KeyError, AttributeError):
             raise TrainingError(
@@ -83,13 +92,18 @@ class OrderState:
                     "resume with the same corpus, batch size, window and seed, or start a new run"
                 )
 
+    @property
+    def begun(self) -> bool:
+        """Whether its epoch has begun, so that it is settled which shards it is drawn from."""
+        return (self.window, self.batch) != (0, 0) or self.shards is not None
+
     def advanced(self, num_batches: int, num_windows: int) -> OrderState:
         """The state after this batch of a window with `num_batches`, of `num_windows`."""
         if self.batch + 1 < num_batches:
             return replace(self, batch=self.batch + 1)
         if self.window + 1 < num_windows:
             return replace(self, window=self.window + 1, batch=0)
-        return replace(self, epoch=self.epoch + 1, window=0, batch=0)
+        return replace(self, epoch=self.epoch + 1, window=0, batch=0, shards=None)
 
 
 def plan_digest(corpus_digest: str, shards: Sequence[tuple[int, int]]) -> str:
@@ -112,7 +126,7 @@ def epoch_windows(
 
     Args:
         digest: from `plan_digest`.
-        num_shards: shards of the cache.
+        num_shards: the first so many shards of the cache are in the epoch.
         window_shards: shards shuffled together; the last window may have fewer.
         seed: recipe seed.
         epoch: from 0.

@@ -18,8 +18,9 @@ from kdcache.errors import TrainingError
 from kdcache.formats.cache import Cache
 from kdcache.formats.ragged import Ragged
 from kdcache.formats.schema import join_ids
-from kdcache.formats.window import WindowReader
+from kdcache.formats.window import WindowAhead, WindowReader
 from kdcache.labels import CodedLabels, LogitsSpec, coded_labels
+from kdcache.train.growth import Growth
 from kdcache.train.order import (
     ORDER_VERSION,
     OrderState,
@@ -83,12 +84,14 @@ class GlobalBatch:
     Attributes:
         state: where the stream stands after this batch.
         epoch: epoch it belongs to, from 0.
+        shards: the first so many shards of the cache are in that epoch.
         num_tokens: target tokens in all of its micro-batches.
         micro: its micro-batches, each some of its samples.
     """
 
     state: OrderState
     epoch: int
+    shards: int
     num_tokens: int
     micro: tuple[Batch, ...]
 
@@ -113,9 +116,13 @@ class BatchStream:
         max_epochs: stop after this many; None: never.
         state: where to go on; from the start without it.
         pin: whether batches are put into page-locked memory.
+        while_dumping: whether a dump may be on its way: every epoch is then drawn from the
+            longest prefix of shards that all of the signals have when it begins, and the first
+            epoch waits for the first shard.
 
     Raises:
-        FormatError: the cache lacks a stream or a signal, or its dump is unfinished.
+        FormatError: the cache lacks a stream or a signal, or its dump is unfinished and that
+            is not expected.
         IdentityError: the state is of another order.
     """
 
@@ -133,10 +140,10 @@ class BatchStream:
         max_epochs: int | None = None,
         state: OrderState | None = None,
         pin: bool = False,
+        while_dumping: bool = False,
     ) -> None:
         manifest = cache.manifest
-        for name in signals:
-            cache.require_complete(name)
+        self.growth = Growth(cache, signals, while_dumping)
         for name in (source, target):
             cache.stream(name)
         self.cache, self.source, self.target = cache, source, target
@@ -166,8 +173,8 @@ class BatchStream:
         stop = Event()
         thread = Thread(target=self._produce, args=(queue, stop), name="kdcache-batches")
         thread.daemon = True
-        thread.start()
         try:
+            thread.start()  # an interrupt while it starts must stop it too
             while True:
                 item = queue.get()
                 if isinstance(item, BaseException):
@@ -182,7 +189,7 @@ class BatchStream:
                 thread.join(timeout=0.05)
 
     def count_batches(self, num_epochs: int, most: int) -> int:
-        """Global batches of the first epochs, counted no further than `most`.
+        """Global batches of the first epochs of a whole cache, counted no further than `most`.
 
         Args:
             num_epochs: epochs to count.
@@ -190,17 +197,16 @@ class BatchStream:
         """
         count = 0
         for epoch in range(num_epochs):
-            for window, shards in enumerate(self._windows(epoch)):
+            for window, shards in enumerate(self._windows(epoch, self.cache.num_shards)):
                 if count >= most:
                     return most
                 reader = WindowReader(self.cache, shards, self._streams, [])
                 count += len(self._window_batches(reader, epoch, window))
         return min(count, most)
 
-    def _windows(self, epoch: int) -> list[list[int]]:
-        """Shards of each window of an epoch."""
-        num_shards, seed = self.cache.num_shards, self.state.seed
-        return epoch_windows(self._plan, num_shards, self.window_shards, seed, epoch)
+    def _windows(self, epoch: int, num_shards: int) -> list[list[int]]:
+        """Shards of each window of an epoch that is drawn from the first of them."""
+        return epoch_windows(self._plan, num_shards, self.window_shards, self.state.seed, epoch)
 
     def _window_batches(self, reader: WindowReader, epoch: int, window: int) -> list[np.ndarray]:
         """Global batches of a window, as indices into it."""
@@ -218,20 +224,26 @@ class BatchStream:
         """Fill the queue until told to stop; an error is handed over, not lost."""
         last: BaseException | None = None
         try:
-            for batch in self._batches():
+            for batch in self._batches(stop):
                 if not _put(queue, batch, stop):
                     return
         except BaseException as error:
             last = error
         _put(queue, last, stop)
 
-    def _batches(self) -> Iterator[GlobalBatch]:
-        """Global batches, made as they are asked for."""
-        state = self.state
+    def _batches(self, stop: Event) -> Iterator[GlobalBatch]:
+        """Global batches, made as they are asked for; the last one where it is told to stop."""
+        state, ahead = self.state, WindowAhead(self.cache, self.signals, stop)
         while self.max_epochs is None or state.epoch < self.max_epochs:
-            windows = self._windows(state.epoch)
-            for shards in windows[state.window :]:
-                reader = WindowReader(self.cache, shards, self._streams, self.signals)
+            pinned = self.growth.pinned(state, stop)
+            if pinned is None:
+                return
+            state = replace(state, shards=pinned)
+            windows = self._windows(state.epoch, pinned)
+            for window in range(state.window, len(windows)):
+                reader = WindowReader(self.cache, windows[window], self._streams, self.signals)
+                if window + 1 < len(windows):
+                    ahead.begin(windows[window + 1])
                 batches = self._window_batches(reader, state.epoch, state.window)
                 if state.batch >= len(batches):
                     raise TrainingError(
@@ -240,15 +252,15 @@ class BatchStream:
                     )
                 for batch in batches[state.batch :]:
                     epoch, state = state.epoch, state.advanced(len(batches), len(windows))
-                    yield self._global_batch(reader, batch, state, epoch)
+                    yield self._global_batch(reader, batch, state, (epoch, pinned))
 
     def _global_batch(
-        self, reader: WindowReader, index: np.ndarray, state: OrderState, epoch: int
+        self, reader: WindowReader, index: np.ndarray, state: OrderState, drawn: tuple[int, int]
     ) -> GlobalBatch:
-        """Gather one global batch, micro-batch by micro-batch."""
+        """Gather one global batch, micro-batch by micro-batch; `drawn` is epoch and shards."""
         micro = tuple(self._batch(reader, part) for part in micro_batches(index, self.accumulate))
         num_tokens = sum(len(batch.targets) for batch in micro)
-        return GlobalBatch(state, epoch, num_tokens, micro)
+        return GlobalBatch(state, *drawn, num_tokens, micro)
 
     def _batch(self, reader: WindowReader, index: np.ndarray) -> Batch:
         """Gather one micro-batch; `index` counts within the window."""

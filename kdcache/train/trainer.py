@@ -69,6 +69,7 @@ class Trainer:
             accumulate=section.accumulate,
             max_epochs=section.max_epochs,
             pin=self.device.type == "cuda",
+            while_dumping=section.while_dumping,
         )
         teachers = [record.vocab_size for record in self.objective.records.values()]
         tokenizer = streams[1].tokenizer

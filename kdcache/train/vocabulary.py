@@ -200,5 +200,7 @@ def tokenizer_files(cache: Cache, ids: KnownIds, own: Sequence[Path]) -> list[Pa
     """
     if own and not ids.all_known:
         return list(own)
-    folder = cache.tokenizer_dir(cache.stream(ids.target).tokenizer)
-    return [file for file in sorted(folder.iterdir()) if file.name != TOKENS_FILE]
+    name = cache.stream(ids.target).tokenizer
+    folder, record = cache.tokenizer_dir(name), cache.tokenizer(name)
+    names = sorted(file.path.rsplit("/", 1)[-1] for file in record.files)
+    return [folder / name for name in names if name != TOKENS_FILE]

@@ -10,6 +10,8 @@ from transformers import MarianConfig, MarianMTModel
 from kdcache.dump.runner import dump
 from kdcache.dump.tokenize import train_sentencepiece
 from kdcache.recipe import SentencePieceTokenizer, parse_recipe
+from kdcache.train.growth import Growth
+from tests.train.growing import Growing
 
 STUDENT = {
     "model_type": "marian",
@@ -128,3 +130,34 @@ def make_recipe(world):
         return parse_recipe({"name": "test", "train": tree | train})
 
     return make
+
+
+@pytest.fixture(scope="module")
+def growing(world, tmp_path_factory):
+    return Growing(world.cache, tmp_path_factory.mktemp("growing"))
+
+
+@pytest.fixture
+def by_epoch(growing, monkeypatch):
+    """Has the cache grow to so many shards just before each epoch looks."""
+
+    real = Growth.prefix
+
+    def plan(counts):
+        left = iter(counts)
+
+        def prefix(self):
+            count = next(left, None)
+            if count is not None:
+                growing.show(count)
+            found = real(self)
+            assert found, "nothing is committed: this would wait for ever"
+            return found
+
+        monkeypatch.setattr(Growth, "prefix", prefix)
+        return growing
+
+    growing.show(0)
+    yield plan
+    monkeypatch.undo()
+    growing.show(growing.num_shards)
