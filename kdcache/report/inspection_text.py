@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from kdcache.formats.manifest import SAMPLES
 from kdcache.report.sample_text import sample_text
 from kdcache.report.signal_text import signal_text, signals_table
-from kdcache.report.text import listing, percent, size, table
+from kdcache.report.text import listing, one_line, percent, size, table
 
 
 def inspection_text(inspection: Mapping[str, Any]) -> str:
@@ -31,9 +32,15 @@ def inspection_text(inspection: Mapping[str, Any]) -> str:
 def _head(inspection: Mapping[str, Any]) -> str:
     corpus = inspection["corpus"]
     dropped = ", ".join(f"{count:,} {why}" for why, count in corpus["dropped"].items() if count)
-    sizes = dict(inspection["bytes"])
+    about = "" if inspection["exact"] else "; sizes and counts reckoned from a part of the commits"
+    sizes, not_begun = dict(inspection["bytes"]), inspection["not_begun"]
     total, samples, tokenizers = (sizes.pop(key) for key in ("total", SAMPLES, "tokenizers"))
     tasks = ", ".join(f"{name} {percent(share)}" for name, share in corpus["task_shares"].items())
+    parts = [
+        f"samples {size(samples)}",
+        f"signals {size(sum(sizes.values()))}",
+        f"tokenizers {size(tokenizers)}",
+    ]
     label = f" (gold label: {corpus['label']})" if corpus["label"] else ""
     return listing(
         {
@@ -44,12 +51,26 @@ def _head(inspection: Mapping[str, Any]) -> str:
             **({"tasks": tasks} if tasks else {}),
             "fields": ", ".join(corpus["fields"]) + label,
             "shards": inspection["num_shards"],
-            "size": f"{size(total)} (samples {size(samples)}, signals {size(sum(sizes.values()))}, "
-            f"tokenizers {size(tokenizers)})",
+            "size": f"{size(total)} ({', '.join(parts)}){about}",
+            **({"not begun": ", ".join(not_begun)} if not_begun else {}),
             "corpus": corpus["digest"],
+            **_lineage(inspection["lineage"]),
             "made with": ", ".join(f"{k} {v}" for k, v in inspection["versions"].items()),
         }
     )
+
+
+def _lineage(lineage: Mapping[str, Any] | None) -> dict[str, str]:
+    """What a cache was compiled from, and how; nothing for a dump."""
+    if lineage is None:
+        return {}
+    names = [f"{one_line(s['name'])} ({s['num_samples']:,} samples)" for s in lineage["sources"]]
+    steps = []
+    for step in lineage["operations"]:
+        given = {key: value for key, value in step.items() if key != "operation"}
+        words = "; ".join(f"{key}: {json.dumps(value)}" for key, value in given.items())
+        steps.append(f"{step.get('operation')} ({words})" if given else str(step.get("operation")))
+    return {"compiled from": ", ".join(names), "by": one_line(", ".join(steps))}
 
 
 def _streams(inspection: Mapping[str, Any]) -> str:

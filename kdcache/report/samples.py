@@ -28,7 +28,8 @@ from kdcache.formats.signals import (
     SignalRecord,
 )
 from kdcache.formats.units import num_replicas
-from kdcache.report.signals import committed_shards, probabilities
+from kdcache.report.commits import Commits
+from kdcache.report.signals import probabilities
 from kdcache.report.tokens import names_of, readable
 
 #: Most entries listed at one position; their number is given in full.
@@ -37,16 +38,18 @@ LISTED_ENTRIES = 64
 Fields = dict[str, np.ndarray]
 
 
-def decoded_samples(cache: Cache, num_samples: int) -> list[dict[str, Any]]:
+def decoded_samples(
+    cache: Cache, commits: Mapping[str, Commits], num_samples: int
+) -> list[dict[str, Any]]:
     """Samples spread evenly over those that every signal with any shard describes.
 
     Args:
         cache: the cache.
+        commits: of the samples and of every signal.
         num_samples: how many, at most.
     """
-    have = {name: committed_shards(cache, name) for name in [SAMPLES, *cache.signals]}
-    begun = {name: shards for name, shards in have.items() if shards}
-    shared = set(have[SAMPLES]).intersection(*begun.values())
+    begun = {name: found.shards for name, found in commits.items() if found.shards}
+    shared = set(commits[SAMPLES].shards).intersection(*begun.values())
     plan = [(n, shard) for n, shard in enumerate(cache.manifest.shards) if n in shared]
     total = sum(shard.num_samples for _, shard in plan)
     count = min(num_samples, total)

@@ -42,12 +42,19 @@ def signal_text(name: str, signal: Block, num_shards: int) -> str:
         num_shards: shards of the cache.
     """
     title, lines = _OF_KIND[signal["kind"]](signal)
-    done = signal["num_shards_committed"]
-    unfinished = "" if done == num_shards else f" (unfinished: {done} of {num_shards} shards)"
-    head = {"signal": f"{name}: {title}{_given(signal)}{unfinished}"}
+    head = {"signal": f"{name}: {title}{_given(signal)}{_unfinished(signal, num_shards)}"}
     if signal["teacher"] is not None:
         head["teacher"] = _teacher(signal["teacher"])
     return listing(head | lines)
+
+
+def _unfinished(signal: Block, num_shards: int) -> str:
+    """How many shards there are while that is not all of them."""
+    done, first = signal["num_shards_committed"], signal["num_shards_from_first"]
+    if done == num_shards:
+        return ""
+    gap = "" if first == done else f", {first:,} from the first without a gap"
+    return f" (unfinished: {done:,} of {num_shards:,} shards{gap})"
 
 
 def _given(signal: Block) -> str:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -16,9 +16,8 @@ import numpy as np
 from kdcache.formats.cache import Cache
 from kdcache.formats.codes import entropy_nats, gold_log_probs
 from kdcache.formats.dense import dense_row_bytes
-from kdcache.formats.manifest import SAMPLES
 from kdcache.formats.ragged import Ragged
-from kdcache.formats.schema import STREAM_PREFIX, join_ids, record_bytes
+from kdcache.formats.schema import join_ids, record_bytes
 from kdcache.formats.signals import (
     AttentionRecord,
     BeamsRecord,
@@ -29,88 +28,45 @@ from kdcache.formats.signals import (
     SignalRecord,
 )
 from kdcache.formats.units import num_replicas
+from kdcache.report.commits import Commits, stream_tokens
 from kdcache.report.gold import Gold, gold_labels
-
-#: What needs data files is measured over at most this many shards, spread over the cache.
-MEASURED_SHARDS = 16
 
 Summary = dict[str, Any]
 
 
-def committed_shards(cache: Cache, signal: str) -> list[int]:
-    """Shards of the plan that a signal (or "samples") has."""
-    return sorted(cache.committed(signal) & set(range(cache.num_shards)))
-
-
-def measured(shards: Sequence[int]) -> Sequence[int]:
-    """At most `MEASURED_SHARDS` of them, spread evenly."""
-    return shards[:: max(1, math.ceil(len(shards) / MEASURED_SHARDS))]
-
-
-def data_bytes(cache: Cache, signal: str, shards: Sequence[int]) -> int:
-    """Bytes of the data files of some shards."""
-    return sum(
-        file.bytes
-        for shard in shards
-        for part in cache.commit_record(signal, shard).parts
-        for file in part.files
-    )
-
-
 @dataclass(frozen=True)
 class SignalView:
-    """A signal and those of its shards that are committed."""
+    """A signal and its commits."""
 
     cache: Cache
     record: SignalRecord
-    shards: list[int]
+    commits: Commits
 
     @cached_property
-    def entries(self) -> dict[str, int]:
-        """Column to its records, as the commits count them."""
-        entries: dict[str, int] = {}
-        for shard in self.shards:
-            for column, count in self.cache.commit_record(self.record.name, shard).entries.items():
-                entries[column] = entries.get(column, 0) + count
-        return entries
-
-    @property
-    def num_labels(self) -> int:
-        """What the signal describes, one by one."""
-        return sum(self.cache.commit_record(self.record.name, n).tokens for n in self.shards)
-
-    @property
-    def num_samples(self) -> int:
-        """Samples of its shards."""
-        return sum(self.cache.manifest.shards[n].num_samples for n in self.shards)
-
-    def num_stream_tokens(self, shards: Sequence[int] | None = None) -> int:
-        """Tokens of its stream in its shards, or in some of them."""
-        column = STREAM_PREFIX + self.record.stream
-        chosen = self.shards if shards is None else shards
-        return sum(self.cache.commit_record(SAMPLES, n).entries[column] for n in chosen)
+    def num_stream_tokens(self) -> int:
+        """Tokens of its stream in its shards."""
+        return self.commits.num_tokens(self.record.stream)
 
     def parts(self) -> Iterator[tuple[int, slice, dict[str, Ragged]]]:
         """Shard, samples counted within it, and columns of every part that is measured."""
-        for number in measured(self.shards):
+        for number in self.commits.measured:
             shard = self.cache.signal_shard(self.record.name, number)
             for start, stop, columns in shard.parts:
                 yield number, slice(start - shard.start, stop - shard.start), columns
 
 
-def signal_summary(cache: Cache, record: SignalRecord) -> Summary:
+def signal_summary(record: SignalRecord, commits: Commits) -> Summary:
     """One signal: how it was made, what it weighs, and what it says on the whole.
 
     Args:
-        cache: the cache.
         record: of the signal.
+        commits: of the signal.
 
     Returns:
         What `inspect.inspect_cache` lists for its kind. Numbers that there is nothing to measure
         for are None.
     """
-    view = SignalView(cache, record, committed_shards(cache, record.name))
-    num_bytes = data_bytes(cache, record.name, view.shards)
+    view = SignalView(commits.cache, record, commits)
     return {
         "kind": record.kind,
         "stream": record.stream,
@@ -119,10 +75,12 @@ def signal_summary(cache: Cache, record: SignalRecord) -> Summary:
         "hypotheses": record.hypotheses,
         "teacher": record.teacher.model_dump(mode="json") if record.teacher else None,
         "seed": record.seed,
-        "num_shards_committed": len(view.shards),
-        "num_samples": view.num_samples,
-        "bytes": num_bytes,
-        "bytes_per_stream_token": _ratio(num_bytes, view.num_stream_tokens()),
+        "num_shards_committed": len(commits.shards),
+        "num_shards_from_first": commits.num_from_first,
+        "num_commits_read": len(commits.read),
+        "num_samples": commits.num_samples,
+        "bytes": commits.num_bytes,
+        "bytes_per_stream_token": _ratio(commits.num_bytes, view.num_stream_tokens),
         **_OF_KIND[record.kind](view),
         "versions": record.versions,
     }
@@ -136,11 +94,11 @@ def _ratio(amount: float, count: float) -> float | None:
 def _logits(view: SignalView) -> Summary:
     """Soft labels: codec, entries and bytes of each, the teacher's loss and entropy."""
     record = cast(LogitsRecord, view.record)
-    num = view.num_labels
+    num, counts = view.commits.num_labels, view.commits.entries
     entries: dict[str, int] = {
-        column: view.entries[column] for column in ("exact", "drawn") if column in view.entries
+        column: counts[column] for column in ("exact", "drawn") if column in counts
     }
-    num_bytes = data_bytes(view.cache, record.name, view.shards)
+    num_bytes = view.commits.num_bytes
     label_bytes = _label_bytes(view, num, entries)
     loss = entropy = 0.0
     num_measured = 0
@@ -184,17 +142,16 @@ def _label_bytes(view: SignalView, num_labels: int, entries: Mapping[str, int]) 
 def _dense(view: SignalView) -> Summary:
     """Hidden states and attentions: layers, widths and bytes; no data file is read."""
     record = cast(HiddenRecord | AttentionRecord, view.record)
-    num_bytes = data_bytes(view.cache, record.name, view.shards)
-    tokens = view.num_stream_tokens()
-    per_token = _ratio(num_bytes, tokens)
+    num_bytes, num_rows = view.commits.num_bytes, view.commits.num_labels
+    per_token = _ratio(num_bytes, view.num_stream_tokens)
     found: Summary = {
         "side": record.side,
         "layers": list(record.layers),
         "values": record.values,
         "num_replicas": num_replicas(view.cache, record),
-        "num_rows": view.num_labels,
+        "num_rows": num_rows,
         "row_bytes": dense_row_bytes(record),
-        "bytes_per_row": _ratio(num_bytes, view.num_labels),
+        "bytes_per_row": _ratio(num_bytes, num_rows),
         "bytes_per_token_and_layer": None if per_token is None else per_token / len(record.layers),
     }
     if isinstance(record, HiddenRecord):
@@ -211,13 +168,14 @@ def _beams(view: SignalView) -> Summary:
         first = column.offsets[:-1][column.lengths > 0]
         best.add(column, first)
         every.add(column, np.arange(int(column.offsets[-1])))
-    reference = view.num_stream_tokens(measured(view.shards))
+    commits = view.commits
+    reference = stream_tokens(view.cache, record.stream, commits.measured)
     return {
         "vocab_size": record.vocab_size,
         "num_hypotheses": record.num_hypotheses,
         "decoding": record.decoding,
-        "num_tokens": view.num_labels,
-        "hypotheses_per_sample": _ratio(view.entries.get("hypotheses", 0), view.num_samples),
+        "num_tokens": commits.num_labels,
+        "hypotheses_per_sample": _ratio(commits.entries.get("hypotheses", 0), commits.num_samples),
         "best": best.summary(reference),
         "all": every.summary(None),
     }
@@ -270,7 +228,7 @@ def _classes(view: SignalView) -> Summary:
         "labels": record.labels,
         "values": record.values,
         "num_replicas": num_replicas(view.cache, record),
-        "num_described": view.num_labels // num_labels,
+        "num_described": view.commits.num_labels // num_labels,
         **_said(record, np.concatenate(scores)),
         **gold.summary(),
     }
@@ -328,6 +286,7 @@ def _plogp(probs: np.ndarray) -> np.ndarray:
 def _masks(view: SignalView) -> Summary:
     """Maskings: how much is masked, and what stands there instead."""
     record = cast(MasksRecord, view.record)
+    in_all = view.commits.entries.get("masked", 0)
     num_masked = num_mask = num_kept = 0
     for shard, samples, columns in view.parts():
         ids = join_ids(columns["masked"].fields)
@@ -340,10 +299,8 @@ def _masks(view: SignalView) -> Summary:
         "parameters": record.parameters,
         "num_replicas": record.replicas,
         "mask_id": record.mask_id,
-        "num_masked": view.entries.get("masked", 0),
-        "share_masked": _ratio(
-            view.entries.get("masked", 0), view.num_stream_tokens() * record.replicas
-        ),
+        "num_masked": in_all,
+        "share_masked": _ratio(in_all, view.num_stream_tokens * record.replicas),
         "shares_of_masked": {
             "mask": _ratio(num_mask, num_masked),
             "other": _ratio(num_masked - num_mask - num_kept, num_masked),

@@ -210,6 +210,7 @@ def _stream(
         digest=hasher.hexdigest(),
         vocab_size=VOCAB,
         num_tokens=int(stream.lengths.sum()),
+        longest=int(stream.lengths.max()),
     )
 
 

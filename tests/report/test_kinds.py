@@ -14,11 +14,12 @@ import pytest
 
 from kdcache.formats.cache import Cache, open_cache
 from kdcache.formats.signals import ClassesRecord
-from kdcache.report import signals
+from kdcache.report import commits
 from kdcache.report.gold import Gold
 from kdcache.report.inspect import inspect_cache
 from kdcache.report.inspection_text import inspection_text
 from kdcache.report.signal_text import signal_text
+from kdcache.report.signals import probabilities
 from tests.report.kinds import (
     DECODING,
     GOLD,
@@ -261,9 +262,9 @@ def test_scores_and_several_labels(made: Kinds, found: dict) -> None:
 def test_extreme_scores_are_probabilities(made: Kinds) -> None:
     cache = open_cache(made.path)
     scores = np.array([[1000.0, -1000.0, 999.0]])
-    found = signals.probabilities(cast(ClassesRecord, cache.signal("nli")), scores)
+    found = probabilities(cast(ClassesRecord, cache.signal("nli")), scores)
     assert found[0].tolist() == pytest.approx([1 / (1 + math.exp(-1)), 0, 1 / (1 + math.e)])
-    found = signals.probabilities(cast(ClassesRecord, cache.signal("topics")), scores[:, :2])
+    found = probabilities(cast(ClassesRecord, cache.signal("topics")), scores[:, :2])
     assert found[0].tolist() == [1, 0]
 
 
@@ -331,7 +332,7 @@ def test_a_big_cache_is_measured_in_part(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Cache, "signal_shard", counted)
     monkeypatch.setattr(Cache, "dense_shard", None)  # sizes need no data
-    monkeypatch.setattr(signals, "MEASURED_SHARDS", 3)
+    monkeypatch.setattr(commits, "MEASURED_SHARDS", 3)
     found = inspect_cache(made.path, num_samples=0)
     assert found["num_shards"] == len(SRC)
     for name in ("targets", "beams", "nli", "masks"):
