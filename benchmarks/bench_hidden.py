@@ -40,6 +40,7 @@ from zarr.codecs import Crc32cCodec
 
 from kdcache.formats.data_files import write_group
 from kdcache.formats.dense import MappedArray
+from kdcache.formats.integrity import mapped
 from kdcache.formats.zarr_layout import CHUNK_ROWS, shard_path
 
 #: Read(start, stop, layer) gives [stop - start, W].
@@ -92,7 +93,9 @@ def write_kdcache(folder: Path, array: np.ndarray) -> None:
 
 
 def open_kdcache(folder: Path, array: np.ndarray) -> Read:
-    return MappedArray(folder / shard_path("values", 3), array.shape, array.dtype).read
+    file = folder / shard_path("values", 3)
+    with file.open("rb") as stream:
+        return MappedArray(mapped(stream), str(file), array.shape, array.dtype).read
 
 
 def write_zarr(pipeline: str) -> Callable[[Path, np.ndarray], None]:

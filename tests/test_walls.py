@@ -5,10 +5,12 @@ from __future__ import annotations
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import kdcache
+import kdcache.compile
 import kdcache.dump
 import kdcache.formats
 import kdcache.train
@@ -64,6 +66,23 @@ def test_train_never_imports_dump() -> None:
 def test_dump_never_imports_train() -> None:
     loaded = loaded_after(importing(modules(kdcache.dump)))
     assert not {name for name in loaded if name.startswith("kdcache.train")}
+
+
+def test_compile_takes_the_codecs_of_dump_and_nothing_else() -> None:
+    names = modules(kdcache.compile)
+    assert "kdcache.compile.reencode" in names
+    loaded = loaded_after(importing(names))
+    assert "kdcache.dump.codecs" in loaded
+    rooms = {".".join(name.split(".")[:3]) for name in loaded if name.startswith("kdcache.dump.")}
+    assert rooms == {"kdcache.dump.codecs"}
+    assert not {name for name in loaded if name.startswith("kdcache.train")}
+
+
+def test_compile_runs_without_torch_where_nothing_is_re_encoded(
+    tiny_cache: Path, tmp_path: Path
+) -> None:
+    words = ("compile", str(tiny_cache), "--out", str(tmp_path / "out"), "--fraction", "0.9")
+    assert not loaded_after(running(*words)) & set(HEAVY)
 
 
 @pytest.mark.parametrize(
