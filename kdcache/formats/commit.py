@@ -227,7 +227,7 @@ def take_claim(path: Path) -> LocalClaim | None:
         while True:
             try:
                 make_durably(path.parent)
-                flags = os.O_RDWR | os.O_CLOEXEC
+                flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
                 try:
                     disk.note("create", path)
                     handle, stale = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644), False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from kdcache.formats.manifest import (
     signal_path,
 )
 from kdcache.formats.store import Store, open_store
-from kdcache.formats.verify_findings import CorpusSums
+from kdcache.formats.verify_findings import Copies, CorpusSums
 from kdcache.formats.verify_flight import Flight
 from kdcache.formats.verify_pass import Pass, Seen, Work
 from kdcache.formats.verify_processes import FEW_BYTES, check_in_processes, shard_bytes
@@ -126,7 +127,9 @@ class _Verifier:
             self._records(commits, flight)
             self._tokenizers()
             self._coverage(commits)
-            checking = Pass(cache, flight, self.sums)
+            # What comes out of order, from other processes, must not be waited for in memory.
+            copies = Copies(lambda shard, piece: self.sums.add(shard, piece, Future()))
+            checking = Pass(cache, flight, copies if processes > 1 else self.sums)
             if self.quick:
                 self._quick(checking, work)
             else:

@@ -101,15 +101,15 @@ class Sums(Protocol):
 
 
 class Copies:
-    """Keeps what is needed of samples, for the digests that another process takes.
+    """Copies what is needed of samples, so that none of them must wait in memory."""
 
-    Attributes:
-        pieces: shard to its piece; None where its samples cannot be relied on.
-    """
+    def __init__(self, then: Callable[[int, Piece | None], object]) -> None:
+        """Say where copies go.
 
-    def __init__(self) -> None:
-        """Start with none."""
-        self.pieces: dict[int, Piece | None] = {}
+        Args:
+            then: gets shards and their pieces; None where samples cannot be relied on.
+        """
+        self._then = then
 
     def add(self, shard: int, samples: SampleShard | None, taken: Future[None]) -> None:
         """Copy what is needed."""
@@ -120,7 +120,7 @@ class Copies:
                 for name, column in samples.streams.items()
             }
             piece = Piece(samples.sample_id.copy(), samples.row.copy(), streams)
-        self.pieces[shard] = piece
+        self._then(shard, piece)
         taken.set_result(None)
 
 

@@ -113,13 +113,13 @@ def _begin(location: str, processes: int) -> None:
 def _check(work: Work) -> _Found:
     """What another process does."""
     cache, processes = _opened[0]
-    copies = Copies()
+    pieces: dict[int, Piece | None] = {}
     with Flight(cache.store, share=processes) as flight:
-        checking = Pass(cache, flight, copies)
+        checking = Pass(cache, flight, Copies(pieces.__setitem__))
         for shard, names in work.items():
             checking.check(shard, names, _nobody)
         flight.finish()
-    return _Found(checking.seen, checking.findings.all(), copies.pieces)
+    return _Found(checking.seen, checking.findings.all(), pieces)
 
 
 def _nobody(num_bytes: int) -> None:

@@ -102,7 +102,7 @@ def test_the_death_of_a_rank_costs_its_current_shard_only(ordeal):
     summaries = [json.loads(ended.out) for ended in ordeal.shared(out, 2, {})]
     written = [s["signals"]["logits"]["shards_written"] for s in summaries]
     assert written == [1, 0]
-    assert all(summary["complete"] for summary in summaries)
+    assert summaries[0]["complete"]
     problems = ordeal.judged(out, "rank 1 of 3 died")
     assert not problems, str(problems)
 

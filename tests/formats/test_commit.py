@@ -238,6 +238,15 @@ def test_a_claim_whose_file_stays_is_given_back_and_stale(
     claim.release()
 
 
+@pytest.mark.parametrize("target", ["nowhere", "somewhere"])
+def test_a_link_is_no_claim(tmp_path: Path, target: str) -> None:
+    (tmp_path / "somewhere").write_bytes(b"mine")
+    (tmp_path / "a").symlink_to(target)
+    with pytest.raises(StorageError, match="a: cannot be written"):
+        take_claim(tmp_path / "a")
+    assert (tmp_path / "somewhere").read_bytes() == b"mine"
+
+
 HOLDER = """
 import sys, pathlib, time
 from kdcache.formats.commit import take_claim

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from kdcache.errors import IntegrityError, KDCacheError, StorageError
+from kdcache.errors import IdentityError, IntegrityError, KDCacheError, StorageError
 from kdcache.formats import remote, retry
 from kdcache.formats.cache import open_cache
 from kdcache.formats.commit import write_file
@@ -25,8 +25,10 @@ from kdcache.formats.remote import RemoteStore
 from kdcache.formats.scratch import scratch_folder
 from kdcache.formats.store import LocalStore, open_store
 from kdcache.formats.window import WindowAhead, WindowReader, window_files
+from kdcache.formats.writer import CacheWriter
 from tests.formats.kinds import make_kinds
 from tests.formats.labels import make_cache
+from tests.formats.test_writer import batch, commit_of, declare
 
 URL = "memory://bucket/caches/deen"
 
@@ -511,3 +513,16 @@ def test_what_fails_ahead_is_said_when_it_is_read(tmp_path):
     WindowAhead(cache, ["logits"], threading.Event())._fetch([1])
     with pytest.raises(KDCacheError, match="missing"):
         WindowReader(cache, [1], ["src"], ["logits"])
+
+
+def test_a_part_that_another_machine_committed_first_is_taken_as_it_stands() -> None:
+    location = "memory://first/cache"
+    with CacheWriter(location) as writer:
+        declare(writer)
+        part = writer.write_part("logits", 0, 0, 0, 2, batch(1, 2))
+        standing = writer.commit(commit_of(part))
+        late = writer.write_part("logits", 0, 0, 0, 2, batch(1, 3))
+        assert late == part
+        assert writer.commit(commit_of(late)) == standing
+        with pytest.raises(IdentityError, match="no such part"):
+            writer.write_part("logits", 0, 1, 2, 3, batch(1))

@@ -380,3 +380,12 @@ def test_a_dump_killed_in_mid_write_is_resumed_to_the_same_bytes(tmp_path: Path,
         open_cache(killed).require_complete("logits")
     make_cache(killed)
     assert tree(killed) == tree(whole)
+
+
+def test_a_copy_of_an_unfinished_cache_without_its_claims_goes_on(tmp_path: Path) -> None:
+    root = tmp_path / "cache"
+    make_cache(root, codecs={})
+    (root / "kdcache.json").unlink()
+    shutil.rmtree(root / ".locks")
+    with CacheWriter(root) as writer:
+        assert writer.committed("samples") == {0, 1, 2}
