@@ -63,7 +63,8 @@ def _block_faults(
     stored = part.read(*rows, index)
     scale = None if part.scale is None else part.scale.read(*rows, index)
     if not _finite(stored, record.values, scale):
-        values = decode_values(stored, record.values, scale)
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = decode_values(stored, record.values, scale)
         bad = np.count_nonzero(~np.isfinite(values))
         if bad:
             return [f"{bad} values are NaN or infinite"]

@@ -48,7 +48,7 @@ class Flight:
             share: processes that share the machine.
         """
         local = isinstance(store, LocalStore)
-        readers = max(1, (LOCAL_READERS if local else REMOTE_READERS) // share)
+        readers = LOCAL_READERS if local else max(2, REMOTE_READERS // share)
         checkers = max(1 if share > 1 else 2, min(MOST_CHECKERS, num_cores() // share))
         self.most_bytes = max(PART_BYTES, MOST_BYTES // share)
         self._readers = ThreadPoolExecutor(readers, "verify-read")

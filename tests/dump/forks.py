@@ -141,6 +141,8 @@ class Forks:
             environment: variables that it has beside this process's.
         """
         log = self._work / f"{next(self._numbers):06d}"
+        for end in (".out", ".err"):
+            log.with_suffix(end).touch()  # it may be killed before it opens them
         watched = None if injection is None else asdict(injection)
         request = {"argv": list(argv), "cache": str(cache), "log": str(log), "record": record}
         told = self.ask(start=request, injection=watched, environment=dict(environment or {}))

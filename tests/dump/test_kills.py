@@ -3,6 +3,7 @@ not. `benchmarks/bench_faults.py` does the same at every step."""
 
 import os
 import random
+import re
 import signal
 import time
 
@@ -26,6 +27,50 @@ def test_a_dump_takes_every_kind_of_step(ordeal):
     assert ordeal.num_shards == 6
     folders = {step.path.split("/")[0] for step in ordeal.steps}
     assert {"commits", "samples", "signals", "tokenizers", "logits", "hidden", "beams"} <= folders
+
+
+def last(steps: list[Step], name: str, path: str) -> int:
+    """Place of the last step of a name on a path; -1 where there is none."""
+    return max((at for at, s in enumerate(steps) if (s.name, s.path) == (name, path)), default=-1)
+
+
+def test_nothing_has_its_name_before_it_is_durable(ordeal):
+    """A kill leaves what the system has in memory; a failing machine does not, so order matters."""
+    named = 0
+    for at, step in enumerate(ordeal.steps):
+        if step.name not in ("rename", "link") or step.optional:
+            continue
+        before, named = list(ordeal.steps[:at]), named + 1
+        folder, _, file = step.path.rpartition("/")
+        temporary = f"{folder}/.tmp-{re.sub('-[0-9a-f]{16}', '', file)}".lstrip("/")
+        written = {s.path for s in before if s.name == "create" and s.path.startswith(temporary)}
+        assert written, step
+        for path in written:
+            assert -1 < last(before, "write", path) < last(before, "fsync", path), path
+        if file.endswith(".zarr"):
+            synced = last(before, "sync_folder", temporary)
+            assert synced > max(last(before, "fsync", path) for path in written)
+        if folder == "commits":
+            signal_name, shard, _ = file.split(".")
+            parts = [s for s in before if s.path.startswith(f"{signal_name}/{shard}.")]
+            assert {s.name for s in parts} == {"rename"}
+            synced = last(before, "sync_folder", signal_name)
+            assert synced > max(before.index(part) for part in parts)
+        if step.name == "link":  # the claim is given back after the name is durable
+            after = list(ordeal.steps[at:])
+            released = last(after, "unlink", f".locks/{claim_of(folder, file)}")
+            assert last(after[:released], "sync_folder", folder or ".") > 0, step
+    assert named == 5 * 2 * ordeal.num_shards + 4 + 1 + number_of_tokenizer_files(ordeal)
+
+
+def claim_of(folder: str, record: str) -> str:
+    name = record.removesuffix(".json")
+    mine = folder in ("commits", "signals") and not name.startswith("samples.")
+    return name if mine else "samples"
+
+
+def number_of_tokenizer_files(ordeal) -> int:
+    return sum(name.startswith("tokenizers/") and name[-1] != "/" for name in ordeal.expected)
 
 
 @pytest.mark.parametrize("name", disk.STEPS)

@@ -302,3 +302,27 @@ def test_a_stream_with_an_id_beyond_its_vocabulary_is_caught(tiny_cache: Path) -
     recommitted(tiny_cache, batch.set_column(at, batch.schema.field(at), broken), "samples")
     faults = verify_cache(tiny_cache).faults
     assert any("stream src: id 12, the vocabulary has 12" in fault for fault in faults)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (b'["a"]', "1 tokens, expected 12"),
+        (b'{"a": 1}', "expected a list of strings"),
+        (b'["\xff"]', "not JSON in UTF-8"),
+    ],
+)
+def test_tokens_that_are_none_are_caught_under_right_checksums(
+    tiny_cache: Path, tokens: bytes, message: str
+) -> None:
+    path = "tokenizers/teacher/tokens.json"
+    (tiny_cache / path).write_bytes(tokens)
+
+    def change(tree: dict) -> None:
+        files = tree["tokenizers"]["teacher"]["files"]
+        files[:] = [file for file in files if file["path"] != path]
+        files.append(digest_bytes(tokens, path).model_dump())
+
+    rewrite(tiny_cache, "kdcache.json", Manifest, change)
+    (fault,) = verify_cache(tiny_cache).faults
+    assert fault == f"{tiny_cache / path}: {message}"

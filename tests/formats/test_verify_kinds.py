@@ -13,6 +13,7 @@ from kdcache.formats.dense import SCALE, VALUES
 from kdcache.formats.manifest import CommitRecord, part_path
 from kdcache.formats.ragged import Ragged, concat
 from kdcache.formats.schema import ragged_batch
+from kdcache.formats.signals import MasksRecord
 from kdcache.formats.verify import verify_cache
 from kdcache.formats.window import WindowReader
 from tests.formats.kinds import DENSE, LAYERS, Kinds
@@ -174,6 +175,7 @@ def without_scale(arrays: dict[str, np.ndarray]) -> None:
         ("hidden_bf16", put(VALUES, (0, 0, 0), 0x7F80), "layer 0: 1 values are NaN or infinite"),
         ("hidden_int8", put(SCALE, (0, 0), np.nan), "layer 0: 4 values are NaN or infinite"),
         ("hidden_int8", put(SCALE, (0, 1), -1), "layer 2: 1 scales are negative"),
+        ("hidden_int8", put(SCALE, (0, 0), 3e38), "layer 0: 4 values are NaN or infinite"),
         ("hidden", cut, "shape.0: "),
         ("hidden", retyped("<u2"), "data_type: 'uint16', expected 'float16'"),
         ("hidden_int8", without_scale, "its commit names no scale/zarr.json"),
@@ -351,6 +353,20 @@ def test_a_broken_structure_is_caught_under_right_checksums(
     recommitted(root, ragged_batch(cache.signal_schema(signal), columns), signal)
     faults = [fault for fault in faults_of(root) if "was made from" not in fault]
     assert any(message in fault for fault in faults), faults
+
+
+def test_what_was_made_from_masks_of_another_record_is_read_all_the_same(own_kinds: Kinds) -> None:
+    def change(tree: dict) -> None:
+        tree["seed"] += 1
+
+    rewrite(own_kinds.root, "signals/masks.json", MasksRecord, change)
+    (file,) = own_kinds.root.glob("at_masked/00001.0-*")
+    file.write_bytes(file.read_bytes()[:-1])
+    faults = faults_of(own_kinds.root)
+    mine = [fault for fault in faults if "signals/masks.json: its digest is" in fault]
+    assert len(mine) == open_cache(own_kinds.root).num_shards
+    (other,) = set(faults) - set(mine)
+    assert other.startswith(f"{file}: ")
 
 
 def test_a_signal_over_other_masks_is_caught(own_kinds: Kinds) -> None:

@@ -2,18 +2,22 @@
 
 import os
 from concurrent.futures import Future
+from dataclasses import replace
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from kdcache.errors import StorageError
-from kdcache.formats import verify, verify_findings, verify_processes
+from kdcache.formats import verify, verify_findings, verify_flight, verify_processes
 from kdcache.formats.cache import open_cache
+from kdcache.formats.ragged import Ragged
 from kdcache.formats.structure import range_faults
 from kdcache.formats.verify import verify_cache
 from kdcache.formats.verify_findings import Copies, CorpusSums, Findings
 from tests.formats.kinds import Kinds
+from tests.formats.labels import make_cache
 
 
 @pytest.fixture
@@ -37,6 +41,37 @@ def test_several_processes_find_what_one_finds(own_kinds: Kinds) -> None:
     assert len(alone.unfinished) == 1
     assert len(alone.leftovers) == 1
     assert together == alone
+
+
+@pytest.mark.usefixtures("eager")
+def test_shards_that_come_out_of_order_do_not_wait_for_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify_flight, "MOST_BYTES", 1)  # one part at a time
+    monkeypatch.setattr(verify_flight, "PART_BYTES", 1)
+    root = make_cache(tmp_path / "cache", shard_tokens=1)
+    assert open_cache(root).num_shards == 8
+    assert verify_cache(root, processes=2).faults == []
+
+
+def test_copies_stay_when_memory_is_used_again(kinds: Kinds) -> None:
+    samples = open_cache(kinds.root).samples(0)
+    fields = {"id": samples.streams["src"].fields["id"].copy()}
+    mine = replace(
+        samples,
+        sample_id=samples.sample_id.copy(),
+        row=samples.row.copy(),
+        streams={"src": Ragged(samples.streams["src"].offsets.copy(), fields)},
+    )
+    pieces: dict = {}
+    Copies(pieces.__setitem__).add(0, mine, Future())
+    for array in (mine.sample_id, mine.row, mine.streams["src"].offsets, fields["id"]):
+        array[:] = 0
+    assert np.array_equal(pieces[0].sample_id, samples.sample_id)
+    assert np.array_equal(pieces[0].row, samples.row)
+    found, column = pieces[0].streams["src"], samples.streams["src"]
+    assert np.array_equal(found.offsets, column.offsets)
+    assert np.array_equal(found.fields["id"], column.fields["id"])
 
 
 @pytest.mark.usefixtures("eager")
