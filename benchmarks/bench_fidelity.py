@@ -76,11 +76,12 @@ def train_one(args: argparse.Namespace, method: str, seed: int, setting: Setting
     from kdcache.dump.batches import Batch as Read
     from kdcache.dump.teachers.loading import load_teacher
     from kdcache.formats.cache import open_cache
-    from kdcache.labels import decode
+    from kdcache.labels import CodedLabels, decode
     from kdcache.models import load_tokenizer
     from kdcache.recipe import StudentSection, TeacherSection
+    from kdcache.train.batch import Batch
     from kdcache.train.losses import LossTerm, fused_loss
-    from kdcache.train.stream import Batch, BatchStream
+    from kdcache.train.stream import BatchStream
     from kdcache.train.student import build_student, student_logits
     from kdcache.train.translate import translate
     from kdcache.train.validate import score
@@ -95,23 +96,26 @@ def train_one(args: argparse.Namespace, method: str, seed: int, setting: Setting
     optimizer = torch.optim.Adam(student.parameters(), lr=args.lr, betas=(0.9, 0.98), eps=1e-9)
     signals = [] if method == "online" else [method]
     stream = BatchStream(
-        cache, "src", "tgt", signals, args.batch_tokens, seed, 4, max_epochs=args.epochs
+        cache, ["src", "tgt"], signals, args.batch_tokens, seed, 4, max_epochs=args.epochs
     )
     tail = "renormalise" if method == "topk_12" else "auto"
     dev = [path.read_text(encoding="utf-8").split("\n")[: args.dev] for path in setting.dev]
 
     def loss_of(logits: Tensor, batch: Batch) -> Tensor:
         if method not in ("online", "full"):
-            target = decode(batch.labels_of[method], 1.0, tail)
+            labels = batch.signals[method]
+            assert isinstance(labels, CodedLabels)
+            target = decode(labels, 1.0, tail)
             return fused_loss(logits, [LossTerm(target)], inplace=True)[0]
         # Dense on both sides: nothing is gained by listing all V ids of a position.
         if method == "full":
-            found = batch.labels_of["full"].exact_code
-            assert found is not None
-            teachers = found.float().view(logits.shape)  # [N, V]
+            full = batch.signals["full"]
+            assert isinstance(full, CodedLabels)
+            assert full.exact_code is not None
+            teachers = full.exact_code.float().view(logits.shape)  # [N, V]
         else:
-            labels, mask = batch.labels, batch.label_mask
-            teachers = teacher.logits(Read(labels, mask, None, batch.src, batch.src_mask), mask)
+            src, tgt = batch.streams["src"], batch.streams["tgt"]
+            teachers = teacher.logits(Read(tgt.ids, tgt.mask, None, src.ids, src.mask), tgt.mask)
         expected = torch.log_softmax(teachers, dim=-1)
         log_probs = torch.log_softmax(logits, dim=-1)
         return F.kl_div(log_probs, expected, reduction="batchmean", log_target=True)
@@ -140,7 +144,8 @@ def train_one(args: argparse.Namespace, method: str, seed: int, setting: Setting
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, step / args.warmup_steps)
         (micro,) = batch.micro
-        logits = student_logits(student, micro.src, micro.src_mask, micro.labels, micro.label_mask)
+        src, tgt = micro.streams["src"], micro.streams["tgt"]
+        logits = student_logits(student, src.ids, src.mask, tgt.ids, tgt.mask)
         loss_of(logits, micro).backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()

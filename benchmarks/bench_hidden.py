@@ -39,8 +39,8 @@ from setting import log, report
 from zarr.codecs import Crc32cCodec
 
 from kdcache.formats.data_files import write_group
-from kdcache.formats.dense import MappedArray
 from kdcache.formats.integrity import mapped
+from kdcache.formats.mapped_array import MappedArray
 from kdcache.formats.zarr_layout import CHUNK_ROWS, shard_path
 
 #: Read(start, stop, layer) gives [stop - start, W].

@@ -97,7 +97,8 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
     recipe = load_recipe(arguments.recipe, overrides)
     if arguments.print_recipe:
         return _print_recipe(arguments, recipe)
-    cache, out = _needs(arguments, "cache"), _needs(arguments, "out")
+    cache = arguments.cache if recipe.train.caches else _needs(arguments, "cache")
+    out = _needs(arguments, "out")
     from kdcache.train.loop import train as run
 
     return _print_summary(arguments, run(recipe, cache, out))

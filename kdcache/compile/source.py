@@ -15,7 +15,8 @@ import pyarrow as pa
 from kdcache.compile.runs import gather_runs
 from kdcache.errors import IntegrityError
 from kdcache.formats.cache import Cache
-from kdcache.formats.dense import DenseShard, MappedArray
+from kdcache.formats.dense import DenseShard
+from kdcache.formats.mapped_array import MappedArray
 from kdcache.formats.ragged import Ragged, segment_indices
 from kdcache.formats.shard import SampleShard
 from kdcache.formats.store import REPAIR

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -43,6 +44,9 @@ from kdcache.formats.signals import (
 )
 from kdcache.formats.store import REPAIR, Store, open_store
 from kdcache.formats.units import label_counts
+
+if TYPE_CHECKING:
+    from kdcache.train.batches import Batches
 
 #: Commits that are held; a window of shards needs some for each of its shards.
 MOST_COMMITS = 4096
@@ -148,6 +152,23 @@ class Cache:
                 f"{self.path}: cache has no stream {name!r}; it has {sorted(self.manifest.streams)}"
             )
         return self.manifest.streams[name]
+
+    def batches(
+        self, streams: Sequence[str] | None = None, signals: Sequence[str] = (), **options: Any
+    ) -> Batches:
+        """Shuffled batches for a training loop, as torch tensors: see `kdcache.batches`.
+
+        Args:
+            streams: names of the streams to read.
+            signals: names of the signals to read.
+            options: of `kdcache.batches`.
+
+        Raises:
+            FormatError: the cache lacks a stream or a signal, or its dump is unfinished.
+        """
+        from kdcache.train.batches import batches  # torch is needed from here on
+
+        return batches(self, streams, signals, **options)
 
     def committed(self, signal: str) -> set[int]:
         """Shards of a signal (or of "samples") whose commit stands now."""

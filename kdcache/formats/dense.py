@@ -18,20 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.errors import FormatError, IntegrityError
+from kdcache.errors import FormatError
 from kdcache.formats.identity import differences
+from kdcache.formats.mapped_array import MappedArray
 from kdcache.formats.signals import AttentionRecord, HiddenRecord
 from kdcache.formats.store import REPAIR
 from kdcache.formats.zarr_layout import (
     CHECKSUMS,
-    CHUNK_ROWS,
-    CRC_BYTES,
     METADATA_NAME,
     array_metadata,
-    chunk_bytes,
-    crc_bytes,
     decode_checksums,
-    decode_index,
     group_metadata,
     num_row_chunks,
     shard_path,
@@ -84,99 +80,6 @@ def decode_values(stored: np.ndarray, values: str, scale: np.ndarray | None = No
         return (stored.astype(np.uint32) << 16).view(np.float32)
     numbers: np.ndarray = stored.astype(np.float32)
     return numbers if scale is None else numbers * scale[:, None]
-
-
-class MappedArray:
-    """One Zarr array [R, L, ...] of a part: its only shard file, mapped.
-
-    Attributes:
-        file: path or URL of the shard file; there is none where R is 0.
-        shape: [R, L, ...].
-        dtype: as stored.
-    """
-
-    def __init__(
-        self,
-        data: memoryview,
-        file: str,
-        shape: tuple[int, ...],
-        dtype: np.dtype,
-        checksums: np.ndarray | None = None,
-    ) -> None:
-        """Read the chunk index of the file.
-
-        Args:
-            data: all bytes of the shard file, mapped; none where R is 0.
-            file: how messages call it.
-            shape: [R, L, ...].
-            dtype: as stored.
-            checksums: [C, L] uint32 that the chunks must have; those that stand behind them
-                without it, which a chunk from elsewhere has too.
-
-        Raises:
-            IntegrityError: it is short, or its index is damaged or lacks a chunk.
-        """
-        self.file, self.shape, self.dtype = file, shape, dtype
-        self._size = chunk_bytes(shape, dtype)
-        grid = num_row_chunks(shape[0]), shape[1]
-        self._checked = np.zeros(grid, dtype=bool)
-        self._checksums = checksums
-        self._data = np.frombuffer(data, dtype=np.uint8)
-        self._offsets = np.zeros(grid, dtype=np.int64)
-        if shape[0]:
-            if not len(data):
-                raise IntegrityError(f"{file}: empty; {REPAIR}")
-            try:
-                self._offsets = decode_index(self._data, *grid, self._size)
-            except IntegrityError as error:
-                raise IntegrityError(f"{file}: {error}; {REPAIR}") from None
-
-    @property
-    def chunks_read(self) -> int:
-        """Chunks that were read so far, each counted once."""
-        return int(self._checked.sum())
-
-    def read(self, start: int, stop: int, layer: int) -> np.ndarray:
-        """[stop - start, ...] values of one layer, copied.
-
-        Args:
-            start: first row.
-            stop: row after the last.
-            layer: layer index.
-
-        Raises:
-            IndexError: there are no such rows or layer.
-            IntegrityError: a chunk is not what its crc32c says.
-        """
-        if not (0 <= start <= stop <= self.shape[0] and 0 <= layer < self.shape[1]):
-            raise IndexError(f"rows {start} to {stop} of layer index {layer} in {self.shape}")
-        out = np.empty((stop - start, *self.shape[2:]), dtype=self.dtype)
-        at = start
-        while at < stop:
-            number, first = divmod(at, CHUNK_ROWS)
-            end = min(stop, (number + 1) * CHUNK_ROWS)
-            chunk = self._chunk(number, layer)
-            out[at - start : end - start] = chunk[first : first + end - at]
-            at = end
-        return out
-
-    def _chunk(self, number: int, layer: int) -> np.ndarray:
-        """[512, ...] one chunk in the map, checked the first time."""
-        begin = int(self._offsets[number, layer])
-        flat = self._data[begin : begin + self._size]
-        if not self._checked[number, layer]:
-            found = crc_bytes(flat)
-            right = [self._data[begin + self._size : begin + self._size + CRC_BYTES]]
-            if self._checksums is not None:
-                own = self._checksums[number, layer : layer + 1]
-                right.append(own.astype("<u4").view(np.uint8))
-            if not all(np.array_equal(found, crc) for crc in right):
-                raise IntegrityError(
-                    f"{self.file}: the crc32c of chunk {number} of layer index {layer} is "
-                    f"another; {REPAIR}"
-                )
-            self._checked[number, layer] = True
-        return flat.view(self.dtype).reshape(CHUNK_ROWS, *self.shape[2:])
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
 from threading import Event, Thread
@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kdcache.errors import IntegrityError, KDCacheError
+from kdcache.formats.dense_window import DenseWindow
 from kdcache.formats.manifest import SAMPLES, FileRecord
 from kdcache.formats.ragged import Ragged, gather, offsets_of
+from kdcache.formats.signals import AttentionRecord, HiddenRecord, SignalRecord
 from kdcache.formats.store import LocalStore
 from kdcache.formats.units import MAIN_COLUMN, label_counts
 
@@ -39,7 +41,7 @@ class WindowReader:
             cache: the cache.
             shards: shard numbers, in the order of the window.
             streams: streams to serve.
-            signals: signals to serve, of kinds that are kept in Arrow.
+            signals: signals to serve.
 
         Raises:
             FormatError: a stream or signal is not in the cache, or a file is damaged.
@@ -55,25 +57,41 @@ class WindowReader:
             [shard.row for shard in samples] or [np.empty(0, np.int64)]
         )
         self._streams = {name: [shard.streams[name] for shard in samples] for name in streams}
+        self._lengths: dict[str, np.ndarray] = {
+            name: np.concatenate([held.lengths for held in columns] or [np.empty(0, np.int64)])
+            for name, columns in self._streams.items()
+        }
         self._shard_starts = _starts([shard.stop - shard.start for shard in samples])
         self._parts: dict[str, list[dict[str, Ragged]]] = {}
         self._part_starts: dict[str, np.ndarray] = {}
+        self._dense: dict[str, DenseWindow] = {}
+        self._counts: dict[str, np.ndarray] = {}
         for name in signals:
             record = cache.signal(name)
-            parts: list[dict[str, Ragged]] = []
-            counts: list[int] = []
-            for shard in shards:
-                held = cache.signal_shard(name, shard)
-                expected = label_counts(cache, record, shard)
-                for start, stop, columns in held.parts:
-                    if expected is not None:
-                        mine = expected[start - held.start : stop - held.start]
-                        found = columns[MAIN_COLUMN[record.kind]].lengths
-                        _check_lengths(cache, name, shard, mine, found)
-                    parts.append(columns)
-                    counts.append(stop - start)
-            self._parts[name] = parts
-            self._part_starts[name] = _starts(counts)
+            if isinstance(record, HiddenRecord | AttentionRecord):
+                self._dense[name] = DenseWindow([cache.dense_shard(name, n) for n in shards])
+            else:
+                self._open_columns(cache, record, shards)
+
+    def _open_columns(self, cache: Cache, record: SignalRecord, shards: Sequence[int]) -> None:
+        """Map a signal that is kept in Arrow; its labels must be as many as what they describe."""
+        name, main = record.name, MAIN_COLUMN[record.kind]
+        parts: list[dict[str, Ragged]] = []
+        counts: list[int] = []
+        for shard in shards:
+            held = cache.signal_shard(name, shard)
+            expected = label_counts(cache, record, shard)
+            for start, stop, columns in held.parts:
+                if expected is not None:
+                    mine = expected[start - held.start : stop - held.start]
+                    _check_lengths(cache, name, shard, mine, columns[main].lengths)
+                parts.append(columns)
+                counts.append(stop - start)
+        self._parts[name] = parts
+        self._part_starts[name] = _starts(counts)
+        self._counts[name] = np.concatenate(
+            [part[main].lengths for part in parts] or [np.empty(0, np.int64)]
+        )
 
     @property
     def num_samples(self) -> int:
@@ -82,9 +100,7 @@ class WindowReader:
 
     def lengths(self, stream: str) -> np.ndarray:
         """[M] int64 tokens of each sample in a stream."""
-        columns = [column.lengths for column in self._streams[stream]]
-        out: np.ndarray = np.concatenate(columns or [np.empty(0, np.int64)])
-        return out
+        return self._lengths[stream]
 
     def take_stream(self, name: str, rows: np.ndarray) -> Ragged:
         """Token ids of some samples.
@@ -109,6 +125,27 @@ class WindowReader:
             column: gather([part[column] for part in parts], source, inner)
             for column in (parts[0] if parts else {})
         }
+
+    def take_dense(
+        self, name: str, rows: np.ndarray, layers: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        """Rows of some samples in a dense signal, as they are stored.
+
+        Args:
+            name: a dense signal this window serves.
+            rows: [S] integer samples of the window, repeats allowed.
+            layers: indices of layers in the signal's record; no other is read.
+
+        Returns:
+            [R, L, W] values, [R, L] scales (for int8, else None), and [S] rows of each sample.
+        """
+        return self._dense[name].take(rows, layers)
+
+    def counts(self, name: str) -> np.ndarray:
+        """[M] int64 records of each sample in a signal's main column (rows of a dense one)."""
+        if name in self._dense:
+            return self._dense[name].counts
+        return self._counts[name]
 
 
 def window_files(cache: Cache, shards: Sequence[int], signals: Sequence[str]) -> list[FileRecord]:
@@ -136,18 +173,29 @@ def window_files(cache: Cache, shards: Sequence[int], signals: Sequence[str]) ->
 class WindowAhead:
     """Fetches the files of a window in the background, while the one before is read.
 
+    Of a remote cache they are copied here. Of a dense signal, whose rows are then read at random,
+    the layers that are needed are brought into memory, as far as the system has room.
+
     Args:
-        cache: the cache; of a local one nothing is done.
+        cache: the cache.
         signals: signals that the windows serve.
         stop: ends the fetching, with the files that are on their way.
+        layers: dense signal to the indices of its layers that are read.
     """
 
-    def __init__(self, cache: Cache, signals: Sequence[str], stop: Event) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        signals: Sequence[str],
+        stop: Event,
+        layers: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
         self._cache, self._signals, self._stop = cache, signals, stop
+        self._layers = layers or {}
 
     def begin(self, shards: Sequence[int]) -> None:
         """Begin to fetch a window of these shards."""
-        if not isinstance(self._cache.store, LocalStore):
+        if self._layers or not isinstance(self._cache.store, LocalStore):
             Thread(target=self._fetch, args=(shards,), name="kdcache-ahead", daemon=True).start()
 
     def _fetch(self, shards: Sequence[int]) -> None:
@@ -155,6 +203,11 @@ class WindowAhead:
         with contextlib.suppress(KDCacheError):
             files = window_files(self._cache, shards, self._signals)
             self._cache.store.fetch(takewhile(lambda _: not self._stop.is_set(), files))
+            for shard in shards:
+                for name, layers in self._layers.items():
+                    if self._stop.is_set():
+                        return
+                    DenseWindow([self._cache.dense_shard(name, shard)]).will_need(layers)
 
 
 def _starts(counts: list[int]) -> np.ndarray:

@@ -36,6 +36,7 @@ from kdcache.recipe.signals import (
 )
 from kdcache.recipe.teacher import TeacherSection
 from kdcache.recipe.train import (
+    CacheShare,
     CheckpointSection,
     CrossEntropyTerm,
     EvaluateSection,
@@ -53,6 +54,7 @@ __all__ = [
     "RECIPES",
     "AttentionSignal",
     "BeamsSignal",
+    "CacheShare",
     "CheckpointSection",
     "ClassesSignal",
     "CorpusSection",

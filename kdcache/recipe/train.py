@@ -119,10 +119,25 @@ class CheckpointSection(Section):
     )
 
 
+class CacheShare(Section):
+    """One of several caches that are trained on."""
+
+    path: str = Field(description="The cache, a directory or URL.")
+    weight: Number = Field(
+        1.0, gt=0, description="Its share of the optimiser steps, relative to the others'."
+    )
+
+
 class TrainSection(Section):
     """What `kdcache train` does."""
 
     student: StudentSection | None = Field(None, description="The model that is trained.")
+    caches: list[CacheShare] = Field(
+        default_factory=list,
+        description="Train on these instead of --cache: every global batch is of one of them, in "
+        "turns by weight. They must agree in tokenizers, streams and signals. Their passes differ "
+        "in size, so max_steps alone ends the run.",
+    )
     source: Identifier = Field("src", description="Stream the student's encoder reads.")
     target: Identifier = Field("tgt", description="Stream the student predicts.")
     objective: list[Term] = Field(
@@ -165,6 +180,15 @@ class TrainSection(Section):
         default_factory=lambda: CheckpointSection(), description="What a run keeps."
     )
     log_every: PositiveInt = Field(50, description="Steps between lines of metrics.jsonl.")
+
+    @model_validator(mode="after")
+    def _common_end(self) -> TrainSection:
+        if len(self.caches) > 1 and self.max_epochs is not None:
+            raise ValueError(
+                f"max_epochs is {self.max_epochs} and caches has {len(self.caches)}: passes over "
+                "several caches differ in size; set max_epochs null and bound the run by max_steps"
+            )
+        return self
 
     @model_validator(mode="after")
     def _definite_end(self) -> TrainSection:

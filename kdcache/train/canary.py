@@ -9,6 +9,7 @@ slid by one token, lie in another order or speak of another tokenizer's ids disa
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from kdcache.errors import TrainingError
 from kdcache.formats.codec import WIDE_RANGE_NATS, Codec, SampledCodec, ThresholdCodec
 from kdcache.formats.codes import exact_log_probs, gold_log_probs
 from kdcache.labels import CodedLabels
-from kdcache.train.stream import Batch
+from kdcache.train.batch import Batch
 
 #: Share of the positions that may disagree: none should, beyond the rounding of codes.
 MAX_DISAGREEING = 0.05
@@ -55,15 +56,23 @@ class Alignment:
         return shifted - self.hits[0] <= SIGMAS * math.sqrt(shifted + self.hits[0] + 1)
 
 
-def check_batch(batch: Batch) -> None:
-    """Check every signal of a batch that is still on the host.
+def check_batch(batch: Batch, target: str, signals: Sequence[str]) -> None:
+    """Check the labels of a batch that is still on the host.
+
+    Args:
+        batch: what to check.
+        target: the stream whose tokens are predicted.
+        signals: of soft labels at its tokens.
 
     Raises:
         TrainingError: labels do not belong to the targets, with what was counted.
     """
-    for name, coded in batch.labels_of.items():
-        lengths = batch.label_mask.sum(dim=1).numpy()
-        found = alignment(coded, batch.targets.numpy(), lengths)
+    tokens = batch.streams[target]
+    lengths = tokens.mask.sum(dim=1).numpy()
+    for name in signals:
+        coded = batch.signals[name]
+        assert isinstance(coded, CodedLabels)
+        found = alignment(coded, tokens.flat.numpy(), lengths)
         if not found.aligned:
             raise TrainingError(
                 f"signal {name!r}: labels are shifted against their targets, or in another order: "

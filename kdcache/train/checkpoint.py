@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from kdcache.errors import StorageError, TrainingError
 from kdcache.formats.commit import storage_errors, sync
+from kdcache.train.mix_state import MixState, state_from_dict
 from kdcache.train.order import OrderState
 
 FOLDER = "checkpoint"
@@ -46,7 +47,7 @@ class RunState:
         num_summed: those steps.
     """
 
-    order: OrderState
+    order: OrderState | MixState
     step: int = 0
     tokens: int = 0
     best_step: int | None = None
@@ -103,7 +104,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> Run
     """
     try:
         tree = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        order = OrderState.from_json(json.dumps(tree.pop("order")))
+        order = state_from_dict(tree.pop("order"))
         state = RunState(order=order, **tree)
         load_weights(model, load_file(folder / "model.safetensors"))
         _load_moments(model, optimizer, load_file(folder / "optimizer.safetensors"))

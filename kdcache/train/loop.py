@@ -36,12 +36,12 @@ CANARY_BATCHES = 3
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy")
 
 
-def train(recipe: Recipe, cache_path: str | Path, out: str | Path) -> dict[str, Any]:
+def train(recipe: Recipe, cache_path: str | Path | None, out: str | Path) -> dict[str, Any]:
     """Train a student from a cache; go on where an interrupted run stopped.
 
     Args:
         recipe: what to train; its `train` section is used.
-        cache_path: the cache, or its URL.
+        cache_path: the cache, or its URL; None where the recipe names its caches.
         out: the run directory.
 
     Returns:
@@ -55,10 +55,16 @@ def train(recipe: Recipe, cache_path: str | Path, out: str | Path) -> dict[str, 
         IdentityError: `out` holds another run.
         TrainingError: the loss is not finite, or labels do not belong to their targets.
     """
-    cache, run = open_cache(cache_path), Path(out)
+    if (cache_path is None) != bool(recipe.train.caches):
+        raise RecipeError(
+            f"cache is {cache_path} and train.caches has {len(recipe.train.caches)}; give one or "
+            "the other"
+        )
+    paths = [share.path for share in recipe.train.caches] or [str(cache_path)]
+    caches, run = [open_cache(path) for path in paths], Path(out)
     if recipe.train.student is None:
         raise RecipeError("train.student is not set; give train.student.config or .path")
-    trainer = Trainer(recipe.train, cache)
+    trainer = Trainer(recipe.train, caches)
     versions = {name: version(name) for name in LIBRARIES}
     versions |= {"kdcache": __version__, "python": platform.python_version()}
     with locked(run):
@@ -77,7 +83,7 @@ class Loop:
         self.trainer, self.run = trainer, run
         self.section = trainer.section
         self._since = (0.0, 0)
-        self._epoch: int | None = None
+        self._epochs: dict[int, int] = {}  # by cache
 
     def fit(self) -> dict[str, Any]:
         """Train to the end, from the newest checkpoint of the run if it has one."""
@@ -96,7 +102,7 @@ class Loop:
                 self._say_epoch(batch)
                 if seen < CANARY_BATCHES:
                     for micro in batch.micro:
-                        check_batch(micro)
+                        check_batch(micro, self.section.target, trainer.objective.signals)
                 trainer.step(batch)
                 seen += 1
                 self._after(batch)
@@ -123,10 +129,10 @@ class Loop:
 
     def _say_epoch(self, batch: GlobalBatch) -> None:
         """Where a dump may be on its way, say how much of the cache an epoch is drawn from."""
-        if self.section.while_dumping and batch.epoch != self._epoch:
-            total = self.trainer.cache.num_shards
+        if self.section.while_dumping and batch.epoch != self._epochs.get(batch.cache):
+            total = self.trainer.caches[batch.cache].num_shards
             logger.info("epoch %d: %d of %d shards", batch.epoch, batch.shards, total)
-        self._epoch = batch.epoch
+        self._epochs[batch.cache] = batch.epoch
 
     def _log(self, batch: GlobalBatch) -> None:
         """A line of metrics: means over the steps since the last one."""
@@ -139,6 +145,7 @@ class Loop:
             {
                 "step": state.step,
                 "epoch": batch.epoch,
+                **({"cache": batch.cache} if len(trainer.caches) > 1 else {}),
                 **({"shards": batch.shards} if section.while_dumping else {}),
                 "loss": means[0],
                 "terms": dict(zip(trainer.objective.names, means[1:-1], strict=True)),

@@ -102,7 +102,7 @@ def plan_terms(logits: Tensor, terms: Sequence[LossTerm], block_rows: int | None
             f"{list(logits.shape)}; expected at least one term and floating logits [N, V]"
         )
     for term in terms:
-        _check_term(logits, term)
+        check_term(logits.shape, term)
     rows = _block_rows(logits) if block_rows is None else max(1, block_rows)
     row_weights = [_row_weight(logits, term) for term in terms]
     scales = torch.stack(  # [terms, N] gradient of the total by each loss at temperature 1
@@ -208,10 +208,10 @@ def _plan_term(
     )
 
 
-def _check_term(logits: Tensor, term: LossTerm) -> None:
-    """Refuses what would read or write beside its row."""
+def check_term(shape: Sequence[int], term: LossTerm) -> None:
+    """Refuses what would read or write beside its row of [N, V] logits."""
     target = term.target
-    num_rows, vocab_size = logits.shape
+    num_rows, vocab_size = shape
     if not 0.0 < term.temperature < float("inf"):
         raise TrainingError(
             f"fused loss: temperature is {term.temperature}; expected a finite number above 0"

@@ -158,6 +158,27 @@ def fused_loss(
     return total, values
 
 
+def fused_walk(
+    logits: Tensor, terms: Sequence[LossTerm], gradient: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Total and values of `fused_loss` without a graph, and the gradient of the total.
+
+    Args:
+        logits: [N, V] float.
+        terms: the losses, at least one.
+        gradient: [N, V], to be filled, which may be the logits; None where it is not wanted.
+
+    Raises:
+        TrainingError: as `fused_loss`.
+    """
+    with torch.no_grad():
+        plan = plan_terms(logits, terms, None)
+        found = _walk(logits, plan, gradient)
+        if gradient is not None and plan.unit is not None:
+            gradient.mul_(plan.unit)
+        return found
+
+
 def _mean_weight(mask: Tensor, logits: Tensor) -> Tensor:
     """[N] weights that take the mean over a mask; zeros where it is empty."""
     kept = mask.to(compute_dtype(logits))

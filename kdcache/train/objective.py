@@ -10,11 +10,11 @@ import torch
 
 from kdcache.errors import IdentityError, RecipeError
 from kdcache.formats.signals import LogitsRecord, SignalRecord
-from kdcache.labels import SparseTarget, decode, resolve_tail
+from kdcache.labels import CodedLabels, LogitsSpec, SparseTarget, decode, resolve_tail
 from kdcache.recipe import CrossEntropyTerm, ForwardKLTerm, Term
+from kdcache.train.batch import Batch
 from kdcache.train.losses import LossTerm, hard_target
 from kdcache.train.narrowing import narrowed
-from kdcache.train.stream import Batch
 
 
 class Objective:
@@ -39,6 +39,7 @@ class Objective:
     def __init__(
         self, terms: Sequence[Term], signals: Mapping[str, SignalRecord], source: str, target: str
     ) -> None:
+        self.target = target
         self.terms = [term for term in terms if term.weight > 0]
         if not self.terms:
             raise RecipeError(
@@ -80,29 +81,32 @@ class Objective:
             num_tokens: target tokens of the whole global batch.
             vocab_size: V, from `vocab_size`.
         """
-        device = batch.targets.device
-        row_weight = torch.full((len(batch.targets),), 1 / max(1, num_tokens), device=device)
+        labels = batch.streams[self.target].flat
+        row_weight = torch.full((len(labels),), 1 / max(1, num_tokens), device=labels.device)
         built = []
         for term in self.terms:
             weight, temperature = term.weight, 1.0
             if isinstance(term, CrossEntropyTerm):
-                target = hard_target(batch.targets, vocab_size, term.label_smoothing)
+                target = hard_target(labels, vocab_size, term.label_smoothing)
             else:
                 temperature = term.temperature
-                coded = batch.labels_of[term.signal]
+                coded = batch.signals[term.signal]
+                assert isinstance(coded, CodedLabels)
                 target = decode(coded, temperature, term.tail)
                 if coded.spec.vocab_size > vocab_size:
-                    target = self._narrowed(term, target, vocab_size)
+                    target = _narrowed(term, coded.spec, target, vocab_size)
                 if term.temperature_squared:
                     weight *= temperature**2
             built.append(LossTerm(target, temperature, weight, row_weight))
         return built
 
-    def _narrowed(self, term: ForwardKLTerm, target: SparseTarget, num_ids: int) -> SparseTarget:
-        """A target over the ids that the student has."""
-        record = self.records[term.signal]
-        tail = resolve_tail(record.codec, record.temperatures, term.temperature, term.tail)
-        return narrowed(target, record.vocab_size, num_ids, drawn=tail == "sampled")
+
+def _narrowed(
+    term: ForwardKLTerm, spec: LogitsSpec, target: SparseTarget, num_ids: int
+) -> SparseTarget:
+    """A target over the ids that the student has."""
+    tail = resolve_tail(spec.codec, spec.temperatures, term.temperature, term.tail)
+    return narrowed(target, spec.vocab_size, num_ids, drawn=tail == "sampled")
 
 
 def _checked(

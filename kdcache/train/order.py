@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -69,12 +70,25 @@ class OrderState:
         """
         try:
             tree = json.loads(text)
+        except ValueError:
+            tree = text
+        return cls.from_dict(tree)
+
+    @classmethod
+    def from_dict(cls, found: Any) -> OrderState:
+        """The state whose fields are given.
+
+        Raises:
+            TrainingError: they are not those of a state.
+        """
+        try:
+            tree = dict(found)
             if tree.get("shards", 0) is None:
                 del tree["shards"]
             return cls(digest=str(tree.pop("digest")), **{k: int(v) for k, v in tree.items()})
         except (ValueError, TypeError, KeyError, AttributeError):
             raise TrainingError(
-                f"order state: not a state of this version: {text[:80]!r}"
+                f"order state: not a state of this version: {str(found)[:80]!r}"
             ) from None
 
     def check(self, digest: str, seed: int) -> None:
@@ -140,8 +154,7 @@ def window_batches(
     seed: int,
     epoch: int,
     window: int,
-    src_lengths: np.ndarray,
-    tgt_lengths: np.ndarray,
+    lengths: Sequence[np.ndarray],
     batch_tokens: int,
 ) -> list[np.ndarray]:
     """Global batches of one window: every sample exactly once.
@@ -151,19 +164,19 @@ def window_batches(
         seed: recipe seed.
         epoch: from 0.
         window: from 0.
-        src_lengths: [M] int64 tokens.
-        tgt_lengths: [M] int64 tokens.
-        batch_tokens: most samples x longest target of a batch, and likewise of its sources.
-            A longer sample is a batch of its own.
+        lengths: [M] int64 tokens in each of the streams; samples of one longest length are
+            ordered by the last.
+        batch_tokens: most samples x longest sample of a batch, in each of the streams. A longer
+            sample is a batch of its own.
 
     Returns:
         int64 arrays [B] of sample numbers within the window, in training order.
     """
-    num_samples = len(tgt_lengths)
+    num_samples = len(lengths[-1])
     order = permutation(num_samples, _key(digest, seed, epoch, "samples", window))
     # An empty stream still takes a place, or a batch could hold any number of them.
-    tgt = np.maximum(tgt_lengths, 1)
-    longest = np.maximum(src_lengths, tgt)
+    last = np.maximum(lengths[-1], 1)
+    longest = np.max([*lengths, last], axis=0)
     ends = np.cumsum(longest[order])
     pool_tokens = POOL_BATCHES * batch_tokens
     num_pools = int(ends[-1]) // pool_tokens + 1 if num_samples else 0
@@ -171,15 +184,28 @@ def window_batches(
     batches: list[np.ndarray] = []
     for pool in np.split(order, cuts):
         # Longest first; lexsort is stable, so equal lengths stay in permuted order.
-        pool = pool[np.lexsort((-tgt[pool], -longest[pool]))]
+        pool = pool[np.lexsort((-last[pool], -longest[pool]))]
         batches.extend(_fill(pool, longest[pool], batch_tokens))
     shuffled = permutation(len(batches), _key(digest, seed, epoch, "batches", window))
     return [batches[i] for i in shuffled]
 
 
-def micro_batches(batch: np.ndarray, accumulate: int) -> list[np.ndarray]:
-    """Cut a global batch into at most `accumulate` slices, none empty."""
-    return [part for part in np.array_split(batch, accumulate) if len(part)]
+def micro_batches(
+    batch: np.ndarray, accumulate: int, rank: int = 0, world: int = 1
+) -> list[np.ndarray]:
+    """Cut a global batch into at most `accumulate` slices for each rank, none empty.
+
+    Args:
+        batch: [B] samples.
+        accumulate: micro-batches of a rank.
+        rank: whose slices are wanted.
+        world: number of ranks.
+
+    Returns:
+        Its slices; none where the batch has fewer samples than there are slices before.
+    """
+    parts = np.array_split(batch, accumulate * world)[rank::world]
+    return [part for part in parts if len(part)]
 
 
 def _key(digest: str, seed: int, epoch: int, purpose: str, window: int = 0) -> int:

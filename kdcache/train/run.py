@@ -106,9 +106,11 @@ class RunDirectory:
             "train": recipe.model_dump(mode="json")["train"],
             "cache": json.loads(json.dumps(identity)),
         }
-        for key in _FREE_KEYS:
-            found["train"].pop(key, None)
-            here["train"].pop(key, None)
+        for tree in (found["train"], here["train"]):
+            for key in _FREE_KEYS:
+                tree.pop(key, None)
+            for share in tree["caches"]:
+                share.pop("path")  # what lies there is compared instead
         if difference := _first_difference(found, here):
             key, there, now = difference
             raise IdentityError(

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,15 @@ from kdcache.formats.cache import Cache
 from kdcache.formats.keyed import text_key
 from kdcache.models import load_tokenizer, resolve_device
 from kdcache.recipe import TrainSection
+from kdcache.train.batch import Batch
 from kdcache.train.checkpoint import RunState, publish
 from kdcache.train.losses import fused_loss
+from kdcache.train.mix import batch_stream
 from kdcache.train.objective import Objective
 from kdcache.train.optimizer import build_optimizer
 from kdcache.train.order import ORDER_VERSION
 from kdcache.train.schedule import learning_rate
-from kdcache.train.stream import Batch, BatchStream, GlobalBatch
+from kdcache.train.stream import BatchStream, GlobalBatch
 from kdcache.train.student import (
     build_student,
     max_positions,
@@ -45,23 +48,27 @@ class Trainer:
 
     Args:
         section: the recipe's train section, with a student.
-        cache: an open cache.
+        cache: an open cache, or several in the order of the recipe.
 
     Raises:
         RecipeError: the objective does not fit the cache.
         ModelError: the student cannot be built, or there is no such device.
     """
 
-    def __init__(self, section: TrainSection, cache: Cache) -> None:
+    def __init__(self, section: TrainSection, cache: Cache | Sequence[Cache]) -> None:
         assert section.student is not None
-        self.section, self.cache = section, cache
+        self.caches = [cache] if isinstance(cache, Cache) else list(cache)
+        self.section, self.cache = section, self.caches[0]
+        cache = self.cache
         self.device = resolve_device(section.device)
         streams = [cache.stream(section.source), cache.stream(section.target)]
         self.objective = Objective(section.objective, cache.signals, section.source, section.target)
-        self.stream = BatchStream(
-            cache,
-            section.source,
-            section.target,
+        for other in self.caches[1:]:
+            Objective(section.objective, other.signals, section.source, section.target)
+        self.stream = batch_stream(
+            self.caches,
+            [share.weight for share in section.caches] or None,
+            [section.source, section.target],
             self.objective.signals,
             section.batch_tokens,
             section.seed,
@@ -91,25 +98,32 @@ class Trainer:
         self.state = RunState(order=self.stream.state)
         self.total_steps = section.max_steps
         if section.max_epochs is not None:
+            assert isinstance(self.stream, BatchStream)  # or the recipe is refused
             self.total_steps = self.stream.count_batches(section.max_epochs, section.max_steps)
         self.dev = self._dev_pairs()
         self._pending: list[tuple[int, np.ndarray, Tensor]] = []
 
     def identity(self) -> dict[str, Any]:
         """What a run is of, beside its recipe: a resumed one must find the same."""
-        manifest = self.cache.manifest
+        order = {"order": self.state.order.digest, "order_version": ORDER_VERSION}
+        if len(self.caches) == 1:
+            return self._identity_of(self.cache) | order
+        return {"caches": [self._identity_of(cache) for cache in self.caches]} | order
+
+    def _identity_of(self, cache: Cache) -> dict[str, Any]:
+        """What is read from one cache."""
+        manifest = cache.manifest
         sides = {"source": self.section.source, "target": self.section.target}
+        records = {name: cache.logits(name) for name in self.objective.signals}
         signals = {
             name: record.model_dump(mode="json", include={"codec", "temperatures", "seed"})
             | {"teacher": record.teacher.digest if record.teacher else None}
-            for name, record in self.objective.records.items()
+            for name, record in records.items()
         }
         return {
             "corpus": manifest.corpus.digest,
             "streams": {side: manifest.streams[name].digest for side, name in sides.items()},
             "signals": signals,
-            "order": self.state.order.digest,
-            "order_version": ORDER_VERSION,
         }
 
     def step(self, batch: GlobalBatch) -> None:
@@ -165,7 +179,8 @@ class Trainer:
 
     def _losses(self, micro: Batch, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Weighted total and unweighted terms of one micro-batch."""
-        longest = max(micro.src.shape[1], micro.labels.shape[1])
+        section = self.section
+        longest = max(tokens.ids.shape[1] for tokens in micro.streams.values())
         if self.max_positions is not None and longest > self.max_positions:
             raise ModelError(
                 f"student: takes {self.max_positions} positions, a sample of the cache has "
@@ -173,10 +188,9 @@ class Trainer:
                 f"with dump.max_tokens {self.max_positions}"
             )
         micro = self.ids.checked(micro).to(self.device)
+        source, target = (micro.streams[name] for name in (section.source, section.target))
         with self._autocast():
-            logits = student_logits(
-                self.model, micro.src, micro.src_mask, micro.labels, micro.label_mask
-            )
+            logits = student_logits(self.model, source.ids, source.mask, target.ids, target.mask)
         terms = self.objective.loss_terms(micro, num_tokens, self.vocab_size)
         if logits.shape[1] > self.vocab_size:
             logits = logits[:, : self.vocab_size].contiguous()

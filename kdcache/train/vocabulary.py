@@ -28,7 +28,7 @@ from kdcache.tokenizers import (
     token_strings,
     tokenizer_digest,
 )
-from kdcache.train.stream import Batch
+from kdcache.train.batch import Batch
 from kdcache.train.student import embedding_rows
 
 logger = logging.getLogger(__name__)
@@ -161,18 +161,15 @@ class KnownIds:
         Raises:
             ModelError: a token has no row; its sample is named.
         """
-        if self.source_rows is not None:
-            src = self._fitted(batch, self.source, batch.src, batch.src_mask, self.source_rows)
-            batch = replace(batch, src=src)
-        if self.target_rows is not None:
-            labels = self._fitted(
-                batch, self.target, batch.labels, batch.label_mask, self.target_rows
-            )
-            batch = replace(batch, labels=labels)
-        return batch
+        streams = dict(batch.streams)
+        for name, rows in ((self.source, self.source_rows), (self.target, self.target_rows)):
+            if rows is not None:
+                streams[name] = replace(streams[name], ids=self._fitted(batch, name, rows))
+        return replace(batch, streams=streams)
 
-    def _fitted(self, batch: Batch, stream: str, ids: Tensor, mask: Tensor, rows: int) -> Tensor:
-        """The [B, L] ids, with id 0 outside the mask."""
+    def _fitted(self, batch: Batch, stream: str, rows: int) -> Tensor:
+        """The [B, L] ids of a stream, with id 0 outside the mask."""
+        ids, mask = batch.streams[stream].ids, batch.streams[stream].mask
         over = mask & (ids >= rows)
         if over.any():
             sample, position = (int(i) for i in over.nonzero()[0])

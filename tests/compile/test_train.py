@@ -110,21 +110,18 @@ def test_global_batches_are_those_gathered_by_hand(caches, merged):
     cache = open_cache(merged)
     assert len(samples) == cache.num_samples == 61
     stream = BatchStream(
-        cache, "src", "tgt", SIGNALS, 120, seed=3, window_shards=2, accumulate=2, max_epochs=2
+        cache, ["src", "tgt"], SIGNALS, 120, seed=3, window_shards=2, accumulate=2, max_epochs=2
     )
     seen = []
     for batch in stream:
         for micro in batch.micro:
             seen += micro.rows.tolist()
             mine = [samples[row] for row in micro.rows]
-            for ids, mask, side in (
-                (micro.src, micro.src_mask, "src"),
-                (micro.labels, micro.label_mask, "tgt"),
-            ):
-                rows = [ids[b][mask[b]].tolist() for b in range(len(mine))]
+            for side, tokens in micro.streams.items():
+                rows = [tokens.ids[b][tokens.mask[b]].tolist() for b in range(len(mine))]
                 assert rows == [getattr(sample, side) for sample in mine]
             for name in SIGNALS:
-                found = micro.labels_of[name]
+                found = micro.signals[name]
                 expected = torch.cat([sample.labels[name] for sample in mine])
                 assert torch.equal(densify(decode(found), found.spec.vocab_size), expected)
     assert sorted(seen) == sorted([*range(61), *range(61)])
@@ -138,7 +135,7 @@ def losses_by_hand(caches, merged, recipe) -> list[float]:
     student = build_student(section.student, cache.tokenizer("teacher"), vocab_size, section.seed)
     optimizer = torch.optim.Adam(student.parameters(), betas=(0.9, 0.98), eps=1e-9)
     order = BatchStream(
-        cache, "src", "tgt", [], section.batch_tokens, section.seed, section.window_shards
+        cache, ["src", "tgt"], [], section.batch_tokens, section.seed, section.window_shards
     )
     batches, losses = iter(order), []
     for number in range(1, STEPS + 1):

@@ -167,13 +167,14 @@ def _dense(cache: Cache, name: str) -> Iterator[Any]:
 
 def _batches(cache: Cache) -> Iterator[np.ndarray]:
     """One epoch of what `train` is fed."""
-    stream = BatchStream(cache, "src", "tgt", TARGET_LABELS, 24, seed=3, window_shards=2)
+    stream = BatchStream(cache, ["src", "tgt"], TARGET_LABELS, 24, seed=3, window_shards=2)
     stream.max_epochs = 1
     for batch in stream:
         for micro in batch.micro:
             yield micro.rows
-            yield from (t.numpy() for t in (micro.src, micro.labels, micro.targets))
-            for coded in micro.labels_of.values():
+            for tokens in micro.streams.values():
+                yield from (tokens.ids.numpy(), tokens.mask.numpy(), tokens.flat.numpy())
+            for coded in micro.signals.values():
                 values = [value for value in vars(coded).values() if hasattr(value, "numpy")]
                 yield from (value.numpy() for value in values)
 

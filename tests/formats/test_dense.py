@@ -166,11 +166,13 @@ def test_a_flipped_bit_in_a_chunk_is_refused_when_it_is_read(tmp_path: Path, at:
 
 
 def test_a_chunk_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kdcache.formats import dense
+    from kdcache.formats import mapped_array
 
     write_group(tmp_path, stored("float16"))
     part, seen = opened(tmp_path), []
-    monkeypatch.setattr(dense, "crc_bytes", lambda data: (seen.append(1), crc_bytes(data))[1])
+    monkeypatch.setattr(
+        mapped_array, "crc_bytes", lambda data: (seen.append(1), crc_bytes(data))[1]
+    )
     for _ in range(3):
         part.read(0, 1024, 2)
     assert len(seen) == 2

@@ -8,6 +8,7 @@ import pytest
 
 from kdcache.errors import FormatError, IntegrityError
 from kdcache.formats.cache import Cache, open_cache
+from kdcache.formats.dense import SCALE, VALUES
 from kdcache.formats.manifest import CommitRecord
 from kdcache.formats.signals import HiddenRecord, LogitsRecord, MasksRecord
 from kdcache.formats.window import WindowReader
@@ -32,9 +33,28 @@ def test_windows_gather_every_kind_that_is_kept_in_arrow(kinds: Kinds) -> None:
                 np.testing.assert_array_equal(found[column].fields[field], values)
 
 
-def test_a_window_has_no_dense_signals(kinds: Kinds) -> None:
-    with pytest.raises(FormatError, match="'hidden' is of kind hidden, which has no Arrow files"):
-        WindowReader(open_cache(kinds.root), [0], [], ["hidden"])
+def test_windows_gather_every_kind_that_is_kept_in_zarr(kinds: Kinds) -> None:
+    window = WindowReader(open_cache(kinds.root), [2, 0], [], DENSE)
+    order = np.array([6, 7, 0, 1, 2])
+    rows = np.array([4, 0, 3, 3, 1])
+    for name in DENSE:
+        wanted = kinds.columns[name][VALUES].take(order[rows])
+        layers = [1, 0] if name != "pooled" else [2]
+        values, scale, counts = window.take_dense(name, rows, layers)
+        np.testing.assert_array_equal(counts, wanted.lengths)
+        np.testing.assert_array_equal(values, wanted.fields[VALUES][:, layers])
+        np.testing.assert_array_equal(window.counts(name), np.array(kinds.rows(name))[order])
+        assert (scale is None) == (SCALE not in wanted.fields)
+        if scale is not None:
+            np.testing.assert_array_equal(scale, wanted.fields[SCALE][:, layers])
+
+
+def test_records_are_counted(kinds: Kinds) -> None:
+    cache = open_cache(kinds.root)
+    names = [name for name in cache.signals if name not in ("beams", "masks")]
+    window = WindowReader(cache, [1, 2], ["src"], names)
+    for name in names:
+        assert window.counts(name).tolist() == kinds.rows(name)[3:], name
 
 
 def test_only_logits_are_logits(kinds: Kinds) -> None:

@@ -14,7 +14,7 @@ from zarr.codecs import Crc32cCodec
 
 from kdcache.errors import FormatError, IntegrityError
 from kdcache.formats.data_files import write_group
-from kdcache.formats.dense import MappedArray
+from kdcache.formats.mapped_array import MappedArray
 from kdcache.formats.zarr_layout import (
     CHUNK_ROWS,
     array_metadata,

@@ -37,8 +37,7 @@ class Growing:
 
 def make_stream(path, **change) -> BatchStream:
     settings = {
-        "source": "src",
-        "target": "tgt",
+        "streams": ["src", "tgt"],
         "signals": list(SIGNALS),
         "batch_tokens": 100,
         "seed": 3,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.errors import FormatError, IdentityError, RecipeError, TrainingError
+from kdcache.errors import IdentityError, RecipeError, TrainingError
 from kdcache.formats.cache import open_cache
 from kdcache.recipe import CrossEntropyTerm, ForwardKLTerm
 from kdcache.train.canary import Alignment, alignment, check_batch
@@ -33,7 +33,7 @@ def every_kind(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def batch(cache):
-    stream = BatchStream(cache, "src", "tgt", SIGNALS, 2000, 1, 9, max_epochs=1)
+    stream = BatchStream(cache, ["src", "tgt"], SIGNALS, 2000, 1, 9, max_epochs=1)
     return next(b for b in stream if b.num_tokens > 300).micro[0]
 
 
@@ -70,12 +70,12 @@ def test_the_loss_is_the_mean_over_the_global_batch(cache, batch):
         CrossEntropyTerm(weight=0.3),
         ForwardKLTerm(signal="full", weight=0.7, temperature=2.0),
     )
-    num, vocab = len(batch.targets), cache.signals["full"].vocab_size
+    num, vocab = len(batch.streams["tgt"].flat), cache.signals["full"].vocab_size
     logits = torch.randn(num, vocab, generator=torch.Generator().manual_seed(0))
     total, values = fused_loss(logits, objective.loss_terms(batch, 2 * num, vocab))
-    nll = torch.nn.functional.cross_entropy(logits, batch.targets)
+    nll = torch.nn.functional.cross_entropy(logits, batch.streams["tgt"].flat)
     log_probs = torch.log_softmax(
-        batch.labels_of["full"].exact_code.view(num, vocab).float() / 2, dim=-1
+        batch.signals["full"].exact_code.view(num, vocab).float() / 2, dim=-1
     )
     kl = torch.nn.functional.kl_div(
         torch.log_softmax(logits / 2, -1), log_probs, log_target=True, reduction="batchmean"
@@ -113,12 +113,11 @@ def test_signals_of_other_kinds_are_refused_in_a_line(signal, what, every_kind):
 
 def test_other_signals_do_not_stand_in_the_way(every_kind):
     objective = Objective([ForwardKLTerm(signal="targets")], every_kind.signals, "src", "tgt")
-    stream = BatchStream(every_kind, "src", "tgt", objective.signals, 200, 1, 9, max_epochs=1)
+    streams = ["src", "tgt"]
+    stream = BatchStream(every_kind, streams, objective.signals, 200, 1, 9, max_epochs=1)
     batches = list(stream)
     assert sum(batch.num_tokens for batch in batches) == every_kind.stream("tgt").num_tokens
-    assert all(micro.labels_of.keys() == {"targets"} for b in batches for micro in b.micro)
-    with pytest.raises(FormatError, match="signal 'hidden' is of kind hidden, expected logits"):
-        BatchStream(every_kind, "src", "tgt", ["hidden"], 200, 1, 9)
+    assert all(micro.signals.keys() == {"targets"} for b in batches for micro in b.micro)
 
 
 def test_a_student_with_fewer_rows_gets_labels_over_its_own(cache, batch):
@@ -126,7 +125,7 @@ def test_a_student_with_fewer_rows_gets_labels_over_its_own(cache, batch):
         make_objective(cache, ForwardKLTerm(signal="full")).vocab_size(1000)
         == cache.logits("full").vocab_size
     )
-    num = len(batch.targets)
+    num = len(batch.streams["tgt"].flat)
     shares = {}
     for signal, term in (
         ("full", {}),
@@ -152,8 +151,8 @@ def test_a_student_with_fewer_rows_gets_labels_over_its_own(cache, batch):
 
 @pytest.mark.parametrize("signal", SIGNALS)
 def test_the_canary_sings_only_when_labels_fit(batch, signal):
-    coded, targets = batch.labels_of[signal], batch.targets.numpy()
-    lengths = batch.label_mask.sum(1).numpy()
+    coded, targets = batch.signals[signal], batch.streams["tgt"].flat.numpy()
+    lengths = batch.streams["tgt"].mask.sum(1).numpy()
     found = alignment(coded, targets, lengths)
     assert found.aligned
     assert found.checked > 0
@@ -186,10 +185,12 @@ def test_what_counts_as_aligned(hits, checked, disagreeing, aligned):
 
 
 def test_a_shifted_batch_names_its_signal(batch):
-    shifted = replace(batch, targets=batch.targets.roll(1))
-    check_batch(batch)
+    tokens = batch.streams["tgt"]
+    rolled = replace(tokens, flat=tokens.flat.roll(1))
+    shifted = replace(batch, streams={**batch.streams, "tgt": rolled})
+    check_batch(batch, "tgt", SIGNALS)
     with pytest.raises(TrainingError, match=r"signal '\w+': labels are shifted"):
-        check_batch(shifted)
+        check_batch(shifted, "tgt", SIGNALS)
 
 
 def test_a_single_position_is_not_enough_to_complain():

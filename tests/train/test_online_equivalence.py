@@ -27,21 +27,22 @@ def online_losses(cache, recipe, teacher, temperature: float) -> list[float]:
     student = build_student(section.student, record, teacher.config.vocab_size, section.seed)
     optimizer = torch.optim.Adam(student.parameters(), betas=(0.9, 0.98), eps=1e-9)
     stream = BatchStream(
-        cache, "src", "tgt", [], section.batch_tokens, section.seed, section.window_shards
+        cache, ["src", "tgt"], [], section.batch_tokens, section.seed, section.window_shards
     )
     batches, losses = iter(stream), []
     for number in range(1, STEPS + 1):
         torch.manual_seed(text_key(section.seed, "dropout", number) >> 1)
         (batch,) = next(batches).micro
+        src, tgt = batch.streams["src"], batch.streams["tgt"]
         inputs = {
-            "input_ids": batch.src,
-            "attention_mask": batch.src_mask.long(),
-            "decoder_input_ids": shift_right(batch.labels, 0, 0),
+            "input_ids": src.ids,
+            "attention_mask": src.mask.long(),
+            "decoder_input_ids": shift_right(tgt.ids, 0, 0),
         }
         with torch.no_grad():
-            soft = torch.softmax(teacher(**inputs).logits / temperature, -1)[batch.label_mask]
-        logits = student(**inputs).logits[batch.label_mask]  # [N, V]
-        nll = torch.nn.functional.cross_entropy(logits, batch.labels[batch.label_mask])
+            soft = torch.softmax(teacher(**inputs).logits / temperature, -1)[tgt.mask]
+        logits = student(**inputs).logits[tgt.mask]  # [N, V]
+        nll = torch.nn.functional.cross_entropy(logits, tgt.flat)
         log_probs = torch.log_softmax(logits / temperature, -1)
         kl = torch.nn.functional.kl_div(log_probs, soft, reduction="batchmean")
         loss = 0.5 * nll + 0.5 * temperature**2 * kl

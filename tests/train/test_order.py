@@ -53,7 +53,7 @@ def test_windows_are_golden(seed, epoch, expected):
     ],
 )
 def test_batches_are_golden(seed, epoch, window, expected):
-    batches = window_batches(PLAN, seed, epoch, window, SRC, TGT, 18)
+    batches = window_batches(PLAN, seed, epoch, window, [SRC, TGT], 18)
     assert [batch.tolist() for batch in batches] == expected
 
 
@@ -65,7 +65,7 @@ lengths = st.lists(st.integers(0, 60), min_size=1, max_size=300)
 def test_every_sample_once_and_within_the_budget(tgt, batch_tokens, seed, data):
     src = data.draw(st.lists(st.integers(0, 60), min_size=len(tgt), max_size=len(tgt)))
     src, tgt = np.array(src), np.array(tgt)
-    batches = window_batches(PLAN, seed, 0, 0, src, tgt, batch_tokens)
+    batches = window_batches(PLAN, seed, 0, 0, [src, tgt], batch_tokens)
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(tgt)))
     for batch in batches:
         assert len(batch) > 0
@@ -77,7 +77,7 @@ def test_little_is_padded():
     rng = np.random.default_rng(0)
     tgt = np.clip(rng.lognormal(2.3, 0.45, 20_000), 2, 200).astype(int)
     src = np.clip(tgt * rng.normal(1.05, 0.18, len(tgt)), 2, 250).astype(int)
-    batches = window_batches(PLAN, 1, 0, 0, src, tgt, 1024)
+    batches = window_batches(PLAN, 1, 0, 0, [src, tgt], 1024)
     assert sum(len(b) * tgt[b].max() for b in batches) < 1.15 * tgt.sum()
     assert sum(len(b) * src[b].max() for b in batches) < 1.2 * src.sum()
     # Similar lengths stand together in a batch, but batches do not come by length.
@@ -91,7 +91,7 @@ def test_no_two_epochs_seeds_or_windows_alias():
     for seed in range(5):
         for epoch in range(5):
             for window in range(3):
-                batches = window_batches(PLAN, seed, epoch, window, size, size, 50)
+                batches = window_batches(PLAN, seed, epoch, window, [size, size], 50)
                 seen.add(tuple(np.concatenate(batches).tolist()))
     assert len(seen) == 75
 
@@ -105,7 +105,7 @@ def test_every_shard_once_per_epoch():
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3, 100])
 def test_micro_batches_are_slices_of_the_same_batch(accumulate):
-    for batch in window_batches(PLAN, 1, 0, 0, SRC, TGT, 30):
+    for batch in window_batches(PLAN, 1, 0, 0, [SRC, TGT], 30):
         parts = micro_batches(batch, accumulate)
         assert np.concatenate(parts).tolist() == batch.tolist()
         assert len(parts) == min(accumulate, len(batch))

@@ -22,8 +22,7 @@ def cache(world):
 
 def make_stream(cache, **change) -> BatchStream:
     settings = {
-        "source": "src",
-        "target": "tgt",
+        "streams": ["src", "tgt"],
         "signals": ["threshold", "full"],
         "batch_tokens": 100,
         "seed": 3,
@@ -58,17 +57,18 @@ def test_tokens_and_labels_are_those_of_the_rows(cache, whole):
             by_row[row] = (*ids, gold.tolist())
     for batch in whole[:20]:
         (micro,) = batch.micro
-        assert batch.num_tokens == int(micro.label_mask.sum()) == len(micro.targets)
-        assert torch.equal(micro.labels[micro.label_mask], micro.targets)
-        gold = micro.labels_of["full"].gold
-        ends = micro.label_mask.sum(1).cumsum(0).tolist()
+        source, target = micro.streams["src"], micro.streams["tgt"]
+        assert batch.num_tokens == int(target.mask.sum()) == len(target.flat)
+        assert torch.equal(target.ids[target.mask], target.flat)
+        gold = micro.signals["full"].gold
+        ends = target.mask.sum(1).cumsum(0).tolist()
         for b, row in enumerate(micro.rows.tolist()):
             src, tgt, expected = by_row[row]
-            assert micro.src[b][micro.src_mask[b]].tolist() == src
-            assert micro.labels[b, : len(tgt)].tolist() == tgt
-            assert not micro.label_mask[b, len(tgt) :].any()
+            assert source.ids[b][source.mask[b]].tolist() == src
+            assert target.ids[b, : len(tgt)].tolist() == tgt
+            assert not target.mask[b, len(tgt) :].any()
             assert gold[ends[b] - len(tgt) : ends[b]].tolist() == expected
-        assert decode(micro.labels_of["threshold"]).rows.max() < len(micro.targets)
+        assert decode(micro.signals["threshold"]).rows.max() < len(target.flat)
 
 
 def test_every_sample_once_per_epoch_and_epochs_differ(cache, whole):
@@ -84,8 +84,9 @@ def test_every_sample_once_per_epoch_and_epochs_differ(cache, whole):
 def test_padded_targets_keep_the_budget(whole):
     for batch in whole:
         (micro,) = batch.micro
-        assert micro.labels.numel() <= 100 or len(micro.rows) == 1
-        assert micro.src.numel() <= 100 or len(micro.rows) == 1
+        assert (
+            all(tokens.ids.numel() <= 100 for tokens in micro.streams.values()) or len(micro) == 1
+        )
 
 
 @pytest.mark.parametrize("accumulate", [2, 5])
@@ -113,7 +114,7 @@ def test_restored_at_every_batch_the_rest_is_the_same(cache, whole):
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 4}, {"batch_tokens": 99}, {"window_shards": 1}, {"source": "tgt"}]
+    "change", [{"seed": 4}, {"batch_tokens": 99}, {"window_shards": 1}, {"streams": ["tgt", "tgt"]}]
 )
 def test_a_state_of_other_batches_is_refused(cache, whole, change):
     with pytest.raises(IdentityError, match="order state"):
@@ -122,7 +123,7 @@ def test_a_state_of_other_batches_is_refused(cache, whole, change):
 
 def test_what_is_not_in_the_cache_is_refused(cache):
     with pytest.raises(FormatError, match="no stream 'plm'"):
-        make_stream(cache, source="plm")
+        make_stream(cache, streams=["plm", "tgt"])
     with pytest.raises(FormatError, match="no signal 'beams'"):
         make_stream(cache, signals=["beams"])
 
@@ -131,7 +132,7 @@ def test_an_error_of_the_thread_is_raised_here(cache, monkeypatch):
     def broken(*_):
         raise RuntimeError("disk on fire")
 
-    monkeypatch.setattr("kdcache.train.stream.coded_labels", broken)
+    monkeypatch.setattr("kdcache.train.gather.coded_labels", broken)
     with pytest.raises(RuntimeError, match="disk on fire"):
         next(iter(make_stream(cache)))
 

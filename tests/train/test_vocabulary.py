@@ -274,22 +274,24 @@ def test_rows_are_counted_on_both_sides(family):
 
 
 def first_batch(cache):
-    stream = BatchStream(cache, "src", "tgt", ["logits"], 4000, 1, 9, max_epochs=1)
+    stream = BatchStream(cache, ["src", "tgt"], ["logits"], 4000, 1, 9, max_epochs=1)
     return next(iter(stream)).micro[0]
 
 
 def test_a_token_without_a_row_is_named_with_its_sample(world, cache):
     batch = first_batch(cache)
-    used = int(batch.targets.max())
+    tokens = batch.streams["tgt"]
+    used = int(tokens.flat.max())
     model = T5ForConditionalGeneration(T5Config(vocab_size=used + 1, **TINY))
     ids = KnownIds.of(model, cache, "src", "tgt", all_needed=False)
     # All of its tokens are known; the padding, which is not, is put on a row.
-    far = replace(batch, labels=torch.where(batch.label_mask, batch.labels, 10_000))
-    checked = ids.checked(far)
-    assert checked.labels.max() == used
-    assert torch.equal(checked.labels[batch.label_mask], batch.targets)
+    padded = replace(tokens, ids=torch.where(tokens.mask, tokens.ids, 10_000))
+    far = replace(batch, streams={**batch.streams, "tgt": padded})
+    checked = ids.checked(far).streams["tgt"]
+    assert checked.ids.max() == used
+    assert torch.equal(checked.ids[tokens.mask], tokens.flat)
     narrow = replace(ids, target_rows=used)
-    sample, position = (int(i) for i in ((batch.labels == used) & batch.label_mask).nonzero()[0])
+    sample, position = (int(i) for i in ((tokens.ids == used) & tokens.mask).nonzero()[0])
     token = cache.tokens("teacher")[used]
     with pytest.raises(ModelError) as caught:
         narrow.checked(batch)
@@ -300,7 +302,7 @@ def test_a_token_without_a_row_is_named_with_its_sample(world, cache):
     with pytest.raises(ModelError, match="stream 'src' has id"):
         replace(ids, source_rows=4).checked(batch)
     whole = KnownIds(cache, "src", "tgt", None, None)
-    assert whole.checked(batch) is batch
+    assert whole.checked(batch).streams == batch.streams
 
 
 def test_a_prefix_trains_and_is_scored_with_its_own_tokenizer(world, tmp_path):
@@ -365,17 +367,18 @@ def test_vocabularies_of_three_byte_ids(tmp_path):
     cache = open_cache(path)
     world = SimpleNamespace(root=tmp_path, cache=path)
     batch = first_batch(cache)
-    assert batch.targets.max() >= 1 << 16
+    src, labels = batch.streams["src"], batch.streams["tgt"]
+    assert labels.flat.max() >= 1 << 16
     tokens = cache.tokens("teacher")
     rows = {int(row): n for n, row in enumerate(batch.rows)}
-    first = batch.labels[rows[0]][batch.label_mask[rows[0]]].tolist()
+    first = labels.ids[rows[0]][labels.mask[rows[0]]].tolist()
     assert [tokens[i] for i in first] == [*tgt[0].split(), "</s>"]
     teacher = T5ForConditionalGeneration.from_pretrained(tmp_path / "teacher").eval()
-    inputs = {"input_ids": batch.src, "attention_mask": batch.src_mask.long()}
+    inputs = {"input_ids": src.ids, "attention_mask": src.mask.long()}
     with torch.no_grad():
-        logits = teacher(**inputs, labels=batch.labels).logits[batch.label_mask]
+        logits = teacher(**inputs, labels=labels.ids).logits[labels.mask]
     probs = torch.softmax(logits.double(), dim=-1)  # [N, V]
-    coded = batch.labels_of["logits"]
+    coded = batch.signals["logits"]
     sure = (probs - 1 / 8).abs().min(dim=1).values > 1e-5  # no float noise decides
     rows_of = torch.arange(len(probs)).repeat_interleave(coded.num_exact)
     listed = torch.zeros_like(probs, dtype=torch.bool)

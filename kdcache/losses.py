@@ -1,0 +1,30 @@
+"""Losses as plain functions over tensors, for a loop of one's own.
+
+`decode` makes targets of a batch's soft labels. `fused_loss` and `linear_losses` take several terms
+in one pass, the second without ever holding [N, V] logits.
+"""
+
+from kdcache.labels import decode
+from kdcache.train.divergences import jensen_shannon, logit_mse, reverse_kl, total_variation
+from kdcache.train.feature_losses import attention_mse, hidden_cosine, hidden_mse, score_mse
+from kdcache.train.linear_loss import DivergenceTerm, linear_losses
+from kdcache.train.losses import LossTerm, cross_entropy, forward_kl, fused_loss, hard_target
+
+__all__ = [
+    "DivergenceTerm",
+    "LossTerm",
+    "attention_mse",
+    "cross_entropy",
+    "decode",
+    "forward_kl",
+    "fused_loss",
+    "hard_target",
+    "hidden_cosine",
+    "hidden_mse",
+    "jensen_shannon",
+    "linear_losses",
+    "logit_mse",
+    "reverse_kl",
+    "score_mse",
+    "total_variation",
+]

@@ -1,0 +1,157 @@
+"""Batches: streams and signals of some samples as tensors, decoded where they lie.
+
+Labels travel as they are stored, in few bytes, and become numbers on the device.
+"""
+
+# B samples, T positions of a stream, N its tokens, R rows of a dense signal, L layers, W width
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.labels import CodedLabels
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One stream of B samples.
+
+    Attributes:
+        ids: [B, T] int64, padded at the end.
+        mask: [B, T] bool, true on tokens; N of them.
+        flat: [N] int64, the ids under the mask, row by row.
+        segments: [B, T] int64 token types of a pair, 0 outside the mask; None without a pair.
+        loss: [B, T] bool, which tokens of a chat the assistant wrote; None without a chat.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    flat: Tensor
+    segments: Tensor | None = None
+    loss: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DenseRows:
+    """Hidden states or attentions of B samples, as they are stored.
+
+    Attributes:
+        values: [R, L, W] float16, bfloat16 or int8.
+        scale: [R, L] float32 for int8, else None.
+        counts: [B] int64 rows of each sample.
+        layers: the teacher's numbers of the L layers.
+    """
+
+    values: Tensor
+    scale: Tensor | None
+    counts: Tensor
+    layers: tuple[int, ...]
+
+    def decode(self) -> Tensor:
+        """[R, L, W] float32, on the device of the values."""
+        numbers = self.values.to(torch.float32)
+        return numbers if self.scale is None else numbers * self.scale[:, :, None]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Class logits or regression scores of B samples.
+
+    Attributes:
+        values: [S] float32, a sample's replicas one after another, its classes innermost.
+        counts: [B] int64 values of each sample; 0 for samples of other tasks.
+        labels: names of the classes.
+    """
+
+    values: Tensor
+    counts: Tensor
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Masked tokens of B samples.
+
+    Attributes:
+        positions: [K] int64 within the sample, sample after sample, replica after replica.
+        ids: [K] int64 what stands there in the input.
+        counts: [B, replicas] int64 masked tokens.
+    """
+
+    positions: Tensor
+    ids: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class Hypotheses:
+    """Beam outputs of B samples, best first.
+
+    Attributes:
+        ids: [K] int64 tokens, hypothesis after hypothesis.
+        lengths: [H] int64 tokens of each hypothesis.
+        log_probs: [H] float32 nats, summed over its tokens.
+        counts: [B] int64 hypotheses of each sample.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    log_probs: Tensor
+    counts: Tensor
+
+
+SignalBatch = CodedLabels | DenseRows | Scores | Masked | Hypotheses
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch.
+
+    Attributes:
+        rows: [B] int64 corpus rows, on the host.
+        sample_ids: [B, 16] uint8, on the host.
+        streams: by name.
+        signals: by name; labels lie in the order of their stream's tokens.
+    """
+
+    rows: np.ndarray
+    sample_ids: np.ndarray
+    streams: Mapping[str, Tokens]
+    signals: Mapping[str, SignalBatch]
+
+    def __len__(self) -> int:
+        """B."""
+        return len(self.rows)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on a device; from pinned memory without waiting."""
+        if torch.device(device).type == "cpu":
+            return self
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The batch in page-locked memory."""
+        return self._mapped(lambda tensor: tensor.pin_memory())
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(
+            self,
+            streams={name: _mapped(one, change) for name, one in self.streams.items()},
+            signals={name: _mapped(one, change) for name, one in self.signals.items()},
+        )
+
+
+def _mapped(record: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A dataclass with each of its tensors changed."""
+    found = {
+        field.name: change(getattr(record, field.name))
+        for field in fields(record)
+        if isinstance(getattr(record, field.name), Tensor)
+    }
+    return replace(record, **found)
