@@ -208,6 +208,8 @@ class Bench:
         ordeals = self.ordeals.get()
         try:
             return trial.act(ordeals[trial.shard_tokens], *trial.given)
+        except Exception as error:  # such as a dump that hangs; the others go on
+            return Problems(unsound=[f"{trial.group} {trial.kind} {trial.given}: {error!r}"])
         finally:
             self.ordeals.put(ordeals)
 

@@ -51,7 +51,7 @@ _WAYS = {
         imports="from kdcache.formats.cache import open_cache\n"
         "from kdcache.train.stream import BatchStream",
         body="cache = open_cache(sys.argv[1])\n"
-        "next(iter(BatchStream(cache, 'src', 'tgt', ['logits'], 4096, 0, 1)))",
+        "next(iter(BatchStream(cache, ['src', 'tgt'], ['logits'], 4096, 0, 1)))",
     ),
 }
 _HOLLOW = {
@@ -75,7 +75,7 @@ _HOLLOW = {
     "trainer_start": (
         "open_cache, BatchStream, epoch_windows",
         "cache = open_cache(sys.argv[1])\n"
-        "stream = BatchStream(cache, 'src', 'tgt', ['logits'], 4096, 0, 8)\n"
+        "stream = BatchStream(cache, ['src', 'tgt'], ['logits'], 4096, 0, 8)\n"
         "epoch_windows(stream.state.digest, cache.num_shards, 8, 0, 0)",
     ),
     "verify_quick": (

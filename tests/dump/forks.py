@@ -256,5 +256,6 @@ if __name__ == "__main__":
     from tqdm import tqdm
 
     tqdm.monitor_interval = 0  # a thread of its own, which no fork would have
+    tqdm.set_lock(threading.RLock())  # its own is one for all forks, and a killed one keeps it
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _serve(sys.stdin, answering)
