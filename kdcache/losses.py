@@ -5,7 +5,16 @@ in one pass, the second without ever holding [N, V] logits.
 """
 
 from kdcache.labels import decode
-from kdcache.train.divergences import jensen_shannon, logit_mse, reverse_kl, total_variation
+from kdcache.train.divergences import (
+    jensen_shannon,
+    jensen_shannon_rows,
+    logit_mse,
+    logit_mse_rows,
+    reverse_kl,
+    reverse_kl_rows,
+    total_variation,
+    total_variation_rows,
+)
 from kdcache.train.feature_losses import attention_mse, hidden_cosine, hidden_mse, score_mse
 from kdcache.train.linear_loss import DivergenceTerm, linear_losses
 from kdcache.train.losses import LossTerm, cross_entropy, forward_kl, fused_loss, hard_target
@@ -22,9 +31,13 @@ __all__ = [
     "hidden_cosine",
     "hidden_mse",
     "jensen_shannon",
+    "jensen_shannon_rows",
     "linear_losses",
     "logit_mse",
+    "logit_mse_rows",
     "reverse_kl",
+    "reverse_kl_rows",
     "score_mse",
     "total_variation",
+    "total_variation_rows",
 ]

@@ -1,9 +1,9 @@
 """Divergences that are not linear in the teacher: reverse KL, Jensen-Shannon, total variation.
 
-Each walks all V ids of a position with autograd, so its memory is a few times the logits'; over a
-large vocabulary use `linear_losses`, which makes them in chunks. What the cache left out of a
-label matters more here than in the forward KL, where drawn entries are unbiased: a function that is
-not linear in the teacher's probabilities is biased by any noise in them. So
+Each walks all V ids of a position with autograd, whose memory is up to thirteen times the logits';
+over a large vocabulary use `linear_losses`, which makes them in blocks. What the cache left out of
+a label matters more here than in the forward KL, where drawn entries are unbiased: a function that
+is not linear in the teacher's probabilities is biased by any noise in them. So
 
 * `reverse_kl` and `logit_mse` need a density: labels with a uniform tail, a bucket, or all ids;
 * `jensen_shannon` and `total_variation` take drawn labels too, and are then biased upwards (by

@@ -30,6 +30,8 @@ from kdcache.train.losses import fused_walk
 
 #: Floats of a chunk's logits: enough rows for a matrix product to run at its full speed.
 CHUNK_ENTRIES = 1 << 24
+#: Floats of the logits that autograd walks at once for a divergence.
+BLOCK_ENTRIES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,8 @@ class _LinearLosses(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         inputs = (hidden, weight, bias)
         wanted = [plan.grad_enabled and need for need in ctx.needs_input_grad[:3]]
-        work = [None if tensor is None else tensor.to(plan.dtype) for tensor in inputs]
+        narrow, matrix = hidden.to(plan.dtype), weight.to(plan.dtype)
+        offset = None if bias is None else bias.to(plan.dtype)
         dtype = compute_dtype(hidden)
         grads = [
             torch.zeros_like(tensor, dtype=dtype) if want and tensor is not None else None
@@ -213,25 +216,24 @@ class _LinearLosses(torch.autograd.Function):
         total, values = hidden.new_zeros((), dtype=dtype), None
         for chunk in plan.chunks:
             rows = slice(chunk.start, chunk.start + plan.rows)
-            some, matrix, offset = work[0][rows], work[1], work[2]
-            logits = F.linear(some, matrix, offset)  # [R, V]
+            logits = F.linear(narrow[rows], matrix, offset)  # [R, V]
             found, gradient = _chunk_losses(logits, chunk, any(wanted))
             total = total + found[0]
             values = found[1] if values is None else values + found[1]
             if gradient is not None:
-                _add_gradients(grads, rows, gradient, some, matrix)
+                _add_gradients(grads, rows, gradient, narrow[rows], matrix)
         assert values is not None
         if plan.unit is not None:
             total, values = total * plan.unit, values * plan.unit
         # In float16 they stay wide, since the upstream factor may bring back what would underflow.
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
         ctx.save_for_backward(
             *(
-                grad if grad is None or plan.unit is not None else grad.to(tensor.dtype)
-                for grad, tensor in zip(grads, inputs, strict=True)
+                grad if grad is None or plan.unit is not None else grad.to(kept)
+                for grad, kept in zip(grads, ctx.dtypes, strict=True)
             )
         )
         ctx.unit = plan.unit
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
         ctx.mark_non_differentiable(values)
         return total, values
 
@@ -289,16 +291,26 @@ def _chunk_losses(
 
 
 def _divergence(logits: Tensor, one: DivergenceTerm, wanted: bool) -> tuple[Tensor, Tensor | None]:
-    """Value of one divergence, and [R, V] the gradient of its part of the total."""
-    row_weight = one.term.row_weight
-    assert row_weight is not None
-    with torch.set_grad_enabled(wanted):
-        own = logits.detach().requires_grad_(wanted)
-        losses = one.rows(own, one.term.target, one.term.temperature)
-        row_weight = row_weight.to(losses)
-        value = torch.where(row_weight == 0, 0.0, losses * row_weight).sum()
-        if not wanted:
-            return value, None
-        (grad,) = torch.autograd.grad(value * one.term.weight, own)
-    # An ignored position may hold anything, also logits that are not finite.
-    return value.detach(), grad.masked_fill_((row_weight == 0)[:, None], 0.0)
+    """Value of one divergence, and [R, V] the gradient of its part of the total.
+
+    Autograd keeps a dozen tensors of its rows, so these are taken in blocks.
+    """
+    value = logits.new_zeros((), dtype=compute_dtype(logits))
+    gradient = torch.empty_like(logits) if wanted else None
+    rows = max(1, BLOCK_ENTRIES // max(1, logits.shape[1]))
+    starts = range(0, len(logits), rows)
+    for start, term in zip(starts, _cut(one.term, starts, rows) if starts else [], strict=True):
+        row_weight = term.row_weight
+        assert row_weight is not None
+        ignored = row_weight == 0
+        with torch.set_grad_enabled(wanted):
+            own = logits[start : start + rows].detach().requires_grad_(wanted)
+            losses = one.rows(own, term.target, term.temperature)
+            found = torch.where(ignored, 0.0, losses * row_weight.to(losses)).sum()
+            value += found.detach()
+            if gradient is None:
+                continue
+            (grad,) = torch.autograd.grad(found * term.weight, own)
+        # An ignored position may hold anything, also logits that are not finite.
+        gradient[start : start + rows] = grad.masked_fill_(ignored[:, None], 0.0)
+    return value, gradient
