@@ -22,7 +22,7 @@ from kdcache.formats.manifest import (
     read_record,
     signal_path,
 )
-from kdcache.formats.store import Store, open_store
+from kdcache.formats.store import LocalStore, Store, open_store
 from kdcache.formats.verify_findings import Copies, CorpusSums
 from kdcache.formats.verify_flight import Flight
 from kdcache.formats.verify_pass import Pass, Seen, Work
@@ -188,6 +188,9 @@ class _Verifier:
                     what = f"beyond the plan of {self.cache.num_shards} shards"
                     self.report.faults.append(f"{where}: {what}")
         self.report.files += len(files)
+        if isinstance(self.cache.store, LocalStore):
+            self._count(files)
+            return
         for start in range(0, len(files), _SIZES_AT_ONCE):
             flight.read(self._count, files[start : start + _SIZES_AT_ONCE])
         flight.finish()

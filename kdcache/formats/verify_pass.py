@@ -13,6 +13,7 @@ from kdcache.errors import FormatError, StorageError
 from kdcache.formats.cache import Cache
 from kdcache.formats.integrity import check_size
 from kdcache.formats.manifest import SAMPLES, CommitRecord, FileRecord, PartRecord, commit_path
+from kdcache.formats.store import LocalStore
 from kdcache.formats.verify_findings import Findings, Sums
 from kdcache.formats.verify_flight import Flight
 from kdcache.formats.verify_reading import Buffers
@@ -91,14 +92,19 @@ class Pass:
     def check_sizes(
         self, shard: int, names: Sequence[str], advance: Callable[[int], object]
     ) -> None:
-        """Check the commits of one shard, and the sizes of the files that they name, in a task.
+        """Check the commits of one shard, and the sizes of the files that they name.
+
+        On a local disk that is no work for threads, which would wait for each other.
 
         Args:
             shard: shard number.
             names: as in `Work`.
             advance: told of 1 when it is done.
         """
-        self._flight.read(self._sizes, shard, names, advance)
+        if isinstance(self._cache.store, LocalStore):
+            self._sizes(shard, names, advance)
+        else:
+            self._flight.read(self._sizes, shard, names, advance)
 
     def finish(self) -> None:
         """Wait until all is done."""
