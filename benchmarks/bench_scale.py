@@ -24,8 +24,8 @@ from typing import Any
 from scale_caches import make_cache, make_hollow_cache
 from setting import log, report
 
-from kdcache.formats.verify import verify_cache
-from kdcache.formats.verify_flight import num_cores
+from kdcache.formats.checks.verify import verify_cache
+from kdcache.formats.checks.verify_flight import num_cores
 
 CHUNK_BYTES = 1 << 20
 
@@ -85,13 +85,13 @@ _HOLLOW = {
 }
 _MODULES = {
     "open_cache": "kdcache.formats.cache",
-    "open_store": "kdcache.formats.store",
+    "open_store": "kdcache.formats.stores.store",
     "list_commits": "kdcache.formats.listing",
     "committed": "kdcache.report.commits",
     "BatchStream": "kdcache.train.stream",
     "epoch_windows": "kdcache.train.order",
     "CacheWriter": "kdcache.formats.writer",
-    "verify_cache": "kdcache.formats.verify",
+    "verify_cache": "kdcache.formats.checks.verify",
 }
 
 

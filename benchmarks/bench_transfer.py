@@ -23,11 +23,11 @@ from typing import Any
 from setting import Setting, find_setting, log, report
 
 from kdcache.dump.runner import dump
-from kdcache.formats.manifest import read_record
-from kdcache.formats.store import LocalStore
-from kdcache.formats.transfer import compress_cache, expand_cache
-from kdcache.formats.transfer_store import CompressedFiles
-from kdcache.formats.verify import verify_cache
+from kdcache.formats.checks.verify import verify_cache
+from kdcache.formats.record import read_record
+from kdcache.formats.stores.local import LocalStore
+from kdcache.formats.stores.transfer import compress_cache, expand_cache
+from kdcache.formats.stores.transfer_store import CompressedFiles
 from kdcache.recipe import Recipe, parse_recipe
 
 LEVELS = (1, 3, 9, 19)

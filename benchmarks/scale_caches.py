@@ -24,12 +24,12 @@ from kdcache.formats.manifest import (
     StreamRecord,
     TokenizerRecord,
     commit_path,
-    encode_record,
     part_path,
     signal_path,
 )
 from kdcache.formats.plan import plan_parts
 from kdcache.formats.ragged import Ragged, offsets_of
+from kdcache.formats.record import encode_record
 from kdcache.formats.schema import (
     logits_schema,
     ragged_batch,

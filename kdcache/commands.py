@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kdcache.errors import AuditError, FormatError, IntegrityError
 
 if TYPE_CHECKING:
-    from kdcache.formats.verify import VerifyReport
+    from kdcache.formats.checks.verify import VerifyReport
 
 Overrides = list[tuple[str, str]]
 
@@ -146,8 +146,8 @@ def verify(arguments: argparse.Namespace, overrides: Overrides) -> int:
     for option, value in given.items():
         if value is not None:
             arguments.error(f"argument {option}: goes with --repair")
-    from kdcache.formats.verify import verify_cache
-    from kdcache.formats.verify_flight import num_cores
+    from kdcache.formats.checks.verify import verify_cache
+    from kdcache.formats.checks.verify_flight import num_cores
 
     processes = arguments.processes or num_cores()
     report = verify_cache(arguments.cache, quick=arguments.quick, processes=processes)

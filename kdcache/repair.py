@@ -15,8 +15,19 @@ from functools import partial
 from pathlib import Path
 
 from kdcache.errors import FormatError, IntegrityError, KDCacheError, StoppedError, StorageError
-from kdcache.formats.broken import Broken, broken_parts, missing_shards
 from kdcache.formats.cache import Cache
+from kdcache.formats.checks.broken import Broken, broken_parts, missing_shards
+from kdcache.formats.checks.mending import (
+    Mirror,
+    Source,
+    exclusive,
+    install_shard,
+    is_sound,
+    put_record,
+    same_cache,
+    standing_commit,
+)
+from kdcache.formats.checks.verify import VerifyReport, verify_cache
 from kdcache.formats.integrity import digest_bytes
 from kdcache.formats.listing import (
     leftovers_of,
@@ -31,21 +42,10 @@ from kdcache.formats.manifest import (
     CommitRecord,
     Manifest,
     commit_path,
-    read_record,
     signal_path,
 )
-from kdcache.formats.mending import (
-    Mirror,
-    Source,
-    exclusive,
-    install_shard,
-    is_sound,
-    put_record,
-    same_cache,
-    standing_commit,
-)
-from kdcache.formats.store import Store, open_store
-from kdcache.formats.verify import VerifyReport, verify_cache
+from kdcache.formats.record import read_record
+from kdcache.formats.stores.store import Store, open_store
 
 #: A record that is put back may show what was hidden behind it; this is deep enough.
 MOST_ROUNDS = 4

@@ -16,7 +16,7 @@ import yaml
 
 from kdcache import __version__
 from kdcache.cli import main
-from kdcache.formats.store import STATUS
+from kdcache.formats.stores.store import STATUS
 
 COMMANDS = ["dump", "train", "evaluate", "inspect", "verify", "quickstart", "recipes"]
 STUDENT = {
@@ -180,7 +180,7 @@ def test_interrupt_exits_130(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kdcache.formats.verify.verify_cache", interrupted)
+    monkeypatch.setattr("kdcache.formats.checks.verify.verify_cache", interrupted)
     assert main(["verify", "x"]) == 130
     assert capsys.readouterr().err.startswith("kdcache: interrupted")
 

@@ -11,9 +11,10 @@ import pytest
 
 from kdcache.cli import main
 from kdcache.errors import FormatError, StorageError
+from kdcache.formats.checks.verify import verify_cache
 from kdcache.formats.codec import ThresholdCodec
-from kdcache.formats.manifest import CommitRecord, decode_record, encode_record
-from kdcache.formats.verify import verify_cache
+from kdcache.formats.manifest import CommitRecord
+from kdcache.formats.record import decode_record, encode_record
 from kdcache.repair import repair_cache
 from tests.formats.damage import files_by_kind
 from tests.formats.kinds import make_kinds

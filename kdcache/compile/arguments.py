@@ -129,8 +129,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def _transfer(arguments: argparse.Namespace) -> dict[str, Any]:
     """Compress or expand one cache."""
     from kdcache.compile.options import CompileOptions
-    from kdcache.formats.transfer import compress_cache, expand_cache
-    from kdcache.formats.zstd import DEFAULT_LEVEL
+    from kdcache.formats.stores.transfer import compress_cache, expand_cache
+    from kdcache.formats.stores.zstd import DEFAULT_LEVEL
 
     if arguments.level is not None and not arguments.compress:
         raise RecipeError("compile: --level is of --compress; add that, or leave it out")

@@ -13,7 +13,8 @@ from kdcache.compile.options import CompileOptions
 from kdcache.compile.source import Source
 from kdcache.errors import IdentityError
 from kdcache.formats.identity import differences
-from kdcache.formats.manifest import Lineage, SourceRecord, encode_record
+from kdcache.formats.manifest import Lineage, SourceRecord
+from kdcache.formats.record import encode_record
 
 
 def lineage_of(

@@ -18,7 +18,6 @@ from kdcache.compile.planning import Plan
 from kdcache.compile.source import Source
 from kdcache.errors import RecipeError
 from kdcache.formats.cache import Cache
-from kdcache.formats.claims import POLL_SECONDS
 from kdcache.formats.codec import Codec
 from kdcache.formats.dense import SCALE, VALUES, dense_arrays
 from kdcache.formats.manifest import CommitRecord, Manifest, PartRecord
@@ -32,6 +31,7 @@ from kdcache.formats.signals import (
     LogitsRecord,
     SignalRecord,
 )
+from kdcache.formats.stores.claims import POLL_SECONDS
 from kdcache.formats.units import MAIN_COLUMN, label_counts
 from kdcache.formats.writer import CacheWriter
 

@@ -19,7 +19,7 @@ from kdcache.formats.dense import DenseShard
 from kdcache.formats.mapped_array import MappedArray
 from kdcache.formats.ragged import Ragged, segment_indices
 from kdcache.formats.shard import SampleShard
-from kdcache.formats.store import REPAIR
+from kdcache.formats.stores.store import REPAIR
 from kdcache.formats.units import MAIN_COLUMN, label_counts
 from kdcache.formats.zarr_layout import CHUNK_ROWS
 

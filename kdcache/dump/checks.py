@@ -13,8 +13,8 @@ from kdcache.dump.teachers.loading import teacher_class
 from kdcache.dump.tokenize import Tokenizer
 from kdcache.errors import IdentityError, ModelError, RecipeError
 from kdcache.formats.cache import open_cache
-from kdcache.formats.claims import standing_manifest
-from kdcache.formats.store import open_store
+from kdcache.formats.stores.claims import standing_manifest
+from kdcache.formats.stores.store import open_store
 from kdcache.recipe import (
     CorpusSection,
     DumpSection,

@@ -18,13 +18,14 @@ import pyarrow as pa
 from kdcache.corpus import read_corpus
 from kdcache.dump.checks import check_streams
 from kdcache.dump.ranks import Ranks
-from kdcache.dump.runner import Teachers, max_tokens, recipe_tokenizers
+from kdcache.dump.recipe_tokenizers import max_tokens, recipe_tokenizers
 from kdcache.dump.samples import SampleWriter
 from kdcache.dump.shards import redo_shard
 from kdcache.dump.signals.encoder import Request, SignalEncoder
 from kdcache.dump.signals.kinds import ENCODERS
 from kdcache.dump.stopping import Stopping
 from kdcache.dump.teacher import Teacher
+from kdcache.dump.teachers.in_turn import Teachers
 from kdcache.dump.teachers.loading import load_teacher
 from kdcache.dump.tokenize import Tokenizer
 from kdcache.dump.watch import Watch
@@ -43,9 +44,9 @@ from kdcache.formats.manifest import (
     part_path,
     signal_path,
 )
-from kdcache.formats.scratch import scratch_folder
 from kdcache.formats.signals import SignalRecord
-from kdcache.formats.store import Store, open_store
+from kdcache.formats.stores.scratch import scratch_folder
+from kdcache.formats.stores.store import Store, open_store
 from kdcache.formats.writer import SIGNAL_IGNORES, CacheWriter
 from kdcache.recipe import Recipe, load_recipe, parse_recipe
 from kdcache.recipe.tree import override

@@ -21,14 +21,14 @@ from kdcache.dump.teacher import Teacher
 from kdcache.dump.watch import Watch
 from kdcache.errors import IdentityError, ModelError
 from kdcache.formats.cache import Cache
-from kdcache.formats.claims import POLL_SECONDS
 from kdcache.formats.manifest import CommitRecord, PartRecord
 from kdcache.formats.parts import part_row_bytes
 from kdcache.formats.plan import plan_parts
 from kdcache.formats.ragged import concat
 from kdcache.formats.shard import SampleShard
 from kdcache.formats.signals import SignalRecord
-from kdcache.formats.store import Claim
+from kdcache.formats.stores.claims import POLL_SECONDS
+from kdcache.formats.stores.store import Claim
 from kdcache.formats.writer import CacheWriter
 
 

@@ -18,7 +18,7 @@ from kdcache.errors import StorageError
 from kdcache.formats.codes import gold_log_probs
 from kdcache.formats.manifest import CommitRecord
 from kdcache.formats.ragged import Ragged
-from kdcache.formats.store import STATUS, Store
+from kdcache.formats.stores.store import STATUS, Store
 from kdcache.progress import progress
 
 #: Seconds between two writes of the status file, on a disk and on an object store.

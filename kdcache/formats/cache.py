@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,10 +27,10 @@ from kdcache.formats.manifest import (
     StreamRecord,
     TokenizerRecord,
     commit_path,
-    read_record,
     signal_path,
 )
 from kdcache.formats.ragged import offsets_of
+from kdcache.formats.record import read_record
 from kdcache.formats.schema import ragged_columns, samples_schema, signal_schema, stream_extras
 from kdcache.formats.shard import SampleShard, SignalShard, open_part, sample_shard
 from kdcache.formats.signals import (
@@ -42,8 +41,9 @@ from kdcache.formats.signals import (
     MasksRecord,
     SignalRecord,
 )
-from kdcache.formats.store import REPAIR, Store, open_store
+from kdcache.formats.stores.store import REPAIR, Store, open_store
 from kdcache.formats.units import label_counts
+from kdcache.formats.vocabulary import decode_tokens
 
 if TYPE_CHECKING:
     from kdcache.train.batches import Batches
@@ -390,29 +390,6 @@ class Cache:
         file = next(file for file in self.tokenizer(name).files if file.path == path)
         data = bytes(self._mapped(file))
         return decode_tokens(data, self.store.at(path), self.tokenizer(name).vocab_size)
-
-
-def decode_tokens(data: bytes, where: str, vocab_size: int) -> list[str]:
-    """The token string of every id, from the bytes of a tokens.json.
-
-    Args:
-        data: bytes of the file.
-        where: how messages call it.
-        vocab_size: how many there must be.
-
-    Raises:
-        FormatError: they are not.
-    """
-    try:
-        tokens = json.loads(data.decode("utf-8"))
-        json.dumps(tokens, ensure_ascii=False).encode("utf-8")  # a lone surrogate fails here
-    except (ValueError, RecursionError):
-        raise FormatError(f"{where}: not JSON in UTF-8") from None
-    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise FormatError(f"{where}: expected a list of strings")
-    if len(tokens) != vocab_size:
-        raise FormatError(f"{where}: {len(tokens)} tokens, expected {vocab_size}")
-    return tokens
 
 
 def _read_manifest(store: Store) -> Manifest:

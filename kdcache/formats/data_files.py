@@ -9,9 +9,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from kdcache.formats.commit import write_file
 from kdcache.formats.integrity import Digester
 from kdcache.formats.manifest import FileRecord
+from kdcache.formats.stores.commit import write_file
 from kdcache.formats.zarr_layout import group_files
 
 

@@ -22,7 +22,7 @@ from kdcache.errors import FormatError
 from kdcache.formats.identity import differences
 from kdcache.formats.mapped_array import MappedArray
 from kdcache.formats.signals import AttentionRecord, HiddenRecord
-from kdcache.formats.store import REPAIR
+from kdcache.formats.stores.store import REPAIR
 from kdcache.formats.zarr_layout import (
     CHECKSUMS,
     METADATA_NAME,

@@ -12,7 +12,7 @@ import xxhash
 
 from kdcache.errors import IntegrityError, KDCacheError, StorageError
 from kdcache.formats.manifest import FileRecord
-from kdcache.formats.store import CHUNK_BYTES, REPAIR, Store
+from kdcache.formats.stores.store import CHUNK_BYTES, REPAIR, Store
 
 
 class Digester:

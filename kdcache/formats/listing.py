@@ -6,15 +6,11 @@ import re
 from collections.abc import Set
 
 from kdcache.errors import FormatError, IntegrityError
-from kdcache.formats.commit import is_temporary, temporary_of
-from kdcache.formats.manifest import (
-    CommitRecord,
-    commit_path,
-    read_record,
-    signal_path,
-)
+from kdcache.formats.manifest import CommitRecord, commit_path, signal_path
+from kdcache.formats.record import read_record
 from kdcache.formats.signals import SignalRecord, signal_class
-from kdcache.formats.store import Store
+from kdcache.formats.stores.commit import is_temporary, temporary_of
+from kdcache.formats.stores.store import Store
 
 _COMMIT_NAME = re.compile(r"([a-z][a-z0-9_]*)\.(\d{5,12})\.json")
 _SIGNAL_NAME = re.compile(r"([a-z][a-z0-9_]*)\.json")

@@ -1,30 +1,21 @@
-"""Records: the JSON files of a cache as frozen models.
-
-Every JSON file opens with the line `{"crc32c": "<8 hex digits>",`; the checksum covers all
-bytes after that line. Keys are sorted, one space indents, a newline ends the file.
-"""
+"""The manifest and the commits of a cache: what each record holds, and where it lies."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal, Self, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
 
-import google_crc32c
 import xxhash
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
-    ValidationError,
     model_validator,
 )
 
-from kdcache.errors import FormatError, IntegrityError
-from kdcache.formats.store import Store
+from kdcache.errors import FormatError
+from kdcache.formats.record import Record
 
 #: Largest vocabulary that an id of two plus one bytes can name.
 MAX_VOCAB_SIZE = 1 << 24
@@ -41,8 +32,6 @@ SAMPLES = "samples"
 RESERVED = frozenset({SAMPLES, "commits", "signals", "tokenizers"})
 
 _PATH_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-_HEADER = re.compile(rb'\{"crc32c": "([0-9a-f]{8})",\n')
 
 
 def inside(path: str) -> str:
@@ -70,12 +59,6 @@ CachePath = Annotated[str, AfterValidator(inside)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16,64}$")]
 Crc32c = Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
 Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
-
-
-class Record(BaseModel):
-    """Base of every record: frozen, strict, and closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class FileRecord(Record):
@@ -209,6 +192,16 @@ class Manifest(Record):
     versions: dict[str, str]
     lineage: Lineage | None = None
 
+    @classmethod
+    def check_version(cls, tree: dict[str, Any], where: str) -> None:
+        """Refuse what a newer kdcache wrote."""
+        version, needed = tree.get("format_version"), tree.get("min_reader_version")
+        if type(version) is not int or type(needed) is not int or needed > FORMAT_VERSION:
+            raise FormatError(
+                f"{where}: format version {version!r}, for readers of version {needed!r} on; this "
+                f"kdcache reads version {FORMAT_VERSION}: use the kdcache that made it"
+            )
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         _contiguous("shards", self.shards, 0, self.corpus.num_samples)
@@ -317,123 +310,3 @@ def commit_path(signal: str, shard: int) -> str:
 def signal_path(signal: str) -> str:
     """Path of a signal record inside the cache."""
     return f"signals/{signal}.json"
-
-
-def encode_record(record: Record) -> bytes:
-    """Bytes of a record's JSON file: the checksum line, then everything it covers."""
-    tree = record.model_dump(mode="json")
-    text = json.dumps(tree, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    rest = text.removeprefix("{\n").encode()
-    return b'{"crc32c": "%08x",\n' % google_crc32c.value(rest) + rest
-
-
-def decode_json(data: bytes, where: str) -> dict[str, Any]:
-    """The checked JSON object of a cache file, its checksum member taken off.
-
-    Args:
-        data: bytes of the file.
-        where: path for messages.
-
-    Raises:
-        IntegrityError: the checksum is not that of the bytes.
-        FormatError: the bytes are not such a file.
-    """
-    header = _HEADER.match(data)
-    if header is None:
-        raise IntegrityError(
-            f'{where}: its first line is not {{"crc32c": "<8 hex digits>",; not a file of a '
-            "cache, or damaged: restore it, or delete the cache and dump again"
-        )
-    found = b"%08x" % google_crc32c.value(data[header.end() :])
-    if header.group(1) != found:
-        raise IntegrityError(
-            f"{where}: crc32c {found.decode()}, expected {header.group(1).decode()}: its bytes "
-            "changed; restore the file, or delete the cache and dump again"
-        )
-    try:
-        tree = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant
-        )
-        if _SURROGATE.search(data):
-            json.dumps(tree, ensure_ascii=False).encode("utf-8")  # one that stands alone fails here
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise FormatError(f"{where}: not the JSON of a cache: {reason}") from None
-    del tree["crc32c"]
-    return dict(tree)
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree = dict(pairs)
-    if len(tree) != len(pairs):
-        raise ValueError("a key stands twice in one object")
-    return tree
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-R = TypeVar("R", bound=Record)
-#: The class of a record, or what finds it from the JSON.
-Kind = type[R] | Callable[[dict[str, Any]], type[R]]
-
-
-def decode_record(kind: Kind[R], data: bytes, where: str) -> R:
-    """Parse and validate the bytes of one record's file.
-
-    Args:
-        kind: which record it holds, or a function of its JSON that says so (by a ValueError
-            that there is none).
-        data: bytes of the file.
-        where: path for messages.
-
-    Raises:
-        FormatError: one line that names every fault by its path.
-    """
-    tree = decode_json(data, where)
-    if kind is Manifest:
-        _check_version(tree, where)
-    try:
-        found: type[R] = kind if isinstance(kind, type) else kind(tree)
-        return found.model_validate(tree)
-    except ValidationError as error:
-        faults = [
-            f"{'.'.join(map(str, fault['loc'])) or 'record'}: "
-            f"{fault['msg'].removeprefix('Value error, ')}"
-            for fault in error.errors()
-        ]
-    except ValueError as error:
-        faults = [str(error)]
-    except (RecursionError, ArithmeticError) as error:
-        faults = [f"cannot be read: {type(error).__name__}"]
-    shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
-    shown = shown if len(shown) <= 1000 else shown[:1000] + " ..."  # a fault may quote a long key
-    # A hostile key may hold line breaks or terminal escapes.
-    raise FormatError(f"{where}: " + "".join(c if c.isprintable() else "?" for c in shown))
-
-
-def _check_version(tree: dict[str, Any], where: str) -> None:
-    """Refuse what a newer kdcache wrote before its unknown keys confuse the message."""
-    version, needed = tree.get("format_version"), tree.get("min_reader_version")
-    if type(version) is not int or type(needed) is not int or needed > FORMAT_VERSION:
-        raise FormatError(
-            f"{where}: format version {version!r}, for readers of version {needed!r} on; this "
-            f"kdcache reads version {FORMAT_VERSION}: use the kdcache that made it"
-        )
-
-
-def read_record(kind: Kind[R], store: Store, path: str) -> R:
-    """Read one record's file of a cache.
-
-    Args:
-        kind: which record it holds.
-        store: where the cache lies.
-        path: path inside the cache.
-
-    Raises:
-        FileNotFoundError: there is none.
-        FormatError: it is damaged or not a record of that kind.
-        StorageError: it cannot be read.
-    """
-    return decode_record(kind, store.read(path), store.at(path))

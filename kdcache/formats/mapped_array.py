@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from kdcache.errors import IntegrityError
-from kdcache.formats.store import REPAIR
+from kdcache.formats.stores.store import REPAIR
 from kdcache.formats.zarr_layout import (
     CHUNK_ROWS,
     CRC_BYTES,

@@ -10,7 +10,8 @@ import xxhash
 from pydantic import AfterValidator, Field, model_validator
 
 from kdcache.formats.codec import Codec
-from kdcache.formats.manifest import Count, Digest, Name, Record, SignalName, VocabSize
+from kdcache.formats.manifest import Count, Digest, Name, SignalName, VocabSize
+from kdcache.formats.record import Record
 
 Temperature = Annotated[float, Field(gt=0)]
 Few = Annotated[int, Field(ge=1, lt=1 << 16)]

@@ -19,7 +19,7 @@ from kdcache.formats.dense_window import DenseWindow
 from kdcache.formats.manifest import SAMPLES, FileRecord
 from kdcache.formats.ragged import Ragged, gather, offsets_of
 from kdcache.formats.signals import AttentionRecord, HiddenRecord, SignalRecord
-from kdcache.formats.store import LocalStore
+from kdcache.formats.stores.local import LocalStore
 from kdcache.formats.units import MAIN_COLUMN, label_counts
 
 if TYPE_CHECKING:

@@ -12,8 +12,6 @@ import numpy as np
 import pyarrow as pa
 
 from kdcache.errors import FormatError, IdentityError, KDCacheError, StorageError
-from kdcache.formats.claims import Claims, standing_manifest
-from kdcache.formats.commit import is_temporary
 from kdcache.formats.data_files import write_group, write_ipc
 from kdcache.formats.dense import SCALE, VALUES
 from kdcache.formats.identity import differences
@@ -32,17 +30,17 @@ from kdcache.formats.manifest import (
     FileRecord,
     Manifest,
     PartRecord,
-    Record,
     commit_path,
-    encode_record,
     inside,
     part_digest,
     part_path,
-    read_record,
     signal_path,
 )
+from kdcache.formats.record import Record, encode_record, read_record
 from kdcache.formats.signals import SignalRecord
-from kdcache.formats.store import CLAIMS, STATUS, open_store
+from kdcache.formats.stores.claims import Claims, standing_manifest
+from kdcache.formats.stores.commit import is_temporary
+from kdcache.formats.stores.store import CLAIMS, STATUS, open_store
 
 R = TypeVar("R", bound=Record)
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kdcache.errors import StorageError, TrainingError
-from kdcache.formats.commit import storage_errors, sync
+from kdcache.formats.stores.commit import storage_errors, sync
 from kdcache.train.mix_state import MixState, state_from_dict
 from kdcache.train.order import OrderState
 

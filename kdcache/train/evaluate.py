@@ -16,8 +16,8 @@ from torch import nn
 
 from kdcache.corpus import read_corpus
 from kdcache.errors import CorpusError, IdentityError, ModelError, RecipeError
-from kdcache.formats.commit import storage_errors, write_data
 from kdcache.formats.identity import sample_id
+from kdcache.formats.stores.commit import storage_errors, write_data
 from kdcache.models import load_tokenizer, quiet_transformers, resolve_device
 from kdcache.recipe import CorpusSection, EvaluateSection, Recipe, load_recipe
 from kdcache.train.translate import translate

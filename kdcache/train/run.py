@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import IdentityError, StorageError
-from kdcache.formats.commit import is_temporary, storage_errors, write_data
+from kdcache.formats.stores.commit import is_temporary, storage_errors, write_data
 from kdcache.recipe import Recipe, dump_recipe, load_recipe
 
 RECIPE, IDENTITY, METRICS, LOCK = "recipe.yaml", "run.json", "metrics.jsonl", ".lock"

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from kdcache.dump.codecs.select import encode_logits
+from kdcache.formats.checks.structure import logits_faults
 from kdcache.formats.codec import Codec
 from kdcache.formats.keyed import position_hash, sample_keys
 from kdcache.formats.ragged import Ragged, offsets_of, segment_indices
 from kdcache.formats.schema import ragged_batch, ragged_columns, signal_schema
 from kdcache.formats.signals import LogitsRecord
-from kdcache.formats.structure import logits_faults
 from kdcache.labels import CodedLabels, LogitsSpec, coded_labels, decode, densify
 from tests.formats.labels import teacher_record
 

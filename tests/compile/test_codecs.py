@@ -8,11 +8,11 @@ import pytest
 from kdcache.compile import CompileOptions, compile_caches, labels
 from kdcache.compile.reencode import reencode, reencoded_record
 from kdcache.formats.cache import Cache, open_cache
+from kdcache.formats.checks.verify import verify_cache
 from kdcache.formats.codec import ThresholdCodec, TopKCodec
 from kdcache.formats.ragged import Ragged, concat
 from kdcache.formats.schema import join_ids
 from kdcache.formats.signals import SignalRecord
-from kdcache.formats.verify import verify_cache
 from tests.compile.universe import LOGITS, PAIRS
 from tests.compile.written import write_world
 

@@ -11,11 +11,11 @@ from kdcache.compile import CompileOptions, compile_caches
 from kdcache.dump.runner import dump
 from kdcache.errors import IdentityError, RecipeError
 from kdcache.formats.cache import open_cache
+from kdcache.formats.checks.verify import verify_cache
 from kdcache.formats.codec import FullCodec, ThresholdCodec, TopKCodec
-from kdcache.formats.manifest import encode_record
+from kdcache.formats.record import encode_record
 from kdcache.formats.schema import join_ids
 from kdcache.formats.signals import BeamsRecord
-from kdcache.formats.verify import verify_cache
 from kdcache.recipe import parse_recipe
 from tests.compile.written import about
 from tests.dump.world import make_lines

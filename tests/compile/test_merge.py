@@ -8,9 +8,9 @@ import pytest
 
 from kdcache.compile import CompileOptions, compile_caches
 from kdcache.formats.cache import open_cache
+from kdcache.formats.checks.verify import verify_cache
 from kdcache.formats.identity import CorpusDigest, StreamDigest
 from kdcache.formats.schema import join_ids
-from kdcache.formats.verify import verify_cache
 from tests.compile.universe import LOGITS, Universe, contents
 
 

@@ -10,7 +10,8 @@ from kdcache.compile import CompileOptions, compile_caches
 from kdcache.errors import FormatError, IdentityError, IntegrityError, KDCacheError, RecipeError
 from kdcache.formats.cache import open_cache
 from kdcache.formats.codec import ThresholdCodec, TopKCodec
-from kdcache.formats.manifest import MANIFEST_NAME, Manifest, encode_record
+from kdcache.formats.manifest import MANIFEST_NAME, Manifest
+from kdcache.formats.record import encode_record
 from tests.compile.universe import LOGITS, PAIRS
 from tests.formats.labels import teacher_record
 

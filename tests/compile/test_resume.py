@@ -12,9 +12,9 @@ import pytest
 from kdcache.cli import main
 from kdcache.compile import CompileOptions, compile_caches
 from kdcache.errors import IdentityError, StorageError
-from kdcache.formats import disk
 from kdcache.formats.cache import open_cache
-from kdcache.formats.verify import verify_cache
+from kdcache.formats.checks.verify import verify_cache
+from kdcache.formats.stores import disk
 from tests.compile.universe import LOGITS, contents
 
 NAMES = [LOGITS, "masks", "at_masked", "hidden_int8"]
@@ -33,7 +33,7 @@ WORDS += ["--rename", f"{LOGITS}=small", "--shard-tokens", "12"]
 #: Ends the process, without a word to anybody, right before one of its steps at the disk.
 KILL = """
 import os, sys
-from kdcache.formats import disk
+from kdcache.formats.stores import disk
 left = [int(sys.argv[1])]
 def die(step, path):
     left[0] -= 1

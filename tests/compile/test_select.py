@@ -9,10 +9,10 @@ import pytest
 
 from kdcache.compile import CompileOptions, compile_caches
 from kdcache.formats.cache import open_cache
+from kdcache.formats.checks.verify import verify_cache
 from kdcache.formats.codes import gold_log_probs
 from kdcache.formats.identity import sample_id
 from kdcache.formats.plan import plan_shards
-from kdcache.formats.verify import verify_cache
 from tests.compile.universe import LOGITS, PAIRS, contents
 
 NAMES = [LOGITS, "masks", "at_masked", "hidden_int8"]

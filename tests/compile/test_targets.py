@@ -13,12 +13,12 @@ from kdcache.compile import CompileOptions, compile_caches
 from kdcache.compile.hypotheses import SentenceBleu, draw, tokens_of
 from kdcache.compile.hypotheses import closest as closest_of
 from kdcache.formats.cache import open_cache
+from kdcache.formats.checks.verify import verify_cache
 from kdcache.formats.codec import FullCodec, ThresholdCodec, TopKCodec
 from kdcache.formats.identity import sample_id
 from kdcache.formats.plan import plan_shards
 from kdcache.formats.ragged import Ragged, offsets_of
 from kdcache.formats.schema import join_ids
-from kdcache.formats.verify import verify_cache
 from kdcache.labels import LogitsSpec, coded_labels, decode, densify
 from tests.compile.written import CODECS, COUNT, TEMPERATURES, VOCAB, Written, write_world
 from tests.formats.labels import code_labels

@@ -16,9 +16,9 @@ import torch
 from kdcache.compile import CompileOptions, compile_caches
 from kdcache.dump.runner import dump
 from kdcache.formats.cache import open_cache
+from kdcache.formats.checks.verify import verify_cache
 from kdcache.formats.keyed import text_key
 from kdcache.formats.schema import join_ids
-from kdcache.formats.verify import verify_cache
 from kdcache.labels import LogitsSpec, coded_labels, decode, densify
 from kdcache.models import shift_right
 from kdcache.recipe import parse_recipe

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kdcache.formats import disk
+from kdcache.formats.stores import disk
 
 _PID = re.compile(r"\.tmp-\d+-")
 _SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM}

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from kdcache.formats.verify import verify_cache
+from kdcache.formats.checks.verify import verify_cache
 from tests.dump.forks import ROOT, Ended, Fork, Forks
 from tests.dump.injection import Injection
 from tests.dump.verdicts import Problems, clear_refusal, clear_stop, files_of, last_line

@@ -3,7 +3,7 @@ import pytest
 
 from kdcache.dump.runner import dump
 from kdcache.formats.cache import open_cache
-from kdcache.formats.verify import verify_cache
+from kdcache.formats.checks.verify import verify_cache
 from tests.dump.beams_oracle import (
     alike,
     encode,

@@ -8,8 +8,8 @@ import pytest
 from kdcache import cli
 from kdcache.dump.runner import dump
 from kdcache.formats.cache import open_cache
+from kdcache.formats.checks.verify import verify_cache
 from kdcache.formats.codes import exact_log_probs
-from kdcache.formats.verify import verify_cache
 from tests.dump.beams_oracle import encode, forced, hypotheses, load, recipe, with_settings
 from tests.dump.zoo import ENCODER_DECODERS
 

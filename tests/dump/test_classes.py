@@ -10,7 +10,7 @@ from kdcache.dump.runner import dump
 from kdcache.errors import ModelError, RecipeError
 from kdcache.formats import plan
 from kdcache.formats.cache import open_cache
-from kdcache.formats.verify import verify_cache
+from kdcache.formats.checks.verify import verify_cache
 from kdcache.recipe import parse_recipe
 from tests.dump.descriptions import NOISE, ROUNDING, SRC, masked_inputs, recipe_of
 from tests.dump.zoo import CLASSIFIERS

@@ -10,10 +10,11 @@ import random
 import pytest
 
 from kdcache.errors import StorageError
-from kdcache.formats import disk
-from kdcache.formats.claims import Claims
-from kdcache.formats.commit import create_file
-from kdcache.formats.store import CLAIMS, LocalStore
+from kdcache.formats.stores import disk
+from kdcache.formats.stores.claims import Claims
+from kdcache.formats.stores.commit import create_file
+from kdcache.formats.stores.local import LocalStore
+from kdcache.formats.stores.store import CLAIMS
 from kdcache.formats.writer import CacheWriter
 from tests.dump.injection import Injection, Step
 from tests.dump.verdicts import clear_refusal, step_kinds

@@ -9,8 +9,9 @@ import time
 
 import pytest
 
-from kdcache.formats import disk
-from kdcache.formats.store import CLAIMS, LocalStore
+from kdcache.formats.stores import disk
+from kdcache.formats.stores.local import LocalStore
+from kdcache.formats.stores.store import CLAIMS
 from tests.dump.injection import Injection, Step
 from tests.dump.ordeal import look
 from tests.dump.verdicts import clear_stop, step_kinds

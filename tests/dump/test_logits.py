@@ -7,9 +7,9 @@ from kdcache.dump.runner import dump
 from kdcache.dump.signals import logits
 from kdcache.formats import plan
 from kdcache.formats.cache import open_cache
+from kdcache.formats.checks.verify import verify_cache
 from kdcache.formats.codes import entropy_nats, exact_log_probs, gold_log_probs
 from kdcache.formats.schema import join_ids
-from kdcache.formats.verify import verify_cache
 from tests.dump.world import CODECS, FAMILIES
 
 

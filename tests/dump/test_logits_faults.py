@@ -12,8 +12,8 @@ from kdcache.dump.runner import dump
 from kdcache.dump.signals import logits as logits_module
 from kdcache.errors import ModelError, RecipeError
 from kdcache.formats.cache import open_cache
+from kdcache.formats.checks.verify import verify_cache
 from kdcache.formats.schema import join_ids
-from kdcache.formats.verify import verify_cache
 from tests.dump.descriptions import recipe_of
 from tests.dump.logits_oracle import (
     SIGNALS,

@@ -11,7 +11,7 @@ from kdcache.dump.runner import dump
 from kdcache.dump.signals import logits as logits_module
 from kdcache.formats import plan
 from kdcache.formats.cache import open_cache
-from kdcache.formats.verify import verify_cache
+from kdcache.formats.checks.verify import verify_cache
 from kdcache.recipe import parse_recipe
 from tests.dump.descriptions import SRC, TGT, corpus_at
 from tests.dump.logits_oracle import (

@@ -10,7 +10,8 @@ import pytest
 
 from kdcache.dump.ranks import Ranks, parse_ranks, ranks_from
 from kdcache.errors import RecipeError
-from kdcache.formats.store import CLAIMS, LocalStore
+from kdcache.formats.stores.local import LocalStore
+from kdcache.formats.stores.store import CLAIMS
 from kdcache.formats.writer import CacheWriter
 from tests.dump.injection import Injection, Step
 from tests.dump.ordeal import look

@@ -12,8 +12,9 @@ from kdcache.cli import main
 from kdcache.dump import shards
 from kdcache.dump.runner import dump
 from kdcache.formats.cache import open_cache
-from kdcache.formats.manifest import CommitRecord, decode_record, encode_record
-from kdcache.formats.verify import verify_cache
+from kdcache.formats.checks.verify import verify_cache
+from kdcache.formats.manifest import CommitRecord
+from kdcache.formats.record import decode_record, encode_record
 from kdcache.recipe import dump_recipe
 from kdcache.repair import repair_cache
 from tests.dump.world import THRESHOLD, tree
@@ -275,7 +276,7 @@ def test_a_trained_tokenizer_is_trained_again(make_recipe, tmp_path):
 
 
 def test_a_shard_that_another_process_writes_is_left_to_it(own):
-    from kdcache.formats.store import open_store
+    from kdcache.formats.stores.store import open_store
 
     damage(own, "logits/00001.0-*.arrow", "cut")
     half = tree(own)

@@ -16,7 +16,7 @@ from kdcache.errors import (
 )
 from kdcache.formats import writer
 from kdcache.formats.cache import open_cache
-from kdcache.formats.verify import verify_cache
+from kdcache.formats.checks.verify import verify_cache
 from tests.dump.world import THRESHOLD, Killed, changed_corpus, rows_of, teacher_at, tree
 
 

@@ -12,11 +12,11 @@ from transformers import AutoTokenizer
 
 from kdcache.dump.runner import dump
 from kdcache.errors import CorpusError, IdentityError, StorageError
-from kdcache.formats import disk
 from kdcache.formats.cache import open_cache
+from kdcache.formats.checks.verify import verify_cache
 from kdcache.formats.schema import join_ids
-from kdcache.formats.store import STATUS
-from kdcache.formats.verify import verify_cache
+from kdcache.formats.stores import disk
+from kdcache.formats.stores.store import STATUS
 from tests.dump.world import CODECS, FAMILIES, THRESHOLD, Killed, rows_of, tree
 
 
@@ -73,7 +73,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from kdcache.dump.runner import dump
-from kdcache.formats import disk
+from kdcache.formats.stores import disk
 from kdcache.recipe import load_recipe
 
 recipe, out, number = sys.argv[1], sys.argv[2], int(sys.argv[3])

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 from kdcache.dump.runner import dump
 from kdcache.errors import CorpusError, IdentityError, ModelError, RecipeError
 from kdcache.formats.cache import open_cache
+from kdcache.formats.checks.verify import verify_cache
 from kdcache.formats.schema import join_ids
-from kdcache.formats.verify import verify_cache
 from kdcache.recipe import parse_recipe
 from tests.dump.test_tokenize_pairs import large_tokenizer
 from tests.dump.world import make_lines, rows_of, tree

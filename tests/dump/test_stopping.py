@@ -14,8 +14,8 @@ import pytest
 
 from kdcache.dump.stopping import Stopping
 from kdcache.errors import StoppedError
-from kdcache.formats.store import STATUS
-from kdcache.formats.verify import verify_cache
+from kdcache.formats.checks.verify import verify_cache
+from kdcache.formats.stores.store import STATUS
 from kdcache.formats.writer import CacheWriter
 from kdcache.recipe import dump_recipe
 from tests.dump.forks import Ended, Forks

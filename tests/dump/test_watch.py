@@ -19,11 +19,12 @@ from kdcache.dump.runner import dump
 from kdcache.dump.stopping import Stopping
 from kdcache.dump.watch import Watch
 from kdcache.errors import StorageError
-from kdcache.formats import disk
 from kdcache.formats.cache import Cache, open_cache
 from kdcache.formats.manifest import CommitRecord, FileRecord, PartRecord
 from kdcache.formats.ragged import Ragged
-from kdcache.formats.store import STATUS, LocalStore
+from kdcache.formats.stores import disk
+from kdcache.formats.stores.local import LocalStore
+from kdcache.formats.stores.store import STATUS
 from tests.dump.world import CODECS, THRESHOLD, tree
 
 

@@ -15,7 +15,7 @@ from transformers import (
 
 from kdcache.dump.tokenize import train_sentencepiece
 from kdcache.formats.cache import open_cache
-from kdcache.formats.store import STATUS
+from kdcache.formats.stores.store import STATUS
 from kdcache.recipe import SentencePieceTokenizer
 
 FAMILIES = ["marian", "t5", "bart"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kdcache.formats import disk
+from kdcache.formats.stores import disk
 from tests.formats.kinds import Kinds, make_kinds
 from tests.formats.observing import Observed
 

@@ -25,10 +25,10 @@ import numpy as np
 
 from kdcache.errors import KDCacheError
 from kdcache.formats.cache import Cache, open_cache
+from kdcache.formats.checks.verify import verify_cache
 from kdcache.formats.codec import Codec, SampledCodec, ThresholdCodec
 from kdcache.formats.ragged import Ragged
 from kdcache.formats.signals import AttentionRecord, HiddenRecord
-from kdcache.formats.verify import verify_cache
 from kdcache.formats.window import WindowReader
 from kdcache.train.stream import BatchStream
 from tests.formats.kinds import make_kinds

@@ -12,10 +12,11 @@ from kdcache.errors import FormatError, IntegrityError, KDCacheError
 from kdcache.formats.cache import Cache, open_cache
 from kdcache.formats.codec import Codec, FullCodec, NucleusCodec, SampledCodec, TopKCodec
 from kdcache.formats.identity import sample_id
-from kdcache.formats.manifest import CommitRecord, Manifest, Record, encode_record
+from kdcache.formats.manifest import CommitRecord, Manifest
 from kdcache.formats.ragged import concat
+from kdcache.formats.record import Record, encode_record
 from kdcache.formats.schema import join_ids
-from kdcache.formats.store import LocalStore
+from kdcache.formats.stores.local import LocalStore
 from kdcache.formats.window import WindowReader
 from tests.formats.labels import (
     SENTENCES,
@@ -174,7 +175,7 @@ def test_what_is_no_cache(tmp_path: Path) -> None:
 
 def rewrite(root: Path, path: str, kind: type[Record], change: Callable[[dict], None]) -> None:
     """A record of a cache with other contents under a right checksum."""
-    from kdcache.formats.manifest import read_record
+    from kdcache.formats.record import read_record
 
     tree = read_record(kind, LocalStore(root), path).model_dump(mode="json")
     change(tree)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from kdcache.errors import FormatError, IdentityError, IntegrityError, StorageError
-from kdcache.formats import claims
 from kdcache.formats.cache import open_cache
-from kdcache.formats.commit import take_claim
 from kdcache.formats.listing import read_signal
+from kdcache.formats.stores import claims
+from kdcache.formats.stores.commit import take_claim
 from kdcache.formats.writer import CacheWriter
 from tests.formats.labels import make_cache
 from tests.formats.observing import Observed
@@ -148,7 +148,7 @@ def test_the_claim_of_a_live_writer_is_not_swept(tmp_path: Path) -> None:
 DYING = """
 import os, signal, sys
 from pathlib import Path
-from kdcache.formats import disk
+from kdcache.formats.stores import disk
 from kdcache.formats.listing import read_signal
 from kdcache.formats.writer import CacheWriter
 from tests.formats.test_writer import batch, commit_of, declare

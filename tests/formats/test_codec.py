@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from kdcache.formats.checks.structure import logits_faults
 from kdcache.formats.codec import SampledCodec, ThresholdCodec, TopKCodec
 from kdcache.formats.codes import code_log_probs, drawn_log_probs
 from kdcache.formats.ragged import Ragged
 from kdcache.formats.schema import logits_schema, max_bytes_per_token
 from kdcache.formats.signals import LogitsRecord
-from kdcache.formats.structure import logits_faults
 from tests.formats.labels import teacher_record
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from kdcache.errors import StorageError
-from kdcache.formats import commit, disk
-from kdcache.formats.commit import (
+from kdcache.formats.stores import commit, disk
+from kdcache.formats.stores.commit import (
     create_file,
     is_temporary,
     take_claim,
@@ -38,7 +38,7 @@ def test_create_file_creates_once(tmp_path: Path) -> None:
 
 RACER = """
 import sys, pathlib
-from kdcache.formats.commit import create_file
+from kdcache.formats.stores.commit import create_file
 go, target = map(pathlib.Path, sys.argv[1:3])
 while not go.exists():
     pass
@@ -249,7 +249,7 @@ def test_a_link_is_no_claim(tmp_path: Path, target: str) -> None:
 
 HOLDER = """
 import sys, pathlib, time
-from kdcache.formats.commit import take_claim
+from kdcache.formats.stores.commit import take_claim
 claim = take_claim(pathlib.Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
@@ -275,7 +275,7 @@ def test_a_process_that_is_killed_holds_nothing_and_leaves_its_file(tmp_path: Pa
 ROUNDS = 50
 CLAIMANT = """
 import sys, pathlib, time
-from kdcache.formats.commit import take_claim
+from kdcache.formats.stores.commit import take_claim
 root, me, rounds = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 print("ready", flush=True)
 for number in range(rounds):

@@ -14,7 +14,7 @@ from kdcache.errors import FormatError, IntegrityError
 from kdcache.formats.cache import Cache, open_cache
 from kdcache.formats.integrity import digest_file
 from kdcache.formats.manifest import CommitRecord, part_path
-from kdcache.formats.store import LocalStore
+from kdcache.formats.stores.local import LocalStore
 from kdcache.formats.zarr_layout import CHECKSUMS, CHUNK_ROWS
 from tests.formats.kinds import LAYERS, WIDTH, Kinds
 from tests.formats.test_cache import rewrite

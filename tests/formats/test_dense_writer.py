@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from kdcache.errors import IdentityError, IntegrityError, StorageError
-from kdcache.formats import disk
 from kdcache.formats.cache import open_cache
 from kdcache.formats.manifest import part_path
+from kdcache.formats.stores import disk
 from kdcache.formats.writer import CacheWriter
 from tests.formats.kinds import Kinds, make_kinds
 from tests.formats.test_dense import record
@@ -158,7 +158,7 @@ ONE = ("hidden_int8",)
 KILLED = f"""
 import os, signal, sys
 from pathlib import Path
-from kdcache.formats import disk
+from kdcache.formats.stores import disk
 from tests.formats.kinds import Kinds, make_kinds
 step, name = sys.argv[2:]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kdcache.formats.verify import verify_cache
+from kdcache.formats.checks.verify import verify_cache
 from tests.formats import damage
 from tests.formats.damage import DAMAGES, Damage, World, draw_damage, make_world, run_trials
 

@@ -26,11 +26,12 @@ from hypothesis import strategies as st
 
 from kdcache.errors import FormatError, IntegrityError, KDCacheError
 from kdcache.formats.cache import open_cache
+from kdcache.formats.checks.verify import verify_cache
 from kdcache.formats.codec import ThresholdCodec
-from kdcache.formats.manifest import MAX_SHARDS, decode_json
+from kdcache.formats.manifest import MAX_SHARDS
+from kdcache.formats.record import decode_json
 from kdcache.formats.signals import AttentionRecord, HiddenRecord
-from kdcache.formats.store import MAX_SMALL_BYTES
-from kdcache.formats.verify import verify_cache
+from kdcache.formats.stores.store import MAX_SMALL_BYTES
 from kdcache.formats.window import WindowReader
 from kdcache.formats.writer import CacheWriter
 from tests.formats.kinds import make_kinds

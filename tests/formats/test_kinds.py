@@ -167,7 +167,7 @@ def test_a_part_that_is_kept_in_the_other_way_is_refused(own_kinds: Kinds) -> No
     assert isinstance(hidden, HiddenRecord)
     tree = hidden.model_dump(mode="json") | {"name": "classes"}
     (root / "signals/classes.json").unlink()
-    from kdcache.formats.manifest import encode_record
+    from kdcache.formats.record import encode_record
 
     (root / "signals/classes.json").write_bytes(encode_record(HiddenRecord.model_validate(tree)))
     with pytest.raises(

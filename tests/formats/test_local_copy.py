@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 
 from kdcache.errors import IntegrityError, StorageError
-from kdcache.formats import local_copy
 from kdcache.formats.integrity import digest_bytes
-from kdcache.formats.local_copy import DEFAULT_BYTES, LocalCopy, parse_bytes
 from kdcache.formats.manifest import FileRecord
+from kdcache.formats.stores import local_copy
+from kdcache.formats.stores.local_copy import DEFAULT_BYTES, LocalCopy, parse_bytes
 
 URL = "s3://bucket/cache"
 GB = 10**9

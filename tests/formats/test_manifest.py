@@ -16,16 +16,13 @@ from kdcache.formats.manifest import (
     FileRecord,
     Manifest,
     PartRecord,
-    Record,
     StreamRecord,
     TokenizerRecord,
-    decode_record,
-    encode_record,
     part_path,
-    read_record,
 )
+from kdcache.formats.record import Record, decode_record, encode_record, read_record
 from kdcache.formats.signals import HiddenRecord, LogitsRecord, MasksRecord, signal_class
-from kdcache.formats.store import LocalStore
+from kdcache.formats.stores.local import LocalStore
 from tests.formats.labels import teacher_record
 
 FILE = FileRecord(

@@ -9,10 +9,10 @@ import pytest
 
 from kdcache.errors import IntegrityError
 from kdcache.formats.cache import open_cache
+from kdcache.formats.checks.verify import verify_cache
 from kdcache.formats.codec import ThresholdCodec
 from kdcache.formats.manifest import CommitRecord
 from kdcache.formats.signals import SignalRecord
-from kdcache.formats.verify import verify_cache
 from tests.formats.labels import make_cache
 from tests.formats.test_cache import rewrite
 

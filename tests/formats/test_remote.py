@@ -17,13 +17,14 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from kdcache.errors import IdentityError, IntegrityError, KDCacheError, StorageError
-from kdcache.formats import remote, retry
 from kdcache.formats.cache import open_cache
-from kdcache.formats.commit import write_file
 from kdcache.formats.integrity import digest_bytes
-from kdcache.formats.remote import RemoteStore
-from kdcache.formats.scratch import scratch_folder
-from kdcache.formats.store import LocalStore, open_store
+from kdcache.formats.stores import remote, retry
+from kdcache.formats.stores.commit import write_file
+from kdcache.formats.stores.local import LocalStore
+from kdcache.formats.stores.remote import RemoteStore
+from kdcache.formats.stores.scratch import scratch_folder
+from kdcache.formats.stores.store import open_store
 from kdcache.formats.window import WindowAhead, WindowReader, window_files
 from kdcache.formats.writer import CacheWriter
 from tests.formats.kinds import make_kinds

@@ -16,8 +16,8 @@ from botocore.exceptions import ConnectionClosedError as BotoClosedError
 from s3fs.errors import translate_boto_error
 
 from kdcache.errors import KDCacheError, StorageError
-from kdcache.formats import retry
-from kdcache.formats.retry import TruncatedError, is_transient, reason, retried
+from kdcache.formats.stores import retry
+from kdcache.formats.stores.retry import TruncatedError, is_transient, reason, retried
 
 WHAT = "s3://bucket/cache/x: cannot be read"
 

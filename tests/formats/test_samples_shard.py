@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from kdcache.errors import FormatError
+from kdcache.formats.checks.structure import sample_faults
 from kdcache.formats.identity import sample_id
 from kdcache.formats.manifest import CorpusRecord, FileRecord, PartRecord
 from kdcache.formats.ragged import Ragged
@@ -21,7 +22,6 @@ from kdcache.formats.schema import (
     stream_extras,
 )
 from kdcache.formats.shard import SampleShard, open_part, sample_shard
-from kdcache.formats.structure import sample_faults
 
 TASKS = ["b", "a"]
 TEXTS = ["x", "yy", ""]

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from kdcache.errors import IntegrityError, StorageError
-from kdcache.formats import store as module
-from kdcache.formats.commit import write_file
 from kdcache.formats.integrity import digest_bytes
 from kdcache.formats.manifest import FileRecord
-from kdcache.formats.store import LocalStore, open_store
+from kdcache.formats.stores import store as module
+from kdcache.formats.stores.commit import write_file
+from kdcache.formats.stores.local import LocalStore
+from kdcache.formats.stores.store import open_store
 from tests.formats.observing import Observed
 
 

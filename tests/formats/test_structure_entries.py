@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache.formats import structure_entries
+from kdcache.formats.checks import structure_entries
+from kdcache.formats.checks.structure_entries import Entries, entry_faults, first_fall
 from kdcache.formats.ragged import Ragged, offsets_of
 from kdcache.formats.schema import split_ids
-from kdcache.formats.structure_entries import Entries, entry_faults, first_fall
 
 Lists = list[list[int]]
 

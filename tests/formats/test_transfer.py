@@ -17,12 +17,13 @@ from kdcache.errors import (
     StorageError,
 )
 from kdcache.formats.cache import open_cache
+from kdcache.formats.checks.verify import verify_cache
 from kdcache.formats.codec import SampledCodec, ThresholdCodec
-from kdcache.formats.manifest import read_record
-from kdcache.formats.store import LocalStore, open_store
-from kdcache.formats.transfer import compress_cache, expand_cache
-from kdcache.formats.transfer_store import CompressedFiles, TransferStore
-from kdcache.formats.verify import verify_cache
+from kdcache.formats.record import read_record
+from kdcache.formats.stores.local import LocalStore
+from kdcache.formats.stores.store import open_store
+from kdcache.formats.stores.transfer import compress_cache, expand_cache
+from kdcache.formats.stores.transfer_store import CompressedFiles, TransferStore
 from kdcache.formats.writer import CacheWriter
 from tests.formats.damage import read_all
 from tests.formats.kinds import Kinds, make_kinds

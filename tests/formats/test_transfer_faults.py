@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 
 from kdcache.errors import FormatError, IntegrityError, KDCacheError, StorageError
-from kdcache.formats import disk, transfer
 from kdcache.formats.cache import open_cache
+from kdcache.formats.checks.verify import verify_cache
 from kdcache.formats.integrity import digest_bytes
-from kdcache.formats.manifest import encode_record, read_record
-from kdcache.formats.store import LocalStore, open_store
-from kdcache.formats.transfer import compress_cache, expand_cache
-from kdcache.formats.transfer_store import CompressedFiles, compressed_path
-from kdcache.formats.verify import verify_cache
-from kdcache.formats.zstd import compressed
+from kdcache.formats.record import encode_record, read_record
+from kdcache.formats.stores import disk, transfer
+from kdcache.formats.stores.local import LocalStore
+from kdcache.formats.stores.store import open_store
+from kdcache.formats.stores.transfer import compress_cache, expand_cache
+from kdcache.formats.stores.transfer_store import CompressedFiles, compressed_path
+from kdcache.formats.stores.zstd import compressed
 from tests.formats.test_transfer import files_of
 
 

@@ -9,13 +9,13 @@ import pytest
 
 from kdcache.errors import FormatError, KDCacheError
 from kdcache.formats.cache import open_cache
+from kdcache.formats.checks.verify import verify_cache
 from kdcache.formats.codec import Codec, FullCodec, NucleusCodec, SampledCodec, TopKCodec
 from kdcache.formats.integrity import digest_bytes
 from kdcache.formats.manifest import CommitRecord, Manifest, part_path
 from kdcache.formats.ragged import Ragged
 from kdcache.formats.schema import ragged_batch, ragged_columns
 from kdcache.formats.signals import LogitsRecord
-from kdcache.formats.verify import verify_cache
 from kdcache.formats.window import WindowReader
 from tests.formats.labels import THRESHOLD, make_cache
 from tests.formats.test_cache import CODECS, rewrite

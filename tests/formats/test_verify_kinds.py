@@ -8,13 +8,13 @@ import pytest
 
 from kdcache.errors import KDCacheError
 from kdcache.formats.cache import open_cache
+from kdcache.formats.checks.verify import verify_cache
 from kdcache.formats.data_files import write_group
 from kdcache.formats.dense import SCALE, VALUES
 from kdcache.formats.manifest import CommitRecord, part_path
 from kdcache.formats.ragged import Ragged, concat
 from kdcache.formats.schema import ragged_batch
 from kdcache.formats.signals import MasksRecord
-from kdcache.formats.verify import verify_cache
 from kdcache.formats.window import WindowReader
 from tests.formats.kinds import DENSE, LAYERS, Kinds
 from tests.formats.test_cache import rewrite
@@ -199,7 +199,7 @@ def test_a_broken_dense_structure_is_caught_under_right_checksums(
 def test_a_part_is_checked_block_by_block(
     own_kinds: Kinds, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    from kdcache.formats import structure_dense
+    from kdcache.formats.checks import structure_dense
 
     monkeypatch.setattr(structure_dense, "BLOCK_ROWS", block)
     assert faults_of(own_kinds.root) == []
@@ -212,7 +212,7 @@ def test_a_part_is_checked_block_by_block(
 
 def test_a_damaged_chunk_under_right_checksums_of_its_file_is_caught(own_kinds: Kinds) -> None:
     from kdcache.formats.integrity import digest_file
-    from kdcache.formats.store import open_store
+    from kdcache.formats.stores.store import open_store
 
     root = own_kinds.root
     folder = group_of(root, "hidden")

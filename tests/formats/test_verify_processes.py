@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from kdcache.errors import StorageError
-from kdcache.formats import verify, verify_findings, verify_flight, verify_processes
 from kdcache.formats.cache import open_cache
+from kdcache.formats.checks import verify, verify_findings, verify_flight, verify_processes
+from kdcache.formats.checks.structure import range_faults
+from kdcache.formats.checks.verify import verify_cache
+from kdcache.formats.checks.verify_findings import Copies, CorpusSums, Findings
 from kdcache.formats.ragged import Ragged
-from kdcache.formats.structure import range_faults
-from kdcache.formats.verify import verify_cache
-from kdcache.formats.verify_findings import Copies, CorpusSums, Findings
 from tests.formats.kinds import Kinds
 from tests.formats.labels import make_cache
 

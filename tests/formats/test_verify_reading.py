@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from kdcache.errors import IntegrityError, StorageError
-from kdcache.formats import verify_flight, verify_reading
 from kdcache.formats.cache import open_cache
+from kdcache.formats.checks import verify_flight, verify_reading
+from kdcache.formats.checks.verify import verify_cache
+from kdcache.formats.checks.verify_flight import Flight
+from kdcache.formats.checks.verify_reading import Buffers, read_checked
 from kdcache.formats.integrity import digest_bytes
-from kdcache.formats.store import LocalStore, Store, open_store
-from kdcache.formats.verify import verify_cache
-from kdcache.formats.verify_flight import Flight
-from kdcache.formats.verify_reading import Buffers, read_checked
+from kdcache.formats.stores.local import LocalStore
+from kdcache.formats.stores.store import Store, open_store
 from tests.formats.kinds import Kinds, make_kinds
 from tests.formats.labels import make_cache
 
@@ -202,7 +203,7 @@ def test_an_error_in_a_thread_ends_it(kinds: Kinds, monkeypatch: pytest.MonkeyPa
     def broken(*_: object) -> list[str]:
         raise RuntimeError("a mistake")
 
-    monkeypatch.setattr("kdcache.formats.verify_shard.ragged_faults", broken)
+    monkeypatch.setattr("kdcache.formats.checks.verify_shard.ragged_faults", broken)
     with pytest.raises(RuntimeError, match="a mistake"):
         verify_cache(kinds.root)
     assert not [t for t in threading.enumerate() if t.name.startswith("verify-")]

@@ -17,9 +17,9 @@ from kdcache.errors import FormatError, IdentityError, IntegrityError, StorageEr
 from kdcache.formats import data_files
 from kdcache.formats.cache import open_cache
 from kdcache.formats.codec import TopKCodec
-from kdcache.formats.commit import take_claim
 from kdcache.formats.manifest import CommitRecord, Manifest, PartRecord
 from kdcache.formats.signals import LogitsRecord
+from kdcache.formats.stores.commit import take_claim
 from kdcache.formats.writer import CacheWriter
 from tests.formats.labels import SENTENCES, make_cache, teacher_record, tokenizer_files
 
@@ -354,7 +354,7 @@ def test_a_manifest_is_kept_after_its_shards(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from kdcache.formats import disk
+from kdcache.formats.stores import disk
 from tests.formats.labels import make_cache
 left = int(sys.argv[2])
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdcache.errors import IntegrityError, StorageError
-from kdcache.formats import zstd
-from kdcache.formats.zstd import compressed, decompressed
+from kdcache.formats.stores import zstd
+from kdcache.formats.stores.zstd import compressed, decompressed
 
 
 def cut(data: bytes, sizes) -> list[bytes]:

@@ -14,8 +14,9 @@ from kdcache.cli import main
 from kdcache.errors import FormatError
 from kdcache.formats.cache import Cache, open_cache
 from kdcache.formats.codec import Codec, FullCodec, NucleusCodec, SampledCodec, TopKCodec
-from kdcache.formats.manifest import MANIFEST_NAME, CommitRecord, encode_record
-from kdcache.formats.store import LocalStore
+from kdcache.formats.manifest import MANIFEST_NAME, CommitRecord
+from kdcache.formats.record import encode_record
+from kdcache.formats.stores.local import LocalStore
 from kdcache.report import commits
 from kdcache.report.inspect import inspect_cache
 from kdcache.report.inspection_text import inspection_text

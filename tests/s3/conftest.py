@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kdcache.dump.runner import dump
-from kdcache.formats import retry
+from kdcache.formats.stores import retry
 from kdcache.recipe import parse_recipe
 from tests.dump.forks import Forks
 from tests.dump.world import make_lines, make_marian, tree

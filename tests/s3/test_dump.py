@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kdcache.dump.runner import dump
-from kdcache.formats.verify import verify_cache
+from kdcache.formats.checks.verify import verify_cache
 from tests.s3.conftest import local_copy_variables, remote_tree
 from tests.s3.proxy import Proxy, seeded
 

@@ -10,7 +10,7 @@ import pytest
 
 from kdcache.cli import main
 from kdcache.dump.runner import dump
-from kdcache.formats.verify import verify_cache
+from kdcache.formats.checks.verify import verify_cache
 from kdcache.recipe import parse_recipe
 from kdcache.train.loop import train
 from tests.s3.conftest import folder_tree, local_copy_variables, remote_tree

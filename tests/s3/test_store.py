@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from kdcache.errors import StorageError
-from kdcache.formats import remote, retry
 from kdcache.formats.integrity import digest_bytes
-from kdcache.formats.remote import RemoteStore
+from kdcache.formats.stores import remote, retry
+from kdcache.formats.stores.remote import RemoteStore
 from tests.s3.conftest import remote_tree
 from tests.s3.proxy import FAULTS, Proxy, seeded
 

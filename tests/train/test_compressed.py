@@ -2,7 +2,7 @@
 
 import json
 
-from kdcache.formats.transfer import compress_cache
+from kdcache.formats.stores.transfer import compress_cache
 from kdcache.train.loop import train
 
 

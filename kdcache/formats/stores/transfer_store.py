@@ -19,12 +19,13 @@ from typing import Annotated, BinaryIO, Literal, NoReturn
 from pydantic import Field
 
 from kdcache.errors import FormatError, IntegrityError, StorageError
-from kdcache.formats.commit import is_temporary
 from kdcache.formats.integrity import Digester, compare
-from kdcache.formats.local_copy import LocalCopy
-from kdcache.formats.manifest import MANIFEST_NAME, Count, Digest, FileRecord, Record, read_record
-from kdcache.formats.store import CHUNK_BYTES, REPAIR, Claim, Store
-from kdcache.formats.zstd import MAX_LEVEL, MIN_LEVEL, decompressed
+from kdcache.formats.manifest import MANIFEST_NAME, Count, Digest, FileRecord
+from kdcache.formats.record import Record, read_record
+from kdcache.formats.stores.commit import is_temporary
+from kdcache.formats.stores.local_copy import LocalCopy
+from kdcache.formats.stores.store import CHUNK_BYTES, REPAIR, Claim, Store
+from kdcache.formats.stores.zstd import MAX_LEVEL, MIN_LEVEL, decompressed
 
 TRANSFER_NAME = "transfer.json"
 #: What the name of a compressed file ends with.

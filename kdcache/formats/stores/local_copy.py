@@ -30,7 +30,7 @@ import xxhash
 from kdcache.errors import IntegrityError, KDCacheError, StorageError
 from kdcache.formats.integrity import Digester
 from kdcache.formats.manifest import FileRecord
-from kdcache.formats.store import CHUNK_BYTES, REPAIR
+from kdcache.formats.stores.store import CHUNK_BYTES, REPAIR
 
 FOLDER_VARIABLE = "KDCACHE_LOCAL_COPY"
 BYTES_VARIABLE = "KDCACHE_LOCAL_COPY_BYTES"

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import pyarrow as pa
 
 from kdcache.errors import IntegrityError
-from kdcache.formats.store import CHUNK_BYTES, REPAIR
+from kdcache.formats.stores.store import CHUNK_BYTES, REPAIR
 
 #: Bytes compressed at a time, each a frame of its own; `zstd -d` takes frames one after another.
 FRAME_BYTES = 1 << 22

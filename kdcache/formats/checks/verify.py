@@ -11,23 +11,19 @@ from threading import Lock
 from typing import TypeVar
 
 from kdcache.errors import FormatError, StorageError
-from kdcache.formats.cache import Cache, decode_tokens, open_cache
+from kdcache.formats.cache import Cache, open_cache
+from kdcache.formats.checks.verify_findings import Copies, CorpusSums
+from kdcache.formats.checks.verify_flight import Flight
+from kdcache.formats.checks.verify_pass import Pass, Seen, Work
+from kdcache.formats.checks.verify_processes import FEW_BYTES, check_in_processes, shard_bytes
+from kdcache.formats.checks.verify_reading import Buffers, read_checked
 from kdcache.formats.integrity import check_size
 from kdcache.formats.listing import leftovers, list_commits, list_signals, read_signal
-from kdcache.formats.manifest import (
-    MANIFEST_NAME,
-    SAMPLES,
-    Manifest,
-    commit_path,
-    read_record,
-    signal_path,
-)
-from kdcache.formats.store import LocalStore, Store, open_store
-from kdcache.formats.verify_findings import Copies, CorpusSums
-from kdcache.formats.verify_flight import Flight
-from kdcache.formats.verify_pass import Pass, Seen, Work
-from kdcache.formats.verify_processes import FEW_BYTES, check_in_processes, shard_bytes
-from kdcache.formats.verify_reading import Buffers, read_checked
+from kdcache.formats.manifest import MANIFEST_NAME, SAMPLES, Manifest, commit_path, signal_path
+from kdcache.formats.record import read_record
+from kdcache.formats.stores.local import LocalStore
+from kdcache.formats.stores.store import Store, open_store
+from kdcache.formats.vocabulary import decode_tokens
 from kdcache.progress import progress
 
 T = TypeVar("T")

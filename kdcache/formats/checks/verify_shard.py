@@ -14,6 +14,11 @@ import numpy as np
 
 from kdcache.errors import FormatError, StorageError
 from kdcache.formats.cache import Cache
+from kdcache.formats.checks.structure import sample_faults, stream_faults
+from kdcache.formats.checks.structure_dense import dense_faults
+from kdcache.formats.checks.structure_ragged import ragged_faults
+from kdcache.formats.checks.verify_findings import CorpusSums, Findings, num_records
+from kdcache.formats.checks.verify_reading import Buffers, read_checked
 from kdcache.formats.dense import DenseRecord, open_dense_part
 from kdcache.formats.listing import part_of, unnamed_in
 from kdcache.formats.manifest import (
@@ -28,12 +33,7 @@ from kdcache.formats.ragged import Ragged
 from kdcache.formats.schema import STREAM_PREFIX, ragged_columns
 from kdcache.formats.shard import SampleShard, SignalShard, open_part, sample_shard
 from kdcache.formats.signals import AttentionRecord, HiddenRecord, SignalRecord
-from kdcache.formats.structure import sample_faults, stream_faults
-from kdcache.formats.structure_dense import dense_faults
-from kdcache.formats.structure_ragged import ragged_faults
 from kdcache.formats.units import MAIN_COLUMN, label_counts
-from kdcache.formats.verify_findings import CorpusSums, Findings, num_records
-from kdcache.formats.verify_reading import Buffers, read_checked
 
 
 @dataclass

@@ -10,7 +10,8 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from kdcache.formats.plan import PART_BYTES
-from kdcache.formats.store import LocalStore, Store
+from kdcache.formats.stores.local import LocalStore
+from kdcache.formats.stores.store import Store
 
 T = TypeVar("T")
 

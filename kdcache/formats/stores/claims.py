@@ -6,17 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from kdcache.formats.commit import is_temporary, temporary_of
 from kdcache.formats.listing import leftovers, leftovers_of, list_commits, read_commit
-from kdcache.formats.manifest import (
-    MANIFEST_NAME,
-    SAMPLES,
-    CommitRecord,
-    Manifest,
-    commit_path,
-    read_record,
-)
-from kdcache.formats.store import STATUS, Claim, Store
+from kdcache.formats.manifest import MANIFEST_NAME, SAMPLES, CommitRecord, Manifest, commit_path
+from kdcache.formats.record import read_record
+from kdcache.formats.stores.commit import is_temporary, temporary_of
+from kdcache.formats.stores.store import STATUS, Claim, Store
 
 #: How often a process looks whether another has finished what it waits for.
 POLL_SECONDS = 0.2

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from kdcache.errors import FormatError, IdentityError, IntegrityError, StorageError
-from kdcache.formats.claims import claim_name
 from kdcache.formats.identity import differences
 from kdcache.formats.integrity import Digester, check_file
 from kdcache.formats.listing import (
@@ -20,18 +19,11 @@ from kdcache.formats.listing import (
     read_signal,
     unnamed_in,
 )
-from kdcache.formats.manifest import (
-    MANIFEST_NAME,
-    CommitRecord,
-    FileRecord,
-    Manifest,
-    Record,
-    commit_path,
-    encode_record,
-    read_record,
-)
+from kdcache.formats.manifest import MANIFEST_NAME, CommitRecord, FileRecord, Manifest, commit_path
+from kdcache.formats.record import Record, encode_record, read_record
 from kdcache.formats.signals import SignalRecord
-from kdcache.formats.store import Store, open_store
+from kdcache.formats.stores.claims import claim_name
+from kdcache.formats.stores.store import Store, open_store
 
 
 class Source(Protocol):

@@ -9,6 +9,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from kdcache.formats.checks.structure import (
+    beyond,
+    label_faults,
+    logits_faults,
+    offset_faults,
+    range_faults,
+    sum_faults,
+)
+from kdcache.formats.checks.structure_entries import first_fall
 from kdcache.formats.ragged import Ragged, offsets_of
 from kdcache.formats.signals import (
     BeamsRecord,
@@ -17,15 +26,6 @@ from kdcache.formats.signals import (
     MasksRecord,
     SignalRecord,
 )
-from kdcache.formats.structure import (
-    beyond,
-    label_faults,
-    logits_faults,
-    offset_faults,
-    range_faults,
-    sum_faults,
-)
-from kdcache.formats.structure_entries import first_fall
 from kdcache.formats.units import MAIN_COLUMN
 
 #: A hypothesis' log-prob may be above 0 by this much, for rounding in float32 sums.

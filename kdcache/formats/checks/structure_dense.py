@@ -10,11 +10,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from kdcache.errors import IntegrityError
+from kdcache.formats.checks.structure import beyond
 from kdcache.formats.dense import DensePart, DenseRecord, decode_values
 from kdcache.formats.plan import plan_shards
 from kdcache.formats.ragged import offsets_of
 from kdcache.formats.signals import AttentionRecord
-from kdcache.formats.structure import beyond
 
 #: Most rows and bytes of a layer that are looked at together: whole samples, and at least one.
 BLOCK_ROWS = 1 << 16

@@ -15,7 +15,6 @@ from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from kdcache.errors import IdentityError, IntegrityError, RecipeError, StorageError
 from kdcache.formats.cache import Cache, open_cache
-from kdcache.formats.commit import is_temporary, write_file
 from kdcache.formats.identity import differences
 from kdcache.formats.integrity import Digester, compare
 from kdcache.formats.listing import list_commits, list_signals, part_of, read_commit
@@ -24,12 +23,12 @@ from kdcache.formats.manifest import (
     CommitRecord,
     FileRecord,
     commit_path,
-    encode_record,
-    read_record,
     signal_path,
 )
-from kdcache.formats.store import CLAIMS, REPAIR, STATUS, Store, open_store
-from kdcache.formats.transfer_store import (
+from kdcache.formats.record import encode_record, read_record
+from kdcache.formats.stores.commit import is_temporary, write_file
+from kdcache.formats.stores.store import CLAIMS, REPAIR, STATUS, Store, open_store
+from kdcache.formats.stores.transfer_store import (
     SUFFIX,
     TOKENIZERS_PATH,
     TRANSFER_NAME,
@@ -39,7 +38,7 @@ from kdcache.formats.transfer_store import (
     TransferStore,
     compressed_path,
 )
-from kdcache.formats.zstd import DEFAULT_LEVEL, MAX_LEVEL, MIN_LEVEL, compressed
+from kdcache.formats.stores.zstd import DEFAULT_LEVEL, MAX_LEVEL, MIN_LEVEL, compressed
 from kdcache.progress import progress
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar, cast
 
 from kdcache.errors import KDCacheError, StorageError
-from kdcache.formats import disk
+from kdcache.formats.stores import disk
 
 R = TypeVar("R")
 

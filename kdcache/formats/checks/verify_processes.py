@@ -16,9 +16,9 @@ from multiprocessing import get_context
 
 from kdcache.errors import FormatError, StorageError
 from kdcache.formats.cache import Cache, open_cache
-from kdcache.formats.verify_findings import Copies, CorpusSums, Fault, Piece
-from kdcache.formats.verify_flight import Flight
-from kdcache.formats.verify_pass import Pass, Seen, Work
+from kdcache.formats.checks.verify_findings import Copies, CorpusSums, Fault, Piece
+from kdcache.formats.checks.verify_flight import Flight
+from kdcache.formats.checks.verify_pass import Pass, Seen, Work
 
 #: A cache of fewer bytes is checked before other processes have started.
 FEW_BYTES = 1 << 28

@@ -13,7 +13,8 @@ import numpy as np
 from kdcache.errors import StorageError
 from kdcache.formats.integrity import Digester, check_opened_size, check_size, compare
 from kdcache.formats.manifest import FileRecord
-from kdcache.formats.store import LocalStore, Store
+from kdcache.formats.stores.local import LocalStore
+from kdcache.formats.stores.store import Store
 
 #: Bytes that are read and digested at a time.
 _CHUNK_BYTES = 1 << 22

@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 
 from kdcache.errors import FormatError, StorageError
 from kdcache.formats.cache import Cache
+from kdcache.formats.checks.verify_findings import Findings, Sums
+from kdcache.formats.checks.verify_flight import Flight
+from kdcache.formats.checks.verify_reading import Buffers
+from kdcache.formats.checks.verify_shard import ShardCheck
 from kdcache.formats.integrity import check_size
 from kdcache.formats.manifest import SAMPLES, CommitRecord, FileRecord, PartRecord, commit_path
-from kdcache.formats.store import LocalStore
-from kdcache.formats.verify_findings import Findings, Sums
-from kdcache.formats.verify_flight import Flight
-from kdcache.formats.verify_reading import Buffers
-from kdcache.formats.verify_shard import ShardCheck
+from kdcache.formats.stores.local import LocalStore
 
 T = TypeVar("T")
 

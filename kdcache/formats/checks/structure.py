@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from kdcache.formats.checks.structure_entries import Entries, entry_faults, sum_fault
 from kdcache.formats.codec import Codec
 from kdcache.formats.identity import sample_ids
 from kdcache.formats.manifest import CorpusRecord
 from kdcache.formats.ragged import Ragged, offsets_of
 from kdcache.formats.shard import SampleShard
-from kdcache.formats.structure_entries import Entries, entry_faults, sum_fault
 
 #: A log-prob may be above 0 by this much, for rounding in float16.
 _ABOVE_ZERO_NATS = 0.01

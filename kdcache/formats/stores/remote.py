@@ -21,13 +21,13 @@ from fsspec.config import conf
 from fsspec.core import url_to_fs
 
 from kdcache.errors import IntegrityError, StorageError
-from kdcache.formats import disk
-from kdcache.formats.commit import storage_errors
-from kdcache.formats.local_copy import LocalCopy
 from kdcache.formats.manifest import FileRecord
-from kdcache.formats.retry import TruncatedError, reason, retried
-from kdcache.formats.scratch import scratch_folder
-from kdcache.formats.store import CHUNK_BYTES, REPAIR, Claim, Store
+from kdcache.formats.stores import disk
+from kdcache.formats.stores.commit import storage_errors
+from kdcache.formats.stores.local_copy import LocalCopy
+from kdcache.formats.stores.retry import TruncatedError, reason, retried
+from kdcache.formats.stores.scratch import scratch_folder
+from kdcache.formats.stores.store import CHUNK_BYTES, REPAIR, Claim, Store
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from kdcache.formats.cache import Cache
 from kdcache.formats.listing import list_commits, list_signals, read_commit, read_signal
 from kdcache.formats.manifest import MANIFEST_NAME, SAMPLES
 from kdcache.formats.signals import SignalRecord
-from kdcache.formats.store import Store
+from kdcache.formats.stores.store import Store
 
 _RECORD = re.compile(r"signals/([a-z][a-z0-9_]*)\.json")
 _COMMIT = re.compile(r"commits/([a-z][a-z0-9_]*)\.(\d{5,12})\.json")

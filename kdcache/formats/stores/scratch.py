@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kdcache.formats.commit import storage_errors
+from kdcache.formats.stores.commit import storage_errors
 
 _PREFIX = "kdcache-upload-"
 _LOCK = "lock"

@@ -1,0 +1,1 @@
+"""Whether what lies in a cache is what was written, and mending what is not."""
