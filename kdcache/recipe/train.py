@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, StrictBool, StrictInt, model_validator
 
 from kdcache.recipe.corpus import CorpusSection
+from kdcache.recipe.objective import Term
 from kdcache.recipe.section import Device, Identifier, Number, PositiveInt, Rate, Section
 
 
@@ -34,42 +35,6 @@ class StudentSection(Section):
         if (self.path is None) == (self.config is None):
             raise ValueError("give exactly one of path and config")
         return self
-
-
-WEIGHT = "Factor of the term in the sum; a term of weight 0 is not built."
-
-
-class CrossEntropyTerm(Section):
-    """Mean cross-entropy with the reference tokens."""
-
-    loss: Literal["cross_entropy"] = Field("cross_entropy", description="Which term this is.")
-    weight: Number = Field(1.0, ge=0, description=WEIGHT)
-    label_smoothing: Number = Field(
-        0.0, ge=0, lt=1, description="Share of the target spread evenly over all ids."
-    )
-
-
-class ForwardKLTerm(Section):
-    """Mean KL(teacher || student) with the cached labels of one signal."""
-
-    loss: Literal["forward_kl"] = Field("forward_kl", description="Which term this is.")
-    weight: Number = Field(1.0, ge=0, description=WEIGHT)
-    signal: Identifier = Field("logits", description="Name of a logits signal in the cache.")
-    temperature: Number = Field(
-        1.0, gt=0, description="Both distributions are softmax(logits / temperature)."
-    )
-    temperature_squared: StrictBool = Field(
-        True, description="Multiply by the temperature squared (Hinton); the NeMo slides do not."
-    )
-    tail: Literal["auto", "sampled", "uniform", "bucket", "renormalise"] = Field(
-        "auto",
-        description="What stands for the ids the cache left out. auto: sampled where entries were "
-        "drawn for this temperature, else uniform. What the teacher gives to ids that the student "
-        "lacks joins it; with sampled that is left out.",
-    )
-
-
-Term = Annotated[CrossEntropyTerm | ForwardKLTerm, Field(discriminator="loss")]
 
 
 class OptimizerSection(Section):
@@ -167,8 +132,20 @@ class TrainSection(Section):
         default_factory=lambda: ScheduleSection(), description="How the learning rate moves."
     )
     clip_norm: Number | None = Field(1.0, gt=0, description="Gradient norm; none: no clipping.")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 autocast on cuda, float32 elsewhere."
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="auto: bfloat16 autocast on cuda, float32 elsewhere. float16: autocast with a "
+        "loss scale; a step whose gradients overflow is left out.",
+    )
+    activation_checkpointing: StrictBool = Field(
+        False,
+        description="Keep only what each layer reads, and compute the rest again in the backward "
+        "pass: less memory, a third more time, the same gradients.",
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="Over several ranks: ddp keeps the whole student on each; fsdp spreads "
+        "weights, gradients and optimiser state over them (FSDP2).",
     )
     device: Device = "auto"
     seed: StrictInt = Field(1, ge=0, description="Seed of weights, dropout and order.")

@@ -102,7 +102,7 @@ class Loop:
                 self._say_epoch(batch)
                 if seen < CANARY_BATCHES:
                     for micro in batch.micro:
-                        check_batch(micro, self.section.target, trainer.objective.signals)
+                        check_batch(micro, self.section.target, list(trainer.objective.soft_labels))
                 trainer.step(batch)
                 seen += 1
                 self._after(batch)
@@ -125,7 +125,7 @@ class Loop:
         if last or state.step % section.checkpoints.every_steps == 0:
             trainer.settle()
             keep = max(1, section.checkpoints.average_last)
-            save_checkpoint(self.run.path, state, trainer.model, trainer.optimizer, keep)
+            save_checkpoint(self.run.path, state, trainer.distillation, trainer.optimizer, keep)
 
     def _say_epoch(self, batch: GlobalBatch) -> None:
         """Where a dump may be on its way, say how much of the cache an epoch is drawn from."""
@@ -162,7 +162,7 @@ class Loop:
         """Go back to the newest checkpoint, if there is one."""
         trainer, folders = self.trainer, checkpoints(self.run.path)
         if folders:
-            state = load_checkpoint(folders[-1], trainer.model, trainer.optimizer)
+            state = load_checkpoint(folders[-1], trainer.distillation, trainer.optimizer)
             state.order.check(trainer.stream.state.digest, self.section.seed)
             trainer.state, trainer.stream.state = state, state.order
             logger.info("%s: going on after step %d", self.run.path, state.step)
@@ -175,7 +175,7 @@ class Loop:
         if trainer.dev is None:
             trainer.save_model(run / "best")
         if self.section.checkpoints.average_last:
-            load_weights(trainer.model, average_weights(checkpoints(run)))
+            load_weights(trainer.distillation, average_weights(checkpoints(run)))
             trainer.save_model(run / "averaged")
 
     def _summary(self, seconds: float) -> dict[str, Any]:

@@ -1,24 +1,35 @@
-"""The objective of a recipe: which losses are built, from what, and with which weight."""
-
-# N positions, V vocabulary, E entries
+"""The objective of a recipe: which losses are built, from what, and with which weight when."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-import torch
-
-from kdcache.errors import IdentityError, RecipeError
+from kdcache.errors import RecipeError
 from kdcache.formats.signals import LogitsRecord, SignalRecord
-from kdcache.labels import CodedLabels, LogitsSpec, SparseTarget, decode, resolve_tail
-from kdcache.recipe import CrossEntropyTerm, ForwardKLTerm, Term
-from kdcache.train.batch import Batch
-from kdcache.train.losses import LossTerm, hard_target
-from kdcache.train.narrowing import narrowed
+from kdcache.recipe import LayersTerm, ScoreMSETerm, SoftTerm, Term
+from kdcache.train.layer_terms import check_layers_signal, check_scores_signal
+from kdcache.train.schedule import value_at
+from kdcache.train.soft_terms import check_reference_signal, check_soft_signal
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A term as it stands at one step.
+
+    Attributes:
+        number: of the term among the objective's.
+        weight: above 0, Hinton's squared temperature included.
+        temperature: 1 for terms without one.
+    """
+
+    number: int
+    weight: float
+    temperature: float
 
 
 class Objective:
-    """The terms of a recipe over the signals of a cache; a term of weight 0 is not built.
+    """The terms of a recipe over the signals of a cache; one that never counts is not built.
 
     Args:
         terms: the recipe's objective.
@@ -27,9 +38,12 @@ class Objective:
         target: stream the student predicts.
 
     Attributes:
-        terms: those with a weight.
+        source: stream the student's encoder reads.
+        target: stream the student predicts.
+        terms: those that count at some time.
+        paths: where each stands in the recipe.
         names: name of each in metrics: its loss, numbered where a loss stands twice.
-        signals: names of the signals they need.
+        records: of the signals that they need.
 
     Raises:
         RecipeError: no term, a signal that is not there, or one that cannot serve the term.
@@ -39,18 +53,30 @@ class Objective:
     def __init__(
         self, terms: Sequence[Term], signals: Mapping[str, SignalRecord], source: str, target: str
     ) -> None:
-        self.target = target
-        self.terms = [term for term in terms if term.weight > 0]
-        if not self.terms:
+        self.source, self.target = source, target
+        used = [(f"train.objective.{n}", term) for n, term in enumerate(terms) if term.used]
+        if not used:
             raise RecipeError(
                 "train.objective has no term with a weight; give at least "
                 "{loss: cross_entropy, weight: 1.0}"
             )
-        self.records: dict[str, LogitsRecord] = {}
-        for number, term in enumerate(terms):
-            if isinstance(term, ForwardKLTerm) and term.weight > 0:
-                record = _checked(f"train.objective.{number}", term, signals, source, target)
-                self.records[term.signal] = record
+        self.paths = [path for path, _ in used]
+        self.terms = [term for _, term in used]
+        self.records: dict[str, SignalRecord] = {}
+        for where, term in used:
+            if isinstance(term, SoftTerm):
+                check_soft_signal(where, term, signals, source, target)
+            elif isinstance(term, LayersTerm):
+                check_layers_signal(where, term, signals.get(term.signal))
+            elif isinstance(term, ScoreMSETerm):
+                check_scores_signal(where, term, signals.get(term.signal))
+            named = [] if term.loss == "cross_entropy" else [term.signal]
+            weighing = weighing_signal(where, term)
+            if weighing is not None:
+                path = f"{where}.sample_weight"
+                check_reference_signal(path, weighing, "it", signals, source, target)
+                named.append(weighing)
+            self.records |= {name: signals[name] for name in named}
         kinds = [term.loss for term in self.terms]
         self.names = [
             kind if kinds.count(kind) == 1 else f"{kind}.{kinds[:number].count(kind)}"
@@ -62,99 +88,54 @@ class Objective:
         """Names of the signals that the terms need."""
         return list(self.records)
 
+    @property
+    def soft_labels(self) -> dict[str, LogitsRecord]:
+        """Those of them that label the target's tokens."""
+        found = self.records.items()
+        return {name: one for name, one in found if isinstance(one, LogitsRecord)}
+
     def vocab_size(self, student_rows: int) -> int:
         """Ids the losses are over: the student's, without rows that no teacher knows of.
 
         Args:
             student_rows: rows of the student's output projection.
         """
-        return min([student_rows, *(record.vocab_size for record in self.records.values())])
+        return min([student_rows, *(one.vocab_size for one in self.soft_labels.values())])
 
-    def loss_terms(self, batch: Batch, num_tokens: int, vocab_size: int) -> list[LossTerm]:
-        """What `fused_loss` takes for one micro-batch.
-
-        Every position weighs 1 / num_tokens, so the losses of all micro-batches of a global
-        batch add up to its mean per token, however it was cut.
+    def at(self, step: int, total_steps: int) -> list[Moment]:
+        """The terms that count at a step.
 
         Args:
-            batch: on the device of the logits; N positions.
-            num_tokens: target tokens of the whole global batch.
-            vocab_size: V, from `vocab_size`.
+            step: optimiser step, from 1.
+            total_steps: last step of the run.
         """
-        labels = batch.streams[self.target].flat
-        row_weight = torch.full((len(labels),), 1 / max(1, num_tokens), device=labels.device)
-        built = []
-        for term in self.terms:
-            weight, temperature = term.weight, 1.0
-            if isinstance(term, CrossEntropyTerm):
-                target = hard_target(labels, vocab_size, term.label_smoothing)
-            else:
-                temperature = term.temperature
-                coded = batch.signals[term.signal]
-                assert isinstance(coded, CodedLabels)
-                target = decode(coded, temperature, term.tail)
-                if coded.spec.vocab_size > vocab_size:
-                    target = _narrowed(term, coded.spec, target, vocab_size)
-                if term.temperature_squared:
-                    weight *= temperature**2
-            built.append(LossTerm(target, temperature, weight, row_weight))
-        return built
+        found = []
+        for number, term in enumerate(self.terms):
+            weight = value_at(term.weight, term.weight_schedule, step, total_steps)
+            temperature = 1.0
+            if isinstance(term, SoftTerm):
+                schedule = term.temperature_schedule
+                temperature = value_at(term.temperature, schedule, step, total_steps)
+                weight *= temperature**2 if term.temperature_squared else 1.0
+            if weight > 0:
+                found.append(Moment(number, weight, temperature))
+        return found
 
 
-def _narrowed(
-    term: ForwardKLTerm, spec: LogitsSpec, target: SparseTarget, num_ids: int
-) -> SparseTarget:
-    """A target over the ids that the student has."""
-    tail = resolve_tail(spec.codec, spec.temperatures, term.temperature, term.tail)
-    return narrowed(target, spec.vocab_size, num_ids, drawn=tail == "sampled")
+def weighing_signal(where: str, term: Term) -> str | None:
+    """The signal that says how much each sample counts; None where all count alike.
 
+    Args:
+        where: the term's path in the recipe.
+        term: any.
 
-def _checked(
-    where: str,
-    term: ForwardKLTerm,
-    signals: Mapping[str, SignalRecord],
-    source: str,
-    target: str,
-) -> LogitsRecord:
-    """The signal of a term, if it can serve it."""
-    record = signals.get(term.signal)
-    if record is None:
+    Raises:
+        RecipeError: the term's own labels cannot say it, and no signal is named.
+    """
+    if term.sample_weight is None:
+        return None
+    if term.sample_weight.signal is None and not isinstance(term, SoftTerm):
         raise RecipeError(
-            f"{where}.signal: cache has no signal {term.signal!r}; it has {sorted(signals)}; dump "
-            "it, or wait until the dump that is on its way comes to it"
+            f"{where}.sample_weight.signal: is missing; {term.loss} has no logits signal of its own"
         )
-    if not isinstance(record, LogitsRecord) or not _of_references(record):
-        usable = sorted(name for name, other in signals.items() if _of_references(other))
-        raise RecipeError(
-            f"{where}.signal: {term.signal!r} is {_described(record)}; {term.loss} needs logits "
-            f"at the reference's targets, of which the cache has {usable}"
-        )
-    for role, found, expected in (
-        ("labels stream", record.stream, target),
-        ("was made from source stream", record.source, source),
-    ):
-        if found != expected:
-            raise IdentityError(
-                f"{where}: signal {term.signal!r} {role} {found!r}, the student uses {expected!r}; "
-                "set train.source and train.target to the signal's streams"
-            )
-    try:
-        resolve_tail(record.codec, record.temperatures, term.temperature, term.tail)
-    except RecipeError as error:
-        raise RecipeError(f"{where}: signal {term.signal!r}: {error}") from None
-    return record
-
-
-def _of_references(record: SignalRecord) -> bool:
-    """Whether a signal labels the tokens that a student is to predict."""
-    labels = isinstance(record, LogitsRecord) and record.at == "targets"
-    return labels and record.hypotheses is None
-
-
-def _described(record: SignalRecord) -> str:
-    """A signal in a word or three."""
-    if not isinstance(record, LogitsRecord):
-        return f"of kind {record.kind}"
-    if record.hypotheses is not None:
-        return f"logits of hypotheses ({record.hypotheses})"
-    return f"logits at {record.at}"
+    return term.sample_weight.signal or term.signal  # type: ignore[union-attr]

@@ -1,10 +1,10 @@
-"""The learning rate as a function of the step."""
+"""The learning rate, and the numbers of terms, as functions of the step."""
 
 from __future__ import annotations
 
 import math
 
-from kdcache.recipe import ScheduleSection
+from kdcache.recipe import ScheduleSection, ValueSchedule
 
 
 def learning_rate(section: ScheduleSection, peak: float, step: int, total_steps: int) -> float:
@@ -31,3 +31,23 @@ def learning_rate(section: ScheduleSection, peak: float, step: int, total_steps:
     done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     floor = section.final_ratio
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def value_at(begin: float, schedule: ValueSchedule | None, step: int, total_steps: int) -> float:
+    """A number of a term at one optimiser step.
+
+    Args:
+        begin: the number that the term gives.
+        schedule: how it moves; None: it stays.
+        step: from 1.
+        total_steps: last step of the run.
+    """
+    if schedule is None:
+        return begin
+    if schedule.final is None:
+        return [begin, *(jump.value for jump in schedule.jumps if jump.step <= step)][-1]
+    first, last = schedule.first_step, schedule.last_step or total_steps
+    done = min(1.0, max(0.0, (step - first) / max(1, last - first)))
+    if schedule.shape == "cosine":
+        done = 0.5 * (1 - math.cos(math.pi * done))
+    return begin + (schedule.final - begin) * done

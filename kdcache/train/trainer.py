@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from kdcache.models import load_tokenizer, resolve_device
 from kdcache.recipe import TrainSection
 from kdcache.train.batch import Batch
 from kdcache.train.checkpoint import RunState, publish
-from kdcache.train.losses import fused_loss
+from kdcache.train.distillation import Distillation
 from kdcache.train.mix import batch_stream
-from kdcache.train.objective import Objective
+from kdcache.train.objective import Moment, Objective
 from kdcache.train.optimizer import build_optimizer
 from kdcache.train.order import ORDER_VERSION
 from kdcache.train.schedule import learning_rate
@@ -32,9 +32,7 @@ from kdcache.train.stream import BatchStream, GlobalBatch
 from kdcache.train.student import (
     build_student,
     max_positions,
-    output_rows,
     save_student,
-    student_logits,
 )
 from kdcache.train.validate import TokenPairs, encode, score_tokens
 from kdcache.train.vocabulary import KnownIds, check_tokenizer, tokenizer_files
@@ -65,20 +63,7 @@ class Trainer:
         self.objective = Objective(section.objective, cache.signals, section.source, section.target)
         for other in self.caches[1:]:
             Objective(section.objective, other.signals, section.source, section.target)
-        self.stream = batch_stream(
-            self.caches,
-            [share.weight for share in section.caches] or None,
-            [section.source, section.target],
-            self.objective.signals,
-            section.batch_tokens,
-            section.seed,
-            section.window_shards,
-            accumulate=section.accumulate,
-            max_epochs=section.max_epochs,
-            pin=self.device.type == "cuda",
-            while_dumping=section.while_dumping,
-        )
-        teachers = [record.vocab_size for record in self.objective.records.values()]
+        teachers = [record.vocab_size for record in self.objective.soft_labels.values()]
         tokenizer = streams[1].tokenizer
         own = check_tokenizer(section.student, cache, tokenizer)
         self.model = build_student(
@@ -91,10 +76,24 @@ class Trainer:
         self.ids = KnownIds.of(self.model, cache, section.source, section.target, unknown)
         self.tokenizer = tokenizer
         self.tokenizer_files = tokenizer_files(cache, self.ids, own)
-        self.vocab_size = self.objective.vocab_size(output_rows(self.model))
+        self.distillation = Distillation(self.model, self.objective, section.seed).to(self.device)
         self.max_positions = max_positions(self.model)
-        self.optimizer = build_optimizer(section.optimizer, self.model, self.device)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(section.optimizer, self.distillation, self.device)
+        self.parameters = [p for p in self.distillation.parameters() if p.requires_grad]
+        self.stream = batch_stream(
+            self.caches,
+            [share.weight for share in section.caches] or None,
+            [section.source, section.target],
+            self.objective.signals,
+            section.batch_tokens,
+            section.seed,
+            section.window_shards,
+            accumulate=section.accumulate,
+            max_epochs=section.max_epochs,
+            pin=self.device.type == "cuda",
+            while_dumping=section.while_dumping,
+            layers=self.distillation.layers,
+        )
         self.state = RunState(order=self.stream.state)
         self.total_steps = section.max_steps
         if section.max_epochs is not None:
@@ -114,12 +113,7 @@ class Trainer:
         """What is read from one cache."""
         manifest = cache.manifest
         sides = {"source": self.section.source, "target": self.section.target}
-        records = {name: cache.logits(name) for name in self.objective.signals}
-        signals = {
-            name: record.model_dump(mode="json", include={"codec", "temperatures", "seed"})
-            | {"teacher": record.teacher.digest if record.teacher else None}
-            for name, record in records.items()
-        }
+        signals = {name: cache.signal(name).digest for name in self.objective.signals}
         return {
             "corpus": manifest.corpus.digest,
             "streams": {side: manifest.streams[name].digest for side, name in sides.items()},
@@ -155,8 +149,9 @@ class Trainer:
             of the global batch.
         """
         values: Tensor | None = None
+        moments = self.objective.at(self.state.step + 1, self.total_steps)
         for micro in batch.micro:
-            total, parts = self._losses(micro, batch.num_tokens)
+            total, parts = self._losses(micro, batch.counts, moments)
             total.backward()  # type: ignore[no-untyped-call]
             found = torch.cat([total.detach().reshape(1), parts])
             values = found if values is None else values + found
@@ -177,9 +172,10 @@ class Trainer:
             "dev_accuracy": plain.accuracy,
         }
 
-    def _losses(self, micro: Batch, num_tokens: int) -> tuple[Tensor, Tensor]:
+    def _losses(
+        self, micro: Batch, counts: Mapping[str, int], moments: Sequence[Moment]
+    ) -> tuple[Tensor, Tensor]:
         """Weighted total and unweighted terms of one micro-batch."""
-        section = self.section
         longest = max(tokens.ids.shape[1] for tokens in micro.streams.values())
         if self.max_positions is not None and longest > self.max_positions:
             raise ModelError(
@@ -188,13 +184,9 @@ class Trainer:
                 f"with dump.max_tokens {self.max_positions}"
             )
         micro = self.ids.checked(micro).to(self.device)
-        source, target = (micro.streams[name] for name in (section.source, section.target))
         with self._autocast():
-            logits = student_logits(self.model, source.ids, source.mask, target.ids, target.mask)
-        terms = self.objective.loss_terms(micro, num_tokens, self.vocab_size)
-        if logits.shape[1] > self.vocab_size:
-            logits = logits[:, : self.vocab_size].contiguous()
-        return fused_loss(logits, terms, inplace=True)
+            total, parts = self.distillation(micro, counts, moments)
+        return total, parts
 
     def _autocast(self) -> Any:
         """bfloat16 where the recipe says so."""

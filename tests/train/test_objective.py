@@ -13,8 +13,9 @@ from kdcache.errors import IdentityError, RecipeError, TrainingError
 from kdcache.formats.cache import open_cache
 from kdcache.recipe import CrossEntropyTerm, ForwardKLTerm
 from kdcache.train.canary import Alignment, alignment, check_batch
-from kdcache.train.losses import fused_loss
+from kdcache.train.losses import LossTerm, fused_loss
 from kdcache.train.objective import Objective
+from kdcache.train.soft_terms import soft_target
 from kdcache.train.stream import BatchStream
 from tests.report.kinds import make_kinds
 
@@ -62,26 +63,6 @@ def test_what_a_signal_cannot_serve_is_refused(cache, term, message):
 def test_a_signal_of_other_streams_is_refused(cache):
     with pytest.raises(IdentityError, match="labels stream 'tgt', the student uses 'src'"):
         Objective([ForwardKLTerm(signal="full")], cache.signals, "src", "src")
-
-
-def test_the_loss_is_the_mean_over_the_global_batch(cache, batch):
-    objective = make_objective(
-        cache,
-        CrossEntropyTerm(weight=0.3),
-        ForwardKLTerm(signal="full", weight=0.7, temperature=2.0),
-    )
-    num, vocab = len(batch.streams["tgt"].flat), cache.signals["full"].vocab_size
-    logits = torch.randn(num, vocab, generator=torch.Generator().manual_seed(0))
-    total, values = fused_loss(logits, objective.loss_terms(batch, 2 * num, vocab))
-    nll = torch.nn.functional.cross_entropy(logits, batch.streams["tgt"].flat)
-    log_probs = torch.log_softmax(
-        batch.signals["full"].exact_code.view(num, vocab).float() / 2, dim=-1
-    )
-    kl = torch.nn.functional.kl_div(
-        torch.log_softmax(logits / 2, -1), log_probs, log_target=True, reduction="batchmean"
-    )
-    assert values.tolist() == pytest.approx([nll.item() / 2, kl.item() / 2], rel=1e-4)
-    assert total.item() == pytest.approx((0.3 * nll.item() + 0.7 * 4 * kl.item()) / 2, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -134,15 +115,14 @@ def test_a_student_with_fewer_rows_gets_labels_over_its_own(cache, batch):
         ("threshold", {"tail": "sampled"}),
         ("sampled", {}),
     ):
-        objective = make_objective(cache, ForwardKLTerm(signal=signal, **term))
-        (found,) = objective.loss_terms(batch, 1, 30)
-        assert found.target.ids.max() == 29
-        uniform = 0 if found.target.uniform is None else 30 * found.target.uniform.sum()
-        bucket = 0 if found.target.bucket is None else found.target.bucket.sum()
-        mass = float(found.target.values.sum() + uniform + bucket)
+        target = soft_target(batch.signals[signal], ForwardKLTerm(signal=signal, **term), 1.0, 30)
+        assert target.ids.max() == 29
+        uniform = 0 if target.uniform is None else 30 * target.uniform.sum()
+        bucket = 0 if target.bucket is None else target.bucket.sum()
+        mass = float(target.values.sum() + uniform + bucket)
         shares[signal, term.get("tail")] = mass / num
         logits = torch.randn(num, 30, generator=torch.Generator().manual_seed(0))
-        assert math.isfinite(fused_loss(logits, [found])[0].item())
+        assert math.isfinite(fused_loss(logits, [LossTerm(target)])[0].item())
     drawn = {key: share for key, share in shares.items() if "sampled" in key}
     assert len(drawn) == 2
     assert all(share < 0.95 for share in drawn.values())

@@ -1,0 +1,240 @@
+"""Terms over what a student computes on its way: hidden states, attentions, class scores.
+
+Each has a part of the student, its layers of it, and learned linear layers where widths differ.
+"""
+
+# B samples, R rows (tokens, or pairs of them), D student width, W teacher width, C classes
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.errors import IdentityError, RecipeError
+from kdcache.formats.keyed import text_key
+from kdcache.formats.signals import AttentionRecord, ClassesRecord, HiddenRecord, SignalRecord
+from kdcache.recipe import AttentionMSETerm, HiddenCosineTerm, LayersTerm, ScoreMSETerm
+from kdcache.train.batch import Batch, DenseRows, Scores
+from kdcache.train.feature_losses import attention_mse, hidden_cosine, hidden_mse, score_mse
+from kdcache.train.student_outputs import Layers, StudentOutputs, attention_rows
+
+
+class LayersLoss(nn.Module):
+    """Hidden states or attentions of some layers against the teacher's, each pair as much.
+
+    Args:
+        where: the term's path in the recipe.
+        term: what the recipe says.
+        record: of its signal.
+        streams: side to the stream it reads.
+        config: the student's.
+        seed: recipe seed; new linear layers are a function of it.
+
+    Attributes:
+        wanted: what it needs of the student.
+        layers: the teacher's numbers of the layers it reads, pair by pair.
+
+    Raises:
+        RecipeError: the signal cannot serve the term, or there is no such layer.
+        IdentityError: it describes another stream than the student reads on that side.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        term: LayersTerm,
+        record: HiddenRecord | AttentionRecord,
+        streams: Mapping[str, str],
+        config: Any,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.term, self.record, self._stream = term, record, streams[record.side]
+        kind = "hidden" if isinstance(record, HiddenRecord) else "attention"
+        self.wanted: Layers = (record.side, kind)  # type: ignore[assignment]
+        if record.stream != self._stream:
+            raise IdentityError(
+                f"{where}: signal {record.name!r} describes stream {record.stream!r}, the "
+                f"student's {record.side} reads {self._stream!r}; set train.source and "
+                "train.target to the signal's streams"
+            )
+        depth = int(getattr(config, f"{record.side}_layers", None) or config.num_hidden_layers)
+        pairs = _pairs(where, term, list(record.layers), depth, kind)
+        self._student = [student for student, _ in pairs]
+        self.layers = [teacher for _, teacher in pairs]
+        width = int(getattr(config, "d_model", None) or config.hidden_size)
+        self.projections = nn.ModuleList()
+        if isinstance(record, HiddenRecord) and record.width != width:
+            self.projections.extend(
+                _linear(width, record.width, seed, term.signal, student) for student, _ in pairs
+            )
+        if isinstance(record, AttentionRecord) and not record.averaged:
+            _check_heads(where, record, config)
+
+    def forward(
+        self, outputs: StudentOutputs, batch: Batch, row_weight: Tensor | None, count: int
+    ) -> Tensor:
+        """The loss of a micro-batch, over the rows of the whole global batch.
+
+        Args:
+            outputs: of the student.
+            batch: what it read.
+            row_weight: [R] factors of the rows; None: 1.
+            count: rows of the global batch.
+        """
+        rows = batch.signals[self.term.signal]
+        assert isinstance(rows, DenseRows)
+        teacher, mask = rows.decode(), batch.streams[self._stream].mask
+        layers = outputs.layers[self.wanted]
+        share = 1 / (max(1, count) * len(self._student))
+        weight = teacher.new_full((len(teacher),), share)
+        weight = weight if row_weight is None else weight * row_weight
+        total = teacher.new_zeros(())
+        for number, mine in enumerate(self._student):
+            theirs = rows.layers.index(self.layers[number])
+            if isinstance(self.record, AttentionRecord):
+                own = attention_rows(layers[mine - 1], mask, self.record.averaged)
+            else:
+                own = layers[mine][mask]
+                own = self.projections[number](own) if self.projections else own
+            total = total + self._loss(own, teacher[:, theirs], weight)
+        return total
+
+    def _loss(self, own: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+        if isinstance(self.term, AttentionMSETerm):
+            return attention_mse(own, teacher, weight)
+        if isinstance(self.term, HiddenCosineTerm):
+            return hidden_cosine(own, teacher, weight)
+        return hidden_mse(own, teacher, weight)
+
+
+class ScoresLoss(nn.Module):
+    """Class scores, which a linear layer makes of the encoder's last states, against the teacher's.
+
+    Args:
+        term: what the recipe says.
+        record: of its signal.
+        source: stream that the student's encoder reads.
+        width: D.
+        seed: recipe seed.
+    """
+
+    def __init__(
+        self, term: ScoreMSETerm, record: ClassesRecord, source: str, width: int, seed: int
+    ) -> None:
+        super().__init__()
+        self.term, self._source = term, source
+        self.head = _linear(width, len(record.labels), seed, term.signal, 0, bias=True)
+
+    def forward(
+        self, outputs: StudentOutputs, batch: Batch, row_weight: Tensor | None, count: int
+    ) -> Tensor:
+        """The loss of a micro-batch, over the samples of the whole global batch that have scores.
+
+        Args:
+            outputs: of the student.
+            batch: what it read.
+            row_weight: [samples with scores] factors; None: 1.
+            count: scores of the global batch.
+        """
+        scores = batch.signals[self.term.signal]
+        assert isinstance(scores, Scores)
+        mask = batch.streams[self._source].mask[:, :, None].to(outputs.encoded.dtype)
+        means = (outputs.encoded * mask).sum(1) / mask.sum(1).clamp(min=1)  # [B, D]
+        own = self.head(means[scores.counts > 0])
+        teacher = scores.values.view(-1, len(scores.labels))
+        weight = teacher.new_full((len(teacher),), len(scores.labels) / max(1, count))
+        return score_mse(own, teacher, weight if row_weight is None else weight * row_weight)
+
+
+def check_layers_signal(where: str, term: LayersTerm, record: SignalRecord | None) -> None:
+    """Refuse a signal that is not of the term's kind.
+
+    Raises:
+        RecipeError: it is not.
+    """
+    kind = AttentionRecord if isinstance(term, AttentionMSETerm) else HiddenRecord
+    name = "attention" if kind is AttentionRecord else "hidden"
+    if not isinstance(record, kind):
+        raise RecipeError(f"{where}.signal: {_found(term.signal, record)}; expected kind {name}")
+    if isinstance(record, HiddenRecord) and (record.pool != "none" or record.masks):
+        shown = f"pooled ({record.pool})" if record.pool != "none" else "of masked inputs"
+        raise RecipeError(
+            f"{where}.signal: {term.signal!r} is {shown}; {term.loss} needs the states of every "
+            "token of plain inputs"
+        )
+
+
+def check_scores_signal(where: str, term: ScoreMSETerm, record: SignalRecord | None) -> None:
+    """Refuse a signal that is none of class scores of plain inputs.
+
+    Raises:
+        RecipeError: it is not.
+    """
+    if not isinstance(record, ClassesRecord):
+        raise RecipeError(f"{where}.signal: {_found(term.signal, record)}; expected kind classes")
+    if record.masks:
+        raise RecipeError(
+            f"{where}.signal: {term.signal!r} is of masked inputs; score_mse needs plain ones"
+        )
+
+
+def _found(name: str, record: SignalRecord | None) -> str:
+    return f"cache has no signal {name!r}" if record is None else f"{name!r} is {record.kind}"
+
+
+def _pairs(
+    where: str, term: LayersTerm, have: list[int], depth: int, kind: str
+) -> list[tuple[int, int]]:
+    """Layers of student and teacher that belong together."""
+    first = 0 if kind == "hidden" else 1
+    if term.layers is None:
+        pairs = _spread([n for n in have if n >= 1], depth)
+        return [(0, 0), *pairs] if first == 0 and 0 in have else pairs
+    if not term.layers:
+        raise RecipeError(f"{where}.layers: is empty; give a pair of layers, or null")
+    for pair in term.layers:
+        if not first <= pair.student <= depth:
+            raise RecipeError(
+                f"{where}.layers: student layer {pair.student}; the student has {first} to {depth}"
+            )
+        if pair.teacher not in have:
+            raise RecipeError(
+                f"{where}.layers: teacher layer {pair.teacher}; signal {term.signal!r} has {have}"
+            )
+    return [(pair.student, pair.teacher) for pair in term.layers]
+
+
+def _spread(have: list[int], depth: int) -> list[tuple[int, int]]:
+    """The fewer layers evenly over the more, last beside last.
+
+    Source: the uniform strategy of Jiao et al. 2020, TinyBERT, section 3.1.
+    """
+    if len(have) >= depth:
+        return [(n, have[math.ceil(n * len(have) / depth) - 1]) for n in range(1, depth + 1)]
+    ends = [math.ceil(n * depth / len(have)) for n in range(1, len(have) + 1)]
+    return list(zip(ends, have, strict=True))
+
+
+def _check_heads(where: str, record: AttentionRecord, config: Any) -> None:
+    heads = getattr(config, f"{record.side}_attention_heads", None) or config.num_attention_heads
+    if heads != record.heads:
+        raise RecipeError(
+            f"{where}: the teacher has {record.heads} heads, the student {heads}; give the student "
+            "as many, or dump the signal with heads mean"
+        )
+
+
+def _linear(width: int, out: int, seed: int, *key: object, bias: bool = False) -> nn.Linear:
+    """A linear layer with Glorot-uniform weights that are a function of the seed."""
+    layer = nn.Linear(width, out, bias=bias)
+    generator = torch.Generator().manual_seed(text_key(seed, "projection", *key) >> 1)
+    with torch.no_grad():
+        nn.init.xavier_uniform_(layer.weight, generator=generator)
+        if bias:
+            layer.bias.zero_()
+    return layer
