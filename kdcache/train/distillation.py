@@ -88,7 +88,8 @@ class Distillation(nn.Module):
             those that do not count now.
         """
         target = micro.streams[self.objective.target]
-        wanted = [self._wanted[one.number] for one in moments if one.number in self._wanted]
+        read = [self._wanted[one.number] for one in moments if one.number in self._wanted]
+        wanted = list(dict.fromkeys(read))
         outputs = run_student(
             self.student,
             micro.streams[self.objective.source],
