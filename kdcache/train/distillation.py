@@ -97,14 +97,12 @@ class Distillation(nn.Module):
             list(dict.fromkeys(wanted)),
             self._linear,
         )
-        values = torch.zeros(len(self.objective.terms), device=target.flat.device)
-        total = values.new_zeros(())
+        total = torch.zeros((), device=target.flat.device)
+        values: dict[int, Tensor] = {}
         over_ids = [one for one in moments if str(one.number) not in self.beside]
         if over_ids:
             total, found = self._over_ids(micro, counts, over_ids, outputs)
-            values = values.to(found).index_copy(
-                0, torch.tensor([one.number for one in over_ids], device=found.device), found
-            )
+            values |= {one.number: value for one, value in zip(over_ids, found, strict=True)}
         for one in moments:
             if str(one.number) not in self.beside:
                 continue
@@ -114,7 +112,8 @@ class Distillation(nn.Module):
             value = self.beside[str(one.number)](outputs, micro, factors, count)
             total = total + one.weight * value
             values[one.number] = value.detach()
-        return total, values
+        none = total.detach().new_zeros(())
+        return total, torch.stack([values.get(n, none) for n in range(len(self.objective.terms))])
 
     def _over_ids(
         self,

@@ -169,17 +169,25 @@ def check_layers_signal(where: str, term: LayersTerm, record: SignalRecord | Non
         )
 
 
-def check_scores_signal(where: str, term: ScoreMSETerm, record: SignalRecord | None) -> None:
-    """Refuse a signal that is none of class scores of plain inputs.
+def check_scores_signal(
+    where: str, term: ScoreMSETerm, record: SignalRecord | None, source: str
+) -> None:
+    """Refuse a signal that is none of class scores of what the student's encoder reads.
 
     Raises:
-        RecipeError: it is not.
+        RecipeError: it is of another kind, or of masked inputs.
+        IdentityError: it describes another stream.
     """
     if not isinstance(record, ClassesRecord):
         raise RecipeError(f"{where}.signal: {_found(term.signal, record)}; expected kind classes")
     if record.masks:
         raise RecipeError(
             f"{where}.signal: {term.signal!r} is of masked inputs; score_mse needs plain ones"
+        )
+    if record.stream != source:
+        raise IdentityError(
+            f"{where}: signal {term.signal!r} describes stream {record.stream!r}, the student's "
+            f"encoder reads {source!r}; set train.source to the signal's stream"
         )
 
 

@@ -69,7 +69,7 @@ class Objective:
             elif isinstance(term, LayersTerm):
                 check_layers_signal(where, term, signals.get(term.signal))
             elif isinstance(term, ScoreMSETerm):
-                check_scores_signal(where, term, signals.get(term.signal))
+                check_scores_signal(where, term, signals.get(term.signal), source)
             named = [] if term.loss == "cross_entropy" else [term.signal]
             weighing = weighing_signal(where, term)
             if weighing is not None:
