@@ -14,6 +14,7 @@ from kdcache.errors import IdentityError, RecipeError
 from kdcache.formats.cache import open_cache
 from kdcache.labels import decode, entropy_nats
 from kdcache.losses import (
+    forward_kl,
     jensen_shannon_rows,
     logit_mse_rows,
     reverse_kl_rows,
@@ -244,6 +245,42 @@ EVERY = [
     {"loss": "hidden_mse", "signal": "hidden", "weight": 0.3},
     {"loss": "attention_mse", "signal": "attention", "weight": 2.0},
 ]
+
+
+def test_logits_that_are_no_plain_product_are_taken_whole(cache):
+    model = make_student()
+    expected = both(cache, model, *EVERY[:3])
+
+    def capped(module, args, out):
+        out.logits = 3.0 * torch.tanh(out.logits / 3.0)
+        return out
+
+    handle = model.register_forward_hook(capped)
+    terms = [*EVERY[:3], {"loss": "total_variation", "signal": "targets"}]
+    for chosen in (terms, terms[:2], terms[2:]):
+        module, _, micro, total, values = both(cache, model, *chosen)
+        _, logits = plain(model, micro)
+        assert logits.abs().max() <= 3.0
+        target = decode(micro.signals["targets"])
+        target = narrowed(target, VOCAB + 2, VOCAB, drawn=True)
+        whole = {
+            "cross_entropy": torch.nn.functional.cross_entropy(logits, micro.streams["tgt"].flat),
+            "forward_kl": forward_kl(logits, target),
+            "jensen_shannon": jensen_shannon_rows(logits, target, 1.0).mean(),
+            "total_variation": total_variation_rows(logits, target, 1.0).mean(),
+        }
+        found = dict(zip(module.objective.names, values.tolist(), strict=True))
+        assert found == pytest.approx({name: whole[name].item() for name in found}, rel=1e-5)
+        learned = [one for one in model.parameters() if one.requires_grad]
+        gradients = torch.autograd.grad(total, learned, allow_unused=True)
+        weights = {term["loss"]: term.get("weight", 1.0) for term in chosen}
+        mixed = sum(weights[name] * whole[name] for name in found)
+        others = torch.autograd.grad(mixed, learned, allow_unused=True)
+        for one, other in zip(gradients, others, strict=True):
+            if other is not None and other.abs().max() > 0:
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    handle.remove()
+    torch.testing.assert_close(both(cache, model, *EVERY[:3])[4], expected[4])
 
 
 def test_micro_batches_add_up_to_the_whole(cache):
