@@ -25,7 +25,7 @@ from scale_caches import make_cache, make_hollow_cache
 from setting import log, report
 
 from kdcache.formats.checks.verify import verify_cache
-from kdcache.formats.checks.verify_flight import num_cores
+from kdcache.processes import num_cores
 
 CHUNK_BYTES = 1 << 20
 

@@ -238,6 +238,12 @@ def _recipe_commands(parsers: Any) -> None:
         help="make the shards R, R + WORLD, ...; else what torchrun or SLURM says",
     )
     command.add_argument(
+        "--processes",
+        type=_count,
+        metavar="N",
+        help="that tokenise a large corpus (default: one for each processor core)",
+    )
+    command.add_argument(
         "--plan",
         action="store_true",
         help="dump a pilot of some hundred samples, say what the whole will cost, and stop",

@@ -69,9 +69,11 @@ def dump(arguments: argparse.Namespace, overrides: Overrides) -> int:
     out = _needs(arguments, "out")
     from kdcache.dump.ranks import ranks_from
     from kdcache.dump.runner import dump as run
+    from kdcache.processes import num_cores
 
     ranks = arguments.rank or ranks_from(os.environ)
-    return _print_summary(arguments, dict(run(recipe, out, ranks=ranks)))
+    processes = arguments.processes or num_cores()
+    return _print_summary(arguments, dict(run(recipe, out, ranks=ranks, processes=processes)))
 
 
 def _plan(arguments: argparse.Namespace, recipe: Any) -> int:
@@ -147,7 +149,7 @@ def verify(arguments: argparse.Namespace, overrides: Overrides) -> int:
         if value is not None:
             arguments.error(f"argument {option}: goes with --repair")
     from kdcache.formats.checks.verify import verify_cache
-    from kdcache.formats.checks.verify_flight import num_cores
+    from kdcache.processes import num_cores
 
     processes = arguments.processes or num_cores()
     report = verify_cache(arguments.cache, quick=arguments.quick, processes=processes)

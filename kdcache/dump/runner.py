@@ -40,6 +40,7 @@ def dump(
     out: str | Path,
     only: np.ndarray | None = None,
     ranks: Ranks | None = None,
+    processes: int = 1,
 ) -> DumpSummary:
     """Write a cache, or finish or extend the one that stands.
 
@@ -51,6 +52,7 @@ def dump(
         out: directory or URL of the cache.
         only: numbers of the corpus rows to take, ascending, for a pilot; all without it.
         ranks: which of several processes this is; the only one without it.
+        processes: that tokenise a large corpus, where this process writes the samples.
 
     Returns:
         cache, samples, rows, dropped, shards, tokens (per stream), bytes (data files), rank, world,
@@ -80,7 +82,7 @@ def dump(
         with CacheWriter(out) as writer:
             watch = Watch(writer.store, ranks, stopping)
             try:
-                inputs.samples_stage(writer, watch).run(inputs.tokenizers, ranks, only)
+                inputs.samples_stage(writer, watch, processes).run(inputs.tokenizers, ranks, only)
                 tokenised = time.perf_counter()
                 signals = {n: inputs.dump_signal(n, writer, ranks, watch) for n in inputs.order}
             except StoppedError as error:
@@ -126,9 +128,9 @@ class _Inputs:
             else:
                 check_later(section, name, self.teachers.same_model(name), self.tokenizers)
 
-    def samples_stage(self, writer: CacheWriter, watch: Watch) -> SamplesStage:
+    def samples_stage(self, writer: CacheWriter, watch: Watch, processes: int) -> SamplesStage:
         """The writing of the samples, not begun."""
-        return SamplesStage(writer, self.recipe, self.corpus, self.teachers, watch)
+        return SamplesStage(writer, self.recipe, self.corpus, self.teachers, watch, processes)
 
     def dump_signal(
         self, name: str, writer: CacheWriter, ranks: Ranks, watch: Watch

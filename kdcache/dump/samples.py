@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 
 from kdcache.corpus import RowBatch, read_corpus
-from kdcache.dump.chunk import Chunk, encode_stream, sample_ids_of, trimmed
+from kdcache.dump.chunk import Chunk, sample_ids_of, trimmed
+from kdcache.dump.encode import FEW_ROWS, encoded
 from kdcache.dump.stopping import Stopping
 from kdcache.dump.tokenize import Tokenizer
 from kdcache.dump.versions import library_versions
@@ -92,23 +94,35 @@ class SampleWriter:
             for name, stream in self._streams.items()
         }
 
-    def run(self, num_rows: int, stopping: Stopping, only: np.ndarray | None = None) -> Manifest:
+    def run(
+        self,
+        num_rows: int,
+        stopping: Stopping,
+        only: np.ndarray | None = None,
+        processes: int = 1,
+    ) -> Manifest:
         """Read, tokenise and write everything; the samples are claimed.
 
         Args:
             num_rows: rows of the corpus, for the progress bar.
             stopping: asked after every batch of rows.
             only: numbers of the rows to take, ascending; all without it.
+            processes: that tokenise a large corpus.
 
         Raises:
             CorpusError: the corpus is wrong, or no sample is left of it.
             IdentityError: an interrupted dump wrote other samples here.
             StoppedError: the process was asked to stop.
         """
-        with progress(num_rows, "tokenise", "row") as bar:
-            for batch in read_corpus(self._corpus):
-                taken = batch if only is None else batch.only(only)
-                self._add(self._tokenise(taken))
+        read = read_corpus(self._corpus)
+        taken = read if only is None else (batch.only(only) for batch in read)
+        processes = processes if num_rows >= FEW_ROWS and only is None else 1
+        with (
+            progress(num_rows, "tokenise", "row") as bar,
+            closing(encoded(taken, self._streams, self._tokenizers, processes)) as batches,
+        ):
+            for batch, streams in batches:
+                self._add(self._fitting(batch, streams))
                 self._num_rows += batch.num_read
                 self._dropped["empty"] += batch.dropped
                 bar.update(batch.num_read)
@@ -134,12 +148,8 @@ class SampleWriter:
                 "with, or choose another output"
             )
 
-    def _tokenise(self, batch: RowBatch) -> Chunk:
+    def _fitting(self, batch: RowBatch, streams: dict[str, Ragged]) -> Chunk:
         """One batch of rows as samples, the rule for lengths applied."""
-        streams = {
-            name: encode_stream(stream, self._tokenizers[stream.tokenizer], batch)
-            for name, stream in self._streams.items()
-        }
         for name, stream in streams.items():
             self._require_tokens(name, batch, stream)
         keep = np.ones(len(batch.rows), dtype=bool)

@@ -34,9 +34,11 @@ class SamplesStage:
         corpus: CorpusSection,
         teachers: Teachers,
         watch: Watch,
+        processes: int,
     ) -> None:
         self._writer, self._recipe, self._corpus = writer, recipe, corpus
         self._teachers, self._watch = teachers, watch
+        self._processes = processes
         self._told = False
 
     def run(self, tokenizers: dict[str, Tokenizer], ranks: Ranks, only: np.ndarray | None) -> None:
@@ -78,7 +80,7 @@ class SamplesStage:
         tokenizers |= trained_tokenizers(self._recipe.dump, self._corpus)
         limit = max_tokens(self._recipe.dump, self._teachers, tokenizers)
         samples = SampleWriter(self._writer, self._recipe, self._corpus, tokenizers, limit)
-        samples.run(num_rows, self._watch.stopping, only)
+        samples.run(num_rows, self._watch.stopping, only, self._processes)
 
     def _waiting(self) -> None:
         """Say once that another process is waited for, and stop where that was asked for."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Condition
@@ -12,6 +11,7 @@ from typing import Any, Self, TypeVar
 from kdcache.formats.plan import PART_BYTES
 from kdcache.formats.stores.local import LocalStore
 from kdcache.formats.stores.store import Store
+from kdcache.processes import num_cores
 
 T = TypeVar("T")
 
@@ -23,11 +23,6 @@ LOCAL_READERS, REMOTE_READERS = 2, 8
 
 #: More threads than that would wait for Python.
 MOST_CHECKERS = 8
-
-
-def num_cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 class Flight:

@@ -6,19 +6,18 @@ in order, comes back to the first process; it is a tenth of the bytes.
 
 from __future__ import annotations
 
-import signal
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
 
 from kdcache.errors import FormatError, StorageError
 from kdcache.formats.cache import Cache, open_cache
 from kdcache.formats.checks.verify_findings import Copies, CorpusSums, Fault, Piece
 from kdcache.formats.checks.verify_flight import Flight
 from kdcache.formats.checks.verify_pass import Pass, Seen, Work
+from kdcache.processes import worker_pool
 
 #: A cache of fewer bytes is checked before other processes have started.
 FEW_BYTES = 1 << 28
@@ -71,8 +70,7 @@ def check_in_processes(
     at_once = max(1, TASK_BYTES // max(1, shard_bytes(cache, work)))
     shards = deque(work.items())
     others = processes - 1
-    context = get_context("spawn")
-    pool = ProcessPoolExecutor(others, context, _begin, (cache.store.name, processes))
+    pool = worker_pool(others, _begin, (cache.store.name, processes))
     waiting: deque[Future[_Found]] = deque()
     try:
         while shards or waiting:
@@ -106,7 +104,6 @@ _opened: list[tuple[Cache, int]] = []  # what this process works on
 
 def _begin(location: str, processes: int) -> None:
     """Open the cache, once for all tasks of another process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
     _opened[:] = [(open_cache(location), processes)]
 
 
