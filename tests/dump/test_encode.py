@@ -69,9 +69,9 @@ def test_what_is_wrong_with_a_row_is_said_as_by_one_process(root):
     streams = {"chat": {"field": "talk", "template": "chat"}}
     said = []
     for processes in (1, 2):
+        made, out = recipe(root, corpus, streams, tokenizer="qwen2"), root / f"cache{processes}"
         with pytest.raises(CorpusError) as caught:
-            made = recipe(root, corpus, streams, tokenizer="qwen2")
-            dump(made, root / f"cache{processes}", processes=processes)
+            dump(made, out, processes=processes)
         said.append(str(caught.value))
     assert said[0] == said[1]
     assert "29" in said[0]

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from kdcache.dump.runner import dump
 from kdcache.dump.stopping import Stopping
+from kdcache.dump.teachers import in_turn
+from kdcache.dump.teachers.loading import load_teacher
 from kdcache.errors import StoppedError
 from kdcache.formats.checks.verify import verify_cache
 from kdcache.formats.stores.store import STATUS
@@ -56,6 +59,23 @@ def test_outside_the_main_thread_the_signal_is_left_alone() -> None:
     thread.start()
     thread.join()
     assert found == [before]
+
+
+def test_while_the_teacher_loads_it_is_noticed_before_anything_is_written(
+    make_recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*arguments: object, **options: object) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return load_teacher(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(in_turn, "load_teacher", load)
+    out = tmp_path / "cache"
+    recipe = make_recipe(codec={"name": "full"})
+    with pytest.raises(StoppedError, match="stopped by SIGTERM before anything was written"):
+        dump(recipe, out)
+    assert not out.exists()
+    monkeypatch.undo()
+    assert dump(recipe, out)["complete"]
 
 
 class Dumps:
