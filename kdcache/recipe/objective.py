@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, StrictBool, StrictInt, model_validator
+from pydantic import BeforeValidator, Field, StrictBool, StrictInt, model_validator
 
 from kdcache.recipe.section import Identifier, Number, PositiveInt, Section
 
@@ -185,20 +185,35 @@ class LogitMSETerm(SoftTerm):
     )
 
 
-class LayerPair(Section):
-    """One layer of the student beside one of the teacher; 0 is what its first layer reads."""
+def _listed(value: object) -> object:
+    """One layer is a list of one."""
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else value
 
-    student: StrictInt = Field(ge=0, description="The student's layer.")
-    teacher: StrictInt = Field(ge=0, description="The teacher's layer, one that the signal has.")
+
+Layer = Annotated[StrictInt, Field(ge=0)]
+
+
+class LayerPair(Section):
+    """A layer of the student beside one or several of the teacher; 0 is what the first reads."""
+
+    student: Layer = Field(description="The student's layer.")
+    teacher: Annotated[list[Layer], BeforeValidator(_listed)] = Field(
+        min_length=1,
+        description="The teacher's layer, one that the signal has; or a list of them, which a "
+        "learned linear layer fuses into one of the student's width (CKD).",
+    )
 
 
 class LayersTerm(TermSection):
-    """What terms over layers have; the term is the mean over its pairs of layers."""
+    """What terms over layers have."""
 
     signal: Identifier = Field(description="Name of the signal in the cache.")
     layers: list[LayerPair] | None = Field(
         None,
         description="Pairs of layers. null: the student's layers evenly over those of the signal.",
+    )
+    over_layers: Literal["mean", "sum"] = Field(
+        "mean", description="Whether the term is the mean or the sum over its pairs of layers."
     )
 
 

@@ -14,7 +14,9 @@ from kdcache.errors import TrainingError
 from kdcache.train.loss_plan import compute_dtype
 
 
-def hidden_mse(student: Tensor, teacher: Tensor, row_weight: Tensor | None = None) -> Tensor:
+def hidden_mse(
+    student: Tensor, teacher: Tensor, row_weight: Tensor | None = None, *, fused: bool = False
+) -> Tensor:
     """Mean squared difference of hidden states over rows and features.
 
     Args:
@@ -22,6 +24,7 @@ def hidden_mse(student: Tensor, teacher: Tensor, row_weight: Tensor | None = Non
         teacher: [R, D] float; gets no gradient.
         row_weight: [R] factor of each row instead of the mean's 1 / R; 0 ignores the row, whatever
             it holds.
+        fused: the teacher's side is made by a learned layer, and gets a gradient after all.
 
     Returns:
         Scalar in the square of the states' unit; 0 of no rows.
@@ -31,10 +34,12 @@ def hidden_mse(student: Tensor, teacher: Tensor, row_weight: Tensor | None = Non
 
     Source: Romero et al. 2015, FitNets: Hints for Thin Deep Nets.
     """
-    return _squared("hidden_mse", student, teacher, row_weight)
+    return _squared("hidden_mse", student, teacher if fused else teacher.detach(), row_weight)
 
 
-def hidden_cosine(student: Tensor, teacher: Tensor, row_weight: Tensor | None = None) -> Tensor:
+def hidden_cosine(
+    student: Tensor, teacher: Tensor, row_weight: Tensor | None = None, *, fused: bool = False
+) -> Tensor:
     """Mean of 1 - cosine similarity of hidden states, row by row.
 
     Args and Raises as `hidden_mse`.
@@ -44,7 +49,8 @@ def hidden_cosine(student: Tensor, teacher: Tensor, row_weight: Tensor | None = 
 
     Source: Sanh et al. 2019, DistilBERT, section 2.
     """
-    student, teacher = _prepared("hidden_cosine", student, teacher, row_weight)
+    sides = student, teacher if fused else teacher.detach()
+    student, teacher = _prepared("hidden_cosine", *sides, row_weight)
     return _weighted(1 - torch.cosine_similarity(student, teacher, dim=1), row_weight)
 
 
@@ -65,7 +71,7 @@ def attention_mse(student: Tensor, teacher: Tensor, row_weight: Tensor | None = 
 
     Source: Jiao et al. 2020, TinyBERT, section 3.1.
     """
-    return _squared("attention_mse", student, teacher, row_weight)
+    return _squared("attention_mse", student, teacher.detach(), row_weight)
 
 
 def score_mse(student: Tensor, teacher: Tensor, row_weight: Tensor | None = None) -> Tensor:
@@ -86,7 +92,7 @@ def score_mse(student: Tensor, teacher: Tensor, row_weight: Tensor | None = None
 
     Source: Tang et al. 2019, Distilling Task-Specific Knowledge from BERT, section 3.2.
     """
-    return _squared("score_mse", student, teacher, row_weight)
+    return _squared("score_mse", student, teacher.detach(), row_weight)
 
 
 def _squared(name: str, student: Tensor, teacher: Tensor, row_weight: Tensor | None) -> Tensor:
@@ -113,7 +119,7 @@ def _prepared(
     if row_weight is not None:
         # Before the loss: a gradient of 0 times one that is not finite would not be 0.
         student = student.masked_fill((row_weight == 0)[:, None], 0.0)
-    return student, teacher.detach().to(student)
+    return student, teacher.to(student)
 
 
 def _weighted(losses: Tensor, row_weight: Tensor | None) -> Tensor:

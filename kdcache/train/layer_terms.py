@@ -26,6 +26,9 @@ from kdcache.train.student_outputs import Layers, StudentOutputs, attention_rows
 class LayersLoss(nn.Module):
     """Hidden states or attentions of some layers against the teacher's, each pair as much.
 
+    Several layers of the teacher are fused: F = W [l_1; l_2; ...] + b, learned with the student.
+    One alone is taken as it is, and where it is wider or narrower the student's is projected.
+
     Args:
         where: the term's path in the recipe.
         term: what the recipe says.
@@ -36,11 +39,13 @@ class LayersLoss(nn.Module):
 
     Attributes:
         wanted: what it needs of the student.
-        layers: the teacher's numbers of the layers it reads, pair by pair.
+        layers: the teacher's numbers of the layers it reads.
 
     Raises:
         RecipeError: the signal cannot serve the term, or there is no such layer.
         IdentityError: it describes another stream than the student reads on that side.
+
+    Source: fusion: Wu et al. 2020, Why Skip If You Can Combine (CKD), section 3.
     """
 
     def __init__(
@@ -64,14 +69,22 @@ class LayersLoss(nn.Module):
             )
         depth = int(getattr(config, f"{record.side}_layers", None) or config.num_hidden_layers)
         pairs = _pairs(where, term, list(record.layers), depth, kind)
-        self._student = [student for student, _ in pairs]
-        self.layers = [teacher for _, teacher in pairs]
+        self._pairs = pairs
+        self.layers = sorted({layer for _, layers in pairs for layer in layers})
         width = int(getattr(config, "d_model", None) or config.hidden_size)
-        self.projections = nn.ModuleList()
-        if isinstance(record, HiddenRecord) and record.width != width:
-            self.projections.extend(
-                _linear(width, record.width, seed, term.signal, student) for student, _ in pairs
-            )
+        self.projections, self.fusions = nn.ModuleDict(), nn.ModuleDict()
+        for number, (student, layers) in enumerate(pairs):
+            key = (term.signal, student, *layers[1:])
+            if isinstance(record, AttentionRecord):
+                if len(layers) > 1:
+                    raise RecipeError(
+                        f"{where}.layers.{number}: fuses the attentions of {layers}; give one layer"
+                    )
+            elif len(layers) > 1:
+                fusion = _linear(len(layers) * record.width, width, seed, *key, bias=True)
+                self.fusions[str(number)] = fusion
+            elif record.width != width:
+                self.projections[str(number)] = _linear(width, record.width, seed, *key)
         if isinstance(record, AttentionRecord) and not record.averaged:
             _check_heads(where, record, config)
 
@@ -90,26 +103,25 @@ class LayersLoss(nn.Module):
         assert isinstance(rows, DenseRows)
         teacher, mask = rows.decode(), batch.streams[self._stream].mask
         layers = outputs.layers[self.wanted]
-        share = 1 / (max(1, count) * len(self._student))
+        share = 1 / (max(1, count) * (len(self._pairs) if self.term.over_layers == "mean" else 1))
         weight = teacher.new_full((len(teacher),), share)
         weight = weight if row_weight is None else weight * row_weight
         total = teacher.new_zeros(())
-        for number, mine in enumerate(self._student):
-            theirs = rows.layers.index(self.layers[number])
+        for number, (mine, theirs) in enumerate(self._pairs):
+            chosen = teacher[:, [rows.layers.index(layer) for layer in theirs]].flatten(1)
             if isinstance(self.record, AttentionRecord):
                 own = attention_rows(layers[mine - 1], mask, self.record.averaged)
-            else:
-                own = layers[mine][mask]
-                own = self.projections[number](own) if self.projections else own
-            total = total + self._loss(own, teacher[:, theirs], weight)
+                total = total + attention_mse(own, chosen, weight)
+                continue
+            own = layers[mine][mask]
+            if str(number) in self.projections:
+                own = self.projections[str(number)](own)
+            fused = str(number) in self.fusions
+            if fused:
+                chosen = self.fusions[str(number)](chosen.to(own.dtype))
+            loss = hidden_cosine if isinstance(self.term, HiddenCosineTerm) else hidden_mse
+            total = total + loss(own, chosen, weight, fused=fused)
         return total
-
-    def _loss(self, own: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
-        if isinstance(self.term, AttentionMSETerm):
-            return attention_mse(own, teacher, weight)
-        if isinstance(self.term, HiddenCosineTerm):
-            return hidden_cosine(own, teacher, weight)
-        return hidden_mse(own, teacher, weight)
 
 
 class ScoresLoss(nn.Module):
@@ -197,12 +209,12 @@ def _found(name: str, record: SignalRecord | None) -> str:
 
 def _pairs(
     where: str, term: LayersTerm, have: list[int], depth: int, kind: str
-) -> list[tuple[int, int]]:
+) -> list[tuple[int, list[int]]]:
     """Layers of student and teacher that belong together."""
     first = 0 if kind == "hidden" else 1
     if term.layers is None:
         pairs = _spread([n for n in have if n >= 1], depth)
-        return [(0, 0), *pairs] if first == 0 and 0 in have else pairs
+        return [(0, [0]), *pairs] if first == 0 and 0 in have else pairs
     if not term.layers:
         raise RecipeError(f"{where}.layers: is empty; give a pair of layers, or null")
     for pair in term.layers:
@@ -210,22 +222,24 @@ def _pairs(
             raise RecipeError(
                 f"{where}.layers: student layer {pair.student}; the student has {first} to {depth}"
             )
-        if pair.teacher not in have:
+        missing = [layer for layer in pair.teacher if layer not in have]
+        if missing:
             raise RecipeError(
-                f"{where}.layers: teacher layer {pair.teacher}; signal {term.signal!r} has {have}"
+                f"{where}.layers: teacher layer {missing[0]}; signal {term.signal!r} has {have}; "
+                "dump it with that layer"
             )
     return [(pair.student, pair.teacher) for pair in term.layers]
 
 
-def _spread(have: list[int], depth: int) -> list[tuple[int, int]]:
+def _spread(have: list[int], depth: int) -> list[tuple[int, list[int]]]:
     """The fewer layers evenly over the more, last beside last.
 
     Source: the uniform strategy of Jiao et al. 2020, TinyBERT, section 3.1.
     """
     if len(have) >= depth:
-        return [(n, have[math.ceil(n * len(have) / depth) - 1]) for n in range(1, depth + 1)]
+        return [(n, [have[math.ceil(n * len(have) / depth) - 1]]) for n in range(1, depth + 1)]
     ends = [math.ceil(n * depth / len(have)) for n in range(1, len(have) + 1)]
-    return list(zip(ends, have, strict=True))
+    return [(end, [layer]) for end, layer in zip(ends, have, strict=True)]
 
 
 def _check_heads(where: str, record: AttentionRecord, config: Any) -> None:

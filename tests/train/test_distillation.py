@@ -188,7 +188,7 @@ def test_hidden_states_are_compared_token_by_token(kinds, cache, loss):
     projections = module.beside["0"].projections
     losses = []
     for n, pair in enumerate(pairs):
-        own = out.encoder_hidden_states[pair["student"]][mask] @ projections[n].weight.T
+        own = out.encoder_hidden_states[pair["student"]][mask] @ projections[str(n)].weight.T
         theirs = teacher[:, pair["teacher"]]
         if loss == "hidden_mse":
             losses.append(torch.nn.functional.mse_loss(own, theirs))
@@ -198,7 +198,29 @@ def test_hidden_states_are_compared_token_by_token(kinds, cache, loss):
     assert values.tolist() == pytest.approx([expected.item()], rel=0.02)  # bfloat16 teacher
     assert total.item() == pytest.approx(2 * values.item())
     total.backward()
-    assert all(one.weight.grad.abs().sum() > 0 for one in projections)
+    assert all(one.weight.grad.abs().sum() > 0 for one in projections.values())
+
+
+def test_layers_of_the_teacher_are_fused(kinds, cache):
+    pairs = [{"student": 1, "teacher": [1, 0]}, {"student": 2, "teacher": [0, 1, 2]}]
+    term = {"loss": "hidden_mse", "signal": "hidden", "layers": pairs, "over_layers": "sum"}
+    model = make_student()
+    module, batch, micro, total, values = both(cache, model, term)
+    out, _ = plain(model, micro)
+    mask = micro.streams["src"].mask
+    teacher = torch.from_numpy(rows_of(*kinds.dense["hidden"], batch.rows // 3)).double()
+    expected = 0
+    for n, pair in enumerate(pairs):
+        fusion = module.beside["0"].fusions[str(n)]
+        joined = torch.cat([teacher[:, layer] for layer in pair["teacher"]], 1)
+        fused = joined @ fusion.weight.T + fusion.bias
+        own = out.encoder_hidden_states[pair["student"]][mask]
+        expected = expected + torch.nn.functional.mse_loss(own, fused)
+    assert values.tolist() == pytest.approx([expected.item()], rel=0.02)  # bfloat16 teacher
+    total.backward()
+    fusions = module.beside["0"].fusions.values()
+    assert all(one.weight.grad.abs().sum() > 0 < one.bias.grad.abs().sum() for one in fusions)
+    assert model.get_encoder().layers[0].fc1.weight.grad.abs().sum() > 0
 
 
 def test_attentions_are_compared_query_by_key(kinds, cache):
@@ -380,10 +402,9 @@ def test_samples_count_by_what_the_teacher_says_of_them(kinds, cache, by, streng
     hidden = torch.from_numpy(rows_of(*kinds.dense["hidden"], batch.rows // 3)).double()
     out, _ = plain(model, micro)
     mask, losses = micro.streams["src"].mask, []
+    projections = module.beside["2"].projections
     for number, layer in enumerate(module.layers["hidden"]):
-        own = (
-            out.encoder_hidden_states[layer][mask] @ module.beside["2"].projections[number].weight.T
-        )
+        own = out.encoder_hidden_states[layer][mask] @ projections[str(number)].weight.T
         losses.append((own - hidden[:, layer]).square().mean(1))
     rows = torch.stack(losses).mean(0).split(mask.sum(1).tolist())
     each = zip(factors, rows, strict=True)
@@ -439,6 +460,13 @@ def test_layers_that_are_not_there_are_refused(cache, layers, message):
         distilled(
             cache, make_student(), {"loss": "hidden_mse", "signal": "hidden", "layers": layers}
         )
+
+
+def test_attentions_are_not_fused(cache):
+    layers = [{"student": 1, "teacher": [1, 2]}]
+    term = {"loss": "attention_mse", "signal": "attention", "layers": layers}
+    with pytest.raises(RecipeError, match=r"fuses the attentions of \[1, 2\]; give one layer"):
+        distilled(cache, make_student(), term)
 
 
 def test_a_stream_that_the_student_does_not_read_is_refused(cache):
