@@ -11,6 +11,17 @@ from kdcache.recipe.objective import Term
 from kdcache.recipe.section import Device, Identifier, Number, PositiveInt, Rate, Section
 
 
+class KeptLayers(Section):
+    """Layers of a model that a student keeps, each side in the order given."""
+
+    encoder: list[PositiveInt] | None = Field(
+        None, min_length=1, description="Numbers from 1; null: all."
+    )
+    decoder: list[PositiveInt] | None = Field(
+        None, min_length=1, description="Numbers from 1; null: all."
+    )
+
+
 class StudentSection(Section):
     """The model that is trained."""
 
@@ -24,6 +35,11 @@ class StudentSection(Section):
         description="Or build from a transformers config: model_type and its own keys. Vocabulary "
         "size and special ids are filled in from the cache's tokenizer.",
     )
+    layers: KeptLayers | None = Field(
+        None,
+        description="With path: keep these layers of the model, as DistilBERT's student keeps one "
+        "of every two of its teacher's; null: all.",
+    )
     init: Literal["glorot", "transformers"] = Field(
         "glorot",
         description="How a student from a config starts: Glorot-uniform matrices and embeddings "
@@ -34,6 +50,8 @@ class StudentSection(Section):
     def _one_of(self) -> StudentSection:
         if (self.path is None) == (self.config is None):
             raise ValueError("give exactly one of path and config")
+        if self.layers is not None and self.path is None:
+            raise ValueError("layers are those of a model at path; a config says how many it has")
         return self
 
 

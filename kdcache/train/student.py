@@ -18,6 +18,7 @@ from kdcache.formats.keyed import text_key
 from kdcache.formats.manifest import TokenizerRecord
 from kdcache.models import project_only, quiet_transformers, shift_right
 from kdcache.recipe import StudentSection
+from kdcache.train.layer_copy import with_layers
 
 
 def build_student(
@@ -41,6 +42,8 @@ def build_student(
     quiet_transformers()
     if section.path is not None:
         model = _load(Path(section.path).expanduser())
+        if section.layers is not None:
+            model = with_layers(model, section.layers.encoder, section.layers.decoder)
     else:
         with _keyed_generator(text_key(seed, "student")):
             model = _from_config(dict(section.config or {}), tokenizer, vocab_size)
