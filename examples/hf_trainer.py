@@ -41,9 +41,7 @@ def train(args: argparse.Namespace) -> None:
         world=int(os.environ.get("WORLD_SIZE", "1")),
     )
     trainer = Distiller(
-        model=new_student(
-            cache, batches.streams, args.signal, args.size, args.dropout, args.seed
-        ),
+        model=new_student(cache, batches.streams, args.signal, args.size, args.dropout, args.seed),
         args=Seq2SeqTrainingArguments(
             output_dir=str(args.out),
             max_steps=args.steps,

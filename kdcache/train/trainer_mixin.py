@@ -146,8 +146,8 @@ class DistillationMixin(_Trainer):
         self._batches = batches
         self._check_arguments()
         source, target = batches.streams
-        self.collator = DistillationCollator(source, target)
-        self.objective = _objective(objective, batches)
+        self.collator: Any = DistillationCollator(source, target)
+        self.objective: Objective = _objective(objective, batches)
         self._distillation: Distillation | None = None
         # Resumed batches begin where they stopped: nothing is to be read and thrown away.
         self.args.ignore_data_skip = True
