@@ -27,7 +27,6 @@ from kdcache.train.batch import Batch
 from kdcache.train.batches import Batches
 
 
-# [loss]
 def loss_share(
     student: Any, batch: Batch, batches: Batches, num_tokens: int, args: argparse.Namespace
 ) -> Tensor:
@@ -50,10 +49,6 @@ def loss_share(
     return total
 
 
-# [loss]
-
-
-# [loop]
 def train(args: argparse.Namespace) -> None:
     """Train to step `args.steps`, from the checkpoint in `args.out` if there is one."""
     cache = kdcache.open_cache(args.cache)
@@ -87,10 +82,6 @@ def train(args: argparse.Namespace) -> None:
     student.save_pretrained(args.out / "student")
 
 
-# [loop]
-
-
-# [checkpoint]
 def save(out: Path, number: int, student: Any, optimizer: Any, batches: Batches) -> None:
     """Write all that the next step depends on."""
     state = {
@@ -118,9 +109,6 @@ def resume(out: Path, student: Any, optimizer: Any, batches: Batches) -> int:
         lines = log.read_text("utf-8").splitlines(keepends=True)[:done]
     log.write_text("".join(lines), "utf-8")
     return done
-
-
-# [checkpoint]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -24,7 +24,6 @@ from kdcache.errors import KDCacheError
 from kdcache.hf import DistillationMixin
 
 
-# [trainer]
 class Distiller(DistillationMixin, Seq2SeqTrainer):
     """A Seq2SeqTrainer on batches of a cache."""
 
@@ -73,9 +72,6 @@ def train(args: argparse.Namespace) -> None:
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(args.out)))
     trainer.save_model(str(args.out / "student"))
     trainer.save_state()
-
-
-# [trainer]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

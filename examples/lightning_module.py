@@ -29,7 +29,6 @@ from kdcache.losses import LossTerm, decode, fused_loss, hard_target
 from kdcache.train.stream import GlobalBatch
 
 
-# [data]
 class CacheData(lightning.LightningDataModule):
     """Micro-batches of a cache, and where they stand."""
 
@@ -68,10 +67,6 @@ class CacheData(lightning.LightningDataModule):
         self.state = state["batches"]
 
 
-# [data]
-
-
-# [module]
 class Distiller(lightning.LightningModule):
     """A student and its losses."""
 
@@ -110,21 +105,21 @@ class Distiller(lightning.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, step: GlobalBatch, number: int) -> None:
         """Write the loss of a whole step; after a crash some steps stand twice, the last counts."""
-        if (number + 1) % self.args.accumulate == 0 and self.trainer.is_global_zero:
-            line = {"step": self.global_step, "epoch": step.epoch, "loss": self.loss}
+        if (number + 1) % self.args.accumulate:
+            return
+        mine = torch.tensor(self.loss, dtype=torch.float64, device=self.device)
+        loss = self.trainer.strategy.reduce(mine, reduce_op="sum").item()  # of all ranks
+        self.loss = 0.0
+        if self.trainer.is_global_zero:
+            line = {"step": self.global_step, "epoch": step.epoch, "loss": loss}
             with open(self.args.out / "losses.jsonl", "a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
-            self.loss = 0.0
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam, as the Transformer papers set it."""
         return torch.optim.Adam(self.parameters(), lr=self.args.lr, betas=(0.9, 0.98), eps=1e-9)
 
 
-# [module]
-
-
-# [fit]
 def train(args: argparse.Namespace) -> None:
     """Train to step `args.steps`, from the last checkpoint in `args.out` if there is one."""
     cache = kdcache.open_cache(args.cache)
@@ -147,9 +142,6 @@ def train(args: argparse.Namespace) -> None:
     module = Distiller(student, streams, args)
     trainer.fit(module, CacheData(cache, args), ckpt_path=last if last.exists() else None)
     student.save_pretrained(args.out / "student")
-
-
-# [fit]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from kdcache.formats.cache import open_cache
 from kdcache.recipe import parse_recipe
@@ -72,9 +73,6 @@ def losses(name: str, out: Path) -> list[float]:
         ]
     found = {line["step"]: line["loss"] for line in lines}
     assert list(found) == list(range(1, len(found) + 1))
-    assert [line["epoch"] for line in lines] == sorted(line["epoch"] for line in lines) or name == (
-        "lightning_module"
-    )
     return list(found.values())
 
 
@@ -206,19 +204,23 @@ def test_two_ranks_see_the_losses_of_one(ranked, cache, tmp_path):
     changed = {"dropout": 0, "steps": 10, "accumulate": 2}
     run(ranked, cache, tmp_path / "one", **changed)
     script = [str(FOLDER / f"{ranked}.py"), *words(ranked, cache, tmp_path / "two", **changed)]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    command = [*launcher, *script] if ranked == "hf_trainer" else [*script, "--devices", "2"]
+    command = (
+        [*launcher, "--nproc-per-node", "2", *script]
+        if ranked == "hf_trainer"
+        else [*script, "--devices", "2"]
+    )
     done = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr
     one, two = (losses(ranked, tmp_path / number) for number in ("one", "two"))
-    if ranked == "hf_trainer":
-        assert two == pytest.approx(one, rel=2e-5)
+    assert len(one) == 10
+    assert two == pytest.approx(one, rel=2e-5)
     weights = [tmp_path / number / "student" / "model.safetensors" for number in ("one", "two")]
-    from safetensors.torch import load_file
-
     first, second = map(load_file, weights)
     for key, tensor in first.items():
+        if key.endswith("k_proj.bias"):
+            continue  # softmax takes no notice: its gradient is rounding, which Adam scales up
         assert second[key].numpy() == pytest.approx(tensor.numpy(), abs=2e-4), key
