@@ -1,5 +1,6 @@
 """What the pages show must be what the code takes."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -31,3 +32,28 @@ def test_links_between_pages_lead_somewhere():
     for path in DOCS.glob("*.md"):
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text("utf-8")):
             assert (DOCS / target).exists(), f"{path.name}: {target}"
+
+
+#: Code that a page takes from a file: the file, and a function or class at its top level.
+SHOWN = re.compile(r"<!-- (\S+\.py) (\w+) -->\n```python\n(.*?)```", re.DOTALL)
+
+
+def test_code_that_is_taken_from_a_file_is_what_stands_there():
+    """`python docs/make_own_loop.py` puts it right."""
+    text = (DOCS / "own_loop.md").read_text("utf-8")
+    found = SHOWN.findall(text)
+    assert len(found) == len(re.findall(r"<!-- \S+\.py", text)) == 9
+    for file, name, shown in found:
+        source = (DOCS.parent / file).read_text("utf-8")
+        parts = [
+            ast.get_source_segment(source, node)
+            for node in ast.parse(source).body
+            if getattr(node, "name", None) == name
+        ]
+        assert parts == [shown.rstrip("\n")], f"{file}: {name}"
+
+
+def test_python_in_the_docs_is_python():
+    for path in DOCS.glob("*.md"):
+        for block in re.findall(r"```python\n(.*?)```", path.read_text("utf-8"), re.DOTALL):
+            compile(block, path.name, "exec")

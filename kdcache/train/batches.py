@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,30 @@ class Batches(IterableDataset[GlobalBatch]):
 
     Args:
         stream: the batches, from the state they shall start at.
+
+    Attributes:
+        caches: that they are drawn from.
+        streams: names of the streams that they hold; the tokens of the last one are counted.
+        signals: names of the signals that they hold.
+        rank: whose micro-batches are read.
+        world: number of ranks.
+        accumulate: most micro-batches of a global batch on each rank.
     """
 
     def __init__(self, stream: BatchStream | MixedStream) -> None:
         super().__init__()
         self._stream = stream
+        parts = stream.streams if isinstance(stream, MixedStream) else [stream]
+        self.caches = [part.cache for part in parts]
+        first = parts[0]
+        self.streams, self.signals = list(first.streams), list(first.signals)
+        self.rank, self.world, self.accumulate = first.rank, first.world, first.accumulate
 
-    def __iter__(self) -> Iterator[GlobalBatch]:
+    def __iter__(self) -> Generator[GlobalBatch, None, None]:
         """The batches from here to the end of the last epoch."""
         return self._until(None)
 
-    def one_epoch(self) -> Iterator[GlobalBatch]:
+    def one_epoch(self) -> Generator[GlobalBatch, None, None]:
         """The batches from here to the end of the epoch that they stand in.
 
         Raises:
@@ -48,6 +61,10 @@ class Batches(IterableDataset[GlobalBatch]):
                 "batches: caches that are mixed have no epoch in common; count steps instead"
             )
         return self._until(self._stream.state.epoch + 1)
+
+    def micro_batches(self) -> MicroBatches:
+        """The same, one micro-batch at a time, for a trainer that adds up gradients by itself."""
+        return MicroBatches(self)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the batches stand, as a few plain values: the next one is the first after it."""
@@ -67,7 +84,7 @@ class Batches(IterableDataset[GlobalBatch]):
         found.check(stream.state.digest, stream.state.seed)
         stream.state = found  # of its kind: the digest says so
 
-    def _until(self, epoch: int | None) -> Iterator[GlobalBatch]:
+    def _until(self, epoch: int | None) -> Generator[GlobalBatch, None, None]:
         """The batches before an epoch."""
         if get_worker_info() is not None:
             raise TrainingError(
@@ -80,6 +97,35 @@ class Batches(IterableDataset[GlobalBatch]):
                 yield batch
                 if epoch is not None and _epoch(batch) >= epoch:
                     return
+
+
+class MicroBatches(IterableDataset[GlobalBatch]):
+    """Global batches cut up: each item is one with a single micro-batch, or with none.
+
+    There are `accumulate` of them for every global batch, also where it has too few samples for
+    that, so whoever steps after so many steps once for each global batch. The counts stay those of
+    the whole: a loss over an item is its share of the mean.
+
+    Args:
+        batches: where they come from, and what says where they stand. It counts a global batch as
+            done from its first item on, so its state is to be saved between steps.
+
+    Attributes:
+        batches: as given.
+        epoch: of the last item, from 0.
+    """
+
+    def __init__(self, batches: Batches) -> None:
+        super().__init__()
+        self.batches, self.epoch = batches, 0
+
+    def __iter__(self) -> Generator[GlobalBatch, None, None]:
+        """The items from where the batches stand to the end of the last epoch."""
+        with closing(iter(self.batches)) as running:
+            for step in running:
+                self.epoch = step.epoch
+                for number in range(self.batches.accumulate):
+                    yield replace(step, micro=step.micro[number : number + 1])
 
 
 def _epoch(batch: GlobalBatch) -> int:

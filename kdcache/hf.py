@@ -1,0 +1,8 @@
+"""transformers' Trainer on batches of a cache: `DistillationMixin` stands before it.
+
+Training with it needs accelerate, as transformers' Trainer does: `pip install "kdcache[trainer]"`.
+"""
+
+from kdcache.train.trainer_mixin import DistillationCollator, DistillationMixin, OrderCallback
+
+__all__ = ["DistillationCollator", "DistillationMixin", "OrderCallback"]
