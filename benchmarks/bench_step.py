@@ -13,10 +13,11 @@ batches (random ids, drawn labels, lengths of 5 to 35 tokens), with torch and tr
   forward over the lean step, both timed in the same turns. The teacher's weights are random.
 
 Time: variants take turns (A B C A B C ...) in one process; medians, and the smallest and largest
-ratio of a turn. The headline is the setting that favours plain steps, an allocator that keeps its
-pages; `fresh_pages` is the C library as it comes. Memory: largest resident memory of a process of
-its own per variant over some steps, minus what it held before the first one; the optimiser's state
-is in it. Start-up: fresh processes in turns, see `step_startup.py`.
+ratio of a turn; the same of processor time, which a busy machine changes less. The headline is the
+setting that favours plain steps, an allocator that keeps its pages; `fresh_pages` is the C library
+as it comes. Memory: largest resident memory of a process of its own per variant over some steps,
+minus what it held before the first one; the optimiser's state is in it. Start-up: fresh processes
+in turns, see `step_startup.py`.
 
 On a GPU: tokens/s of each variant, and the loss alone beside other libraries, see `step_cuda.py`.
 """
@@ -74,17 +75,25 @@ def num_parameters(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def run_turns(variants: dict[str, Any], turns: int, steps: int) -> dict[str, list[float]]:
-    """Seconds of so many steps of each variant, turn by turn; the first turn warms up."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
+Times = dict[str, list[float]]
+
+
+def run_turns(variants: dict[str, Any], turns: int, steps: int) -> tuple[Times, Times]:
+    """Seconds of so many steps of each variant, turn by turn, on the wall and of processors.
+
+    The first turn warms up. Of processors, those of the stream's thread count too.
+    """
+    walls: Times = {name: [] for name in variants}
+    busy: Times = {name: [] for name in variants}
     for turn in range(turns + 1):
         for name, variant in variants.items():
-            began = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             for _ in range(steps):
                 variant.step()
             if turn:
-                times[name].append(time.perf_counter() - began)
-    return times
+                walls[name].append(time.perf_counter() - wall)
+                busy[name].append(time.process_time() - cpu)
+    return walls, busy
 
 
 def time_variants(
@@ -97,13 +106,15 @@ def time_variants(
         teacher = make_teacher(size, 2)
         variants["online"] = Online(copy.deepcopy(model), batches, teacher)
         variants["teacher"] = TeacherForward(batches, teacher)
-    times = run_turns(variants, turns, size.steps)
+    times, busy = run_turns(variants, turns, size.steps)
     for variant in variants.values():
         variant.close()
     ours = times["cached"]
     found: dict[str, Any] = {
         "over_plain": spread(ours, times["plain"]),
         "over_lean": spread(ours, times["lean"]),
+        "processor_over_plain": spread(busy["cached"], busy["plain"]),
+        "processor_over_lean": spread(busy["cached"], busy["lean"]),
         "turns": turns,
         "steps_of_a_turn": size.steps,
     }

@@ -17,11 +17,19 @@ PROBES = {
     "imports": "import torch, transformers",
     # transformers loads no model's code before one is asked for.
     "imports_and_model": "import torch, transformers\ntransformers.MarianMTModel",
+    # Drawn labels do not hold their targets, so the canary does its work and is not believed.
     "first_step": """
-from kdcache.train.trainer import Trainer
-Trainer.step = lambda *_: end()
 import sys
+from contextlib import suppress
 from kdcache.cli import main
+from kdcache.errors import TrainingError
+from kdcache.train import loop
+look = loop.check_batch
+def check_batch(*arguments):
+    with suppress(TrainingError):
+        look(*arguments)
+loop.check_batch = check_batch
+loop.Trainer.step = lambda *_: end()
 sys.exit(main(["train", "word-level", "--cache", sys.argv[1], "--out", sys.argv[2]]) or 1)
 """,
 }
