@@ -51,7 +51,14 @@ STREAMS = ("src", "tgt")
 _LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz     ", dtype=np.uint8)
 
 
-def make_cache(path: Path, shards: int, shard_tokens: int, width: int = 0) -> None:
+def make_cache(
+    path: Path,
+    shards: int,
+    shard_tokens: int,
+    width: int = 0,
+    vocab_size: int = VOCAB,
+    alike: bool = False,
+) -> None:
     """Write a cache of translation pairs with threshold labels.
 
     Args:
@@ -59,6 +66,8 @@ def make_cache(path: Path, shards: int, shard_tokens: int, width: int = 0) -> No
         shards: how many.
         shard_tokens: tokens of each, both streams together.
         width: of hidden states of three layers, in parts; none for 0.
+        vocab_size: V.
+        alike: whether a target is about as long as its source.
     """
     draw = np.random.default_rng(0)
     samples = shard_tokens // (SHORTEST + LONGEST)
@@ -69,7 +78,7 @@ def make_cache(path: Path, shards: int, shard_tokens: int, width: int = 0) -> No
     lengths: list[np.ndarray] = []  # of the targets, shard by shard
     with CacheWriter(path) as writer:
         for shard in range(shards):
-            streams = _write_samples(writer, shard, samples, corpus, draw)
+            streams = _write_samples(writer, shard, samples, corpus, draw, vocab_size, alike)
             for name, stream in streams.items():
                 digests[name].update(stream.lengths, stream.fields["id"])
                 totals[name] += int(stream.offsets[-1])
@@ -77,7 +86,7 @@ def make_cache(path: Path, shards: int, shard_tokens: int, width: int = 0) -> No
             start = shard * samples
             plan.append(ShardRecord(start=start, stop=start + samples, tokens=tokens))
             lengths.append(streams["tgt"].lengths)
-        names = [f"<{i}>" for i in range(VOCAB)]
+        names = [f"<{i}>" for i in range(vocab_size)]
         files = writer.put_tokenizer("teacher", {"tokens.json": json.dumps(names).encode()})
         manifest = writer.write_manifest(
             make_manifest(
@@ -87,6 +96,7 @@ def make_cache(path: Path, shards: int, shard_tokens: int, width: int = 0) -> No
                 {name: digest.hexdigest() for name, digest in digests.items()},
                 totals,
                 files,
+                vocab_size,
             )
         )
         records = make_signals(manifest, width)
@@ -103,11 +113,12 @@ def make_manifest(
     digests: dict[str, str],
     totals: dict[str, int],
     files: list[FileRecord],
+    vocab_size: int = VOCAB,
 ) -> Manifest:
     """The manifest of a cache of translation pairs."""
     tokenizer = TokenizerRecord(
         digest="ab" * 16,
-        vocab_size=VOCAB,
+        vocab_size=vocab_size,
         pad_id=0,
         eos_id=2,
         bos_id=None,
@@ -120,7 +131,7 @@ def make_manifest(
             tokenizer="teacher",
             target=name == "tgt",
             digest=digests[name],
-            vocab_size=VOCAB,
+            vocab_size=vocab_size,
             num_tokens=totals[name],
             longest=LONGEST,
         )
@@ -164,7 +175,8 @@ def make_signals(manifest: Manifest, width: int) -> list[SignalRecord]:
         "recipe": {},
         "versions": {},
     }
-    labels = {"codec": CODEC, "temperatures": TEMPERATURES, "vocab_size": VOCAB}
+    vocab_size = manifest.streams["tgt"].vocab_size
+    labels = {"codec": CODEC, "temperatures": TEMPERATURES, "vocab_size": vocab_size}
     records: list[SignalRecord] = [LogitsRecord(name="logits", at="targets", **labels, **shared)]
     if width:
         shape = {"side": "decoder", "layers": LAYERS, "width": width, "pool": "none"}
@@ -173,14 +185,24 @@ def make_signals(manifest: Manifest, width: int) -> list[SignalRecord]:
 
 
 def _write_samples(
-    writer: CacheWriter, shard: int, num: int, corpus: CorpusDigest, draw: np.random.Generator
+    writer: CacheWriter,
+    shard: int,
+    num: int,
+    corpus: CorpusDigest,
+    draw: np.random.Generator,
+    vocab_size: int,
+    alike: bool,
 ) -> dict[str, Ragged]:
     """Text and tokens of one shard; what its streams are."""
     streams, texts = {}, {}
     for name in STREAMS:
-        lengths = draw.integers(SHORTEST, LONGEST + 1, num)
-        ids = draw.integers(4, VOCAB, int(lengths.sum()))
-        streams[name] = Ragged(offsets_of(lengths), split_ids(ids, VOCAB))
+        if streams and alike:
+            near = streams["src"].lengths + draw.integers(-3, 4, num)
+            lengths = near.clip(SHORTEST, LONGEST)
+        else:
+            lengths = draw.integers(SHORTEST, LONGEST + 1, num)
+        ids = draw.integers(4, vocab_size, int(lengths.sum()))
+        streams[name] = Ragged(offsets_of(lengths), split_ids(ids, vocab_size))
         ends = (streams[name].offsets * CHARACTERS_PER_TOKEN).tolist()
         letters = draw.choice(_LETTERS, ends[-1]).tobytes().decode()
         texts[name] = [letters[a:b] for a, b in pairwise(ends)]
@@ -188,7 +210,7 @@ def _write_samples(
     rows = np.arange(start, start + num)
     packed = sample_ids([pa.array(texts[name], type=pa.string()) for name in STREAMS])
     corpus.update(packed, rows)
-    schema = samples_schema(STREAMS, dict.fromkeys(STREAMS, VOCAB))
+    schema = samples_schema(STREAMS, dict.fromkeys(STREAMS, vocab_size))
     batch = samples_batch(schema, packed, rows, texts, streams)
     part = writer.write_part("samples", shard, 0, start, start + num, batch)
     entries = {f"stream.{name}": int(stream.offsets[-1]) for name, stream in streams.items()}
@@ -225,9 +247,9 @@ def _write_labels(
             place = (record.name, shard, number, plan.start + a, plan.start + b)
             parts.append(writer.write_dense_part(*place, values))
     else:
-        columns = drawn_labels(lengths, draw)
+        columns = drawn_labels(lengths, draw, record.vocab_size)
         entries = {name: int(column.offsets[-1]) for name, column in columns.items()}
-        batch = ragged_batch(logits_schema(CODEC, VOCAB, TEMPERATURES), columns)
+        batch = ragged_batch(logits_schema(CODEC, record.vocab_size, TEMPERATURES), columns)
         parts = [writer.write_part(record.name, shard, 0, plan.start, plan.stop, batch)]
     writer.commit(
         CommitRecord(
@@ -243,19 +265,22 @@ def _write_labels(
     )
 
 
-def drawn_labels(lengths: np.ndarray, draw: np.random.Generator) -> dict[str, Ragged]:
+def drawn_labels(
+    lengths: np.ndarray, draw: np.random.Generator, vocab_size: int = VOCAB
+) -> dict[str, Ragged]:
     """Columns of threshold labels: 1.7 exact and 4 drawn entries at a position on average.
 
     Args:
         lengths: [M] positions of each sample.
         draw: gives everything else.
+        vocab_size: V.
     """
     num = int(lengths.sum())
     num_exact = np.minimum(draw.geometric(0.6, num), 17)
     num_drawn = np.minimum(draw.poisson(4, num), 17)
     total = num_exact + num_drawn
     ends = offsets_of(total)
-    ids = np.cumsum(draw.integers(1, VOCAB // 34, int(ends[-1])))  # ascending, no id twice
+    ids = np.cumsum(draw.integers(1, vocab_size // 34, int(ends[-1])))  # ascending, no id twice
     first = np.minimum(ends[:-1], len(ids) - 1)
     ids -= np.repeat(ids[first], total)
     rank = np.arange(len(ids)) - np.repeat(ends[:-1], total)
@@ -272,11 +297,11 @@ def drawn_labels(lengths: np.ndarray, draw: np.random.Generator) -> dict[str, Ra
         tokens[f"tail_{number}"] = (-5 * draw.random(num, dtype=np.float32)).astype(np.float16)
     codes = draw.integers(0, 256, int(num_exact.sum()), dtype=np.uint8)
     starts = offsets_of(lengths)
-    kept = {**split_ids(ids[exact], VOCAB), "code": codes}
+    kept = {**split_ids(ids[exact], vocab_size), "code": codes}
     return {
         "tokens": Ragged(starts, tokens),
         "exact": Ragged(offsets_of(num_exact)[starts], kept),
-        "drawn": Ragged(offsets_of(num_drawn)[starts], split_ids(ids[~exact], VOCAB)),
+        "drawn": Ragged(offsets_of(num_drawn)[starts], split_ids(ids[~exact], vocab_size)),
     }
 
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -30,6 +29,8 @@ from kdcache.train.losses import fused_walk
 
 #: Floats of a chunk's logits: enough rows for a matrix product to run at its full speed.
 CHUNK_ENTRIES = 1 << 24
+#: Fewest rows of a chunk: each one reads and writes the gradient of the whole projection.
+CHUNK_ROWS = 256
 #: Floats of the logits that autograd walks at once for a divergence.
 BLOCK_ENTRIES = 1 << 20
 
@@ -86,7 +87,7 @@ def linear_losses(
         ]
         unit = torch.stack(reach).amax().clamp(min=torch.finfo(torch.float32).tiny)
         weights = [row_weight / unit for row_weight in weights]
-    rows = chunk_rows or max(1, CHUNK_ENTRIES // max(1, len(weight)))
+    rows = chunk_rows or max(CHUNK_ROWS, CHUNK_ENTRIES // max(1, len(weight)))
     starts = range(0, max(1, len(hidden)), rows)  # of no rows one empty chunk
     cuts = [
         _cut(replace(term, row_weight=row_weight), starts, rows)
@@ -214,9 +215,11 @@ class _LinearLosses(torch.autograd.Function):
             for tensor, want in zip(inputs, wanted, strict=True)
         ]
         total, values = hidden.new_zeros((), dtype=dtype), None
+        # One room for all chunks: fresh memory of this size costs a third of the product.
+        room = narrow.new_empty(min(plan.rows, len(hidden)), len(weight))
         for chunk in plan.chunks:
             rows = slice(chunk.start, chunk.start + plan.rows)
-            logits = F.linear(narrow[rows], matrix, offset)  # [R, V]
+            logits = _project(narrow[rows], matrix, offset, room)
             found, gradient = _chunk_losses(logits, chunk, any(wanted))
             total = total + found[0]
             values = found[1] if values is None else values + found[1]
@@ -251,12 +254,22 @@ class _LinearLosses(torch.autograd.Function):
         return (*cast, None)
 
 
+def _project(some: Tensor, matrix: Tensor, offset: Tensor | None, room: Tensor) -> Tensor:
+    """[R, V] logits of a chunk's rows, in the first rows of some room."""
+    out = room[: len(some)]
+    if offset is None:
+        return torch.mm(some, matrix.T, out=out)
+    return torch.addmm(offset, some, matrix.T, out=out)
+
+
 def _add_gradients(
     grads: list[Tensor | None], rows: slice, gradient: Tensor, some: Tensor, matrix: Tensor
 ) -> None:
     """Takes a chunk's [R, V] gradient of the logits through the projection."""
     hidden, weight, bias = grads
-    if hidden is not None:
+    if hidden is not None and hidden.dtype == gradient.dtype:
+        torch.mm(gradient, matrix, out=hidden[rows])
+    elif hidden is not None:
         hidden[rows] = gradient @ matrix
     if weight is not None and weight.dtype == gradient.dtype:
         weight.addmm_(gradient.T, some)  # without a [V, D] product of its own

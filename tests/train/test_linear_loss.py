@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -335,19 +336,22 @@ def test_no_rows(mix: str):
 
 def test_the_logits_never_exist(monkeypatch: pytest.MonkeyPatch):
     """Chunks are as large as asked, or as their entries allow."""
-    shapes = []
-    linear = F.linear
+    shapes, rooms = [], set()
+    project = linear_loss._project
 
-    def spy(*arguments: Tensor) -> Tensor:
-        made = linear(*arguments)
+    def spy(*arguments: Any) -> Tensor:
+        made = project(*arguments)
         shapes.append(len(made))
+        rooms.add(made.data_ptr())
         return made
 
-    monkeypatch.setattr(linear_loss.F, "linear", spy)
+    monkeypatch.setattr(linear_loss, "_project", spy)
     terms, others = MIXES["all"]
     linear_losses(*inputs(), terms, others, chunk_rows=10)
     assert shapes == [10, 10, 3]
+    assert len(rooms) == 1  # every chunk lies where the first did
     shapes.clear()
+    monkeypatch.setattr(linear_loss, "CHUNK_ROWS", 1)
     monkeypatch.setattr(linear_loss, "CHUNK_ENTRIES", 8 * V + 1)
     linear_losses(*inputs(), terms, others)
     assert shapes == [8, 8, 7]
@@ -355,6 +359,10 @@ def test_the_logits_never_exist(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(linear_loss, "CHUNK_ENTRIES", 1)
     linear_losses(*inputs(), terms, others)
     assert shapes == [1] * N
+    shapes.clear()
+    monkeypatch.setattr(linear_loss, "CHUNK_ROWS", 9)  # fewer would cost more than they save
+    linear_losses(*inputs(), terms, others)
+    assert shapes == [9, 9, 5]
 
 
 def test_equals_the_fused_loss():
