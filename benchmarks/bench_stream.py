@@ -2,14 +2,14 @@
 
 Caches of translation pairs are made without a teacher: `topk` with 32 entries at a token, and
 `threshold` 1/16 with 5.7 on average. Every way delivers shuffled, batched, collated tensors of
-both streams and the labels: padded ids and masks, and of the labels counts, ids, codes and tails, as
-a compressed sparse row batch (`stream_peers/peer_samples.py` lists them all). Before the clock runs,
-some batches of each are compared with those that kdcache makes of the same samples, bit for bit.
+both streams (padded ids and masks) and of the labels (counts, ids, codes and tails as a compressed
+sparse row batch); `stream_peers/peer_samples.py` lists them all. Before the clock runs, some
+batches of each are compared with those that kdcache makes of the same samples, bit for bit.
 
 kdcache fills batches to a token budget, from samples of similar length; its peers take as many
 samples a batch as kdcache does on average, in the order of their own shuffling, and pad more. What
-is counted are target tokens, not padding. Each way has a process of its own, one thread for kernels; a
-peer has the faster of no and two worker processes, found out before the turns.
+is counted are target tokens, not padding. Each way has a process of its own and one thread for
+kernels; a peer has the faster of no and two worker processes, found out before the turns.
 Ways take turns (A B C A B C ...); medians with the smallest and largest. `over_memcpy` is the rate
 over that of a plain numpy copy of the same bytes into memory that is there, `over_clone` over that
 of cloning the same tensors; `over_best_peer` over the fastest peer.
@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -190,9 +191,14 @@ def slug(name: str) -> str:
 
 def convert(ways: Ways, codec: str, samples: Path) -> dict[str, Any]:
     """Every peer's own files."""
+
+    def ask(name: str) -> tuple[str, dict[str, Any] | None]:
+        return name, ways.ask(name, "convert", samples=samples, data=ways.data(name, codec))
+
     found = {}
-    for name in ways.peers:
-        answer = ways.ask(name, "convert", samples=samples, data=ways.data(name, codec))
+    with ThreadPoolExecutor(2) as threads:
+        answers = list(threads.map(ask, ways.peers))
+    for name, answer in answers:
         if answer is not None:
             found[name] = answer
             log(
@@ -258,14 +264,13 @@ def measure(ways: Ways, codec: str, args: argparse.Namespace) -> dict[str, Any]:
     for budget in args.batch_tokens:
         batch = ways.batch[codec, budget] = samples_per_batch(cache, budget)
         check(ways, codec, window, cache, batch)
-        calibrate(ways, codec, budget, args.seconds / 2)
-        mine = ways.servers["kdcache"].ask("check", data=path, batch=budget, workers=0, batches=200)
+        calibrate(ways, codec, budget, args.seconds)
+        mine = ways.servers["kdcache"].ask("check", data=path, batch=budget, workers=0, batches=50)
+        ways.stream("kdcache", codec, budget, 2 * args.seconds, 1)  # maps all pages
         turns = []
-        for number in range(args.turns + 1):
-            once = turn(ways, codec, budget, args.seconds, 1 + number)
-            log(f"{codec}, {budget}: turn {number}: {rates_of(once)}")
-            if number or args.turns == 1:  # the first may still bring files into memory
-                turns.append(once)
+        for number in range(args.turns):
+            turns.append(turn(ways, codec, budget, args.seconds, 2 + number))
+            log(f"{codec}, {budget}: turn {number}: {rates_of(turns[-1])}")
         found["budgets"][str(budget)] = {
             "samples_per_batch": batch,
             "bytes_per_token": mine["bytes"] / mine["tokens"],
@@ -343,17 +348,17 @@ def main() -> None:
     parser.add_argument("--peers", help="names, separated by ';' (default all)")
     parser.add_argument("--batch-tokens", type=_numbers, help="default 4096,16384; quick 16384")
     parser.add_argument("--shard-tokens", type=int, help="of each of the four shards")
-    parser.add_argument("--seconds", type=float, help="of a turn (default 2, quick 0.6)")
+    parser.add_argument("--seconds", type=float, help="of a turn (default 1, quick 0.5)")
     parser.add_argument("--turns", type=int, help="default 5, quick 1")
     parser.add_argument("--growth-shards", type=_numbers, help="default 4,66; quick 2,8")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results")
     args = parser.parse_args()
     quick = args.quick
     args.batch_tokens = args.batch_tokens or ([16384] if quick else [4096, 16384])
-    args.shard_tokens = args.shard_tokens or (200_000 if quick else None)
-    args.seconds = args.seconds or (0.6 if quick else 2)
+    args.shard_tokens = args.shard_tokens or (120_000 if quick else None)
+    args.seconds = args.seconds or (0.5 if quick else 1)
     args.turns = args.turns or (1 if quick else 5)
-    args.cold_turns = 1 if quick else 2
+    args.cold_turns = 1
     args.growth_shards = args.growth_shards or ([2, 8] if quick else [4, 66])
     args.growth_tokens = 200_000 if quick else 3_000_000
     args.growth_batches = 100 if quick else 7_000

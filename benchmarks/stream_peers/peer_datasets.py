@@ -1,8 +1,8 @@
 """Hugging Face datasets: Arrow on disk, shuffled, a batch of rows at a time.
 
-Two ways, named by the first argument. `numpy`: `with_format("numpy")` under a DataLoader, whose
-fetcher asks for all rows of a batch at once. `arrow`: `with_format("arrow")`, a table a batch,
-whose list columns are flattened without a look at single rows; the quickest way that is documented.
+Two ways, named by the first argument; in both a DataLoader asks for all rows of a batch at once.
+`numpy`: `with_format("numpy")`, a batch of columns that are lists of arrays. `arrow`:
+`with_format("arrow")`, a table, whose list columns are flattened without a look at single rows.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 from peer_loop import Collated, serve
-from peer_samples import STREAMS, Samples, assemble, collate
+from peer_samples import STREAMS, Samples, assemble, collate_columns
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 
 class Arrow(Collated):
-    """Both ways; `__getitems__` and collate differ."""
+    """Both ways; the format and the collator differ."""
 
     def __init__(self, way: str) -> None:
         self.way = way
@@ -37,17 +38,17 @@ class Arrow(Collated):
         """Shuffled batches of one epoch, each time it is iterated."""
         found = datasets.load_from_disk(str(data)).with_format(self.way)
         return DataLoader(
-            Whole(found) if self.way == "arrow" else found,
+            Whole(found),
             batch_size=batch,
             shuffle=True,
             num_workers=workers,
-            collate_fn=flatten if self.way == "arrow" else collate,
+            collate_fn=flatten if self.way == "arrow" else collate_columns,
             persistent_workers=workers > 0,
         )
 
 
 class Whole:
-    """A dataset whose batches are tables, not lists of rows."""
+    """A dataset whose batches are columns, not lists of rows."""
 
     def __init__(self, found: datasets.Dataset) -> None:
         self.found = found
@@ -55,7 +56,7 @@ class Whole:
     def __len__(self) -> int:
         return len(self.found)
 
-    def __getitems__(self, rows: list[int]) -> pa.Table:
+    def __getitems__(self, rows: list[int]) -> Any:
         return self.found[rows]
 
 

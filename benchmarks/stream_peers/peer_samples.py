@@ -61,8 +61,14 @@ class Samples:
 
 def collate(samples: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
     """The batch of some samples, each a dict with `row` and the fields."""
-    rows = np.array([int(sample["row"]) for sample in samples], dtype=np.int64)
-    columns = {name: [sample[name] for sample in samples] for name in samples[0] if name != "row"}
+    names = list(samples[0])
+    return collate_columns({name: [sample[name] for sample in samples] for name in names})
+
+
+def collate_columns(columns: Mapping[str, Sequence[np.ndarray]]) -> dict[str, Tensor]:
+    """The batch of some samples, every field a list of arrays, `row` one of numbers."""
+    columns = dict(columns)
+    rows = np.array(columns.pop("row"), dtype=np.int64)
     lengths = {name: np.array([len(one) for one in columns[name]]) for name in STREAMS}
     flat = {name: np.concatenate(arrays) for name, arrays in columns.items()}
     return assemble(rows, flat, lengths)
