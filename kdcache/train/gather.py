@@ -79,7 +79,7 @@ class Gatherer:
         """
         batch = Batch(
             rows=window.row[index],
-            sample_ids=window.sample_id[index],
+            sample_ids=window.sample_id.take(index, axis=0),
             streams={
                 name: padded(window.take_stream(name, index), pad)
                 for name, pad in self._pad.items()
