@@ -9,7 +9,8 @@ batches of each are compared with those that kdcache makes of the same samples, 
 kdcache fills batches to a token budget, from samples of similar length; its peers take as many
 samples a batch as kdcache does on average, in the order of their own shuffling, and pad more. What
 is counted are target tokens, not padding. Each way has a process of its own and one thread for
-kernels; a peer has the faster of no and two worker processes, found out before the turns.
+kernels; a peer has the faster of no and two worker processes, found out before the turns; none if
+--quick.
 Ways take turns (A B C A B C ...); medians with the smallest and largest. `over_memcpy` is the rate
 over that of a plain numpy copy of the same bytes into memory that is there, `over_clone` over that
 of cloning the same tensors; `over_best_peer` over the fastest peer.
@@ -225,11 +226,11 @@ def check(ways: Ways, codec: str, window: WindowReader, cache: Cache, batch: int
             log(f"{codec}: {name} delivers the same tensors")
 
 
-def calibrate(ways: Ways, codec: str, budget: int, seconds: float) -> None:
-    """The faster of no and two workers, for every peer."""
+def calibrate(ways: Ways, codec: str, budget: int, seconds: float, tried: tuple[int, ...]) -> None:
+    """The fastest of some numbers of workers, for every peer."""
     for name in ways.peers:
         rates = {}
-        for workers in (0, 2):
+        for workers in tried:
             ways.workers[name, codec, budget] = workers
             answer = ways.stream(name, codec, budget, seconds, 1)
             if answer is None:
@@ -264,7 +265,7 @@ def measure(ways: Ways, codec: str, args: argparse.Namespace) -> dict[str, Any]:
     for budget in args.batch_tokens:
         batch = ways.batch[codec, budget] = samples_per_batch(cache, budget)
         check(ways, codec, window, cache, batch)
-        calibrate(ways, codec, budget, args.seconds)
+        calibrate(ways, codec, budget, args.seconds, (0,) if args.quick else (0, 2))
         mine = ways.servers["kdcache"].ask("check", data=path, batch=budget, workers=0, batches=50)
         ways.stream("kdcache", codec, budget, 2 * args.seconds, 1)  # maps all pages
         turns = []

@@ -29,7 +29,8 @@ class JoinedColumns:
         """
         self._files = list(files)  # keeps the memory that is copied from
         names = list(files[0]) if files else []
-        self._starts = offsets_of(np.array([len(file[names[0]]) for file in files], np.int64))
+        counts = [len(file[name]) for file in files for name in names[:1]]
+        self._starts = offsets_of(np.array(counts, dtype=np.int64))
         # Of every file one offset more than it has samples: sample m of file s is at m + s.
         self._offsets = np.array(
             [np.concatenate([file[name].offsets for file in files]) for name in names]
@@ -64,13 +65,13 @@ class JoinedColumns:
         """
         if not self._names:
             return {}
-        file = np.searchsorted(self._starts, rows, side="right") - 1
+        file = self._starts.searchsorted(rows, side="right") - 1
         place = rows + file
         begins = self._offsets.take(place, axis=1)  # [C, R]; quicker than an index in brackets
         lengths = self._offsets.take(place + 1, axis=1) - begins
         totals = lengths.sum(axis=1)  # [C]
         sizes = totals[self._column] * self._bytes  # [F]
-        ends = np.cumsum(sizes)
+        ends = sizes.cumsum()
         data = self._copied(file, begins, lengths, int(ends[-1]))
         fields: list[dict[str, np.ndarray]] = [{} for _ in self._names]
         for (column, name, dtype), end, size in zip(
@@ -78,7 +79,7 @@ class JoinedColumns:
         ):
             fields[column][name] = data[end - size : end].view(dtype)
         offsets = np.zeros((len(self._names), len(rows) + 1), dtype=np.int64)
-        np.cumsum(lengths, axis=1, out=offsets[:, 1:])
+        lengths.cumsum(axis=1, out=offsets[:, 1:])
         return {
             name: Ragged(offsets[column], fields[column]) for column, name in enumerate(self._names)
         }

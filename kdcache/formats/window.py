@@ -57,14 +57,12 @@ class WindowReader:
         self.row: np.ndarray = np.concatenate(
             [shard.row for shard in samples] or [np.empty(0, np.int64)]
         )
-        self._streams: dict[str, JoinedColumns] = {}
-        self._lengths: dict[str, np.ndarray] = {}
-        for name in streams:
-            held = [shard.streams[name] for shard in samples]
-            self._streams[name] = JoinedColumns([{name: column} for column in held])
-            self._lengths[name] = np.concatenate(
-                [column.lengths for column in held] or [np.empty(0, np.int64)]
-            )
+        held = [{name: shard.streams[name] for name in streams} for shard in samples]
+        self._streams = JoinedColumns(held)
+        self._lengths: dict[str, np.ndarray] = {
+            name: np.concatenate([file[name].lengths for file in held] or [np.empty(0, np.int64)])
+            for name in streams
+        }
         self._columns: dict[str, JoinedColumns] = {}
         self._dense: dict[str, DenseWindow] = {}
         self._counts: dict[str, np.ndarray] = {}
@@ -101,14 +99,22 @@ class WindowReader:
         """[M] int64 tokens of each sample in a stream."""
         return self._lengths[stream]
 
+    def take_streams(self, rows: np.ndarray) -> dict[str, Ragged]:
+        """Token ids of some samples, by stream.
+
+        Args:
+            rows: [R] integer samples of the window, repeats allowed.
+        """
+        return self._streams.take(rows)
+
     def take_stream(self, name: str, rows: np.ndarray) -> Ragged:
-        """Token ids of some samples.
+        """Token ids of some samples in one stream; `take_streams` gives several for less.
 
         Args:
             name: a stream this window serves.
             rows: [R] integer samples of the window, repeats allowed.
         """
-        return self._streams[name].take(rows)[name]
+        return self.take_streams(rows)[name]
 
     def take_signal(self, name: str, rows: np.ndarray) -> dict[str, Ragged]:
         """Labels of some samples, by column.

@@ -88,8 +88,9 @@ def test_what_is_taken_is_a_copy():
     assert np.array_equal(joined.take(np.arange(6))["wide"].fields["u2_0"], before ^ 0xFFFF)
 
 
-def test_no_files():
-    assert JoinedColumns([]).take(np.arange(0)) == {}
+@pytest.mark.parametrize("files", [[], [{}, {}]], ids=["no files", "no columns"])
+def test_nothing_to_take(files):
+    assert JoinedColumns(files).take(np.arange(0)) == {}
 
 
 def test_a_sample_that_is_not_there():
