@@ -24,8 +24,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -36,9 +34,9 @@ import numpy as np
 from scale_caches import DrawnCodec, make_cache
 from setting import log, report
 from stream_fresh import measure_cold, measure_growth, spread
-from stream_peers.environments import Server, make_environment, versions_in
 from stream_peers.kdcache_tensors import SIGNAL, tensors_of
 from stream_peers.peer_loop import digest
+from stream_ways import OURS, PEERS, Ways
 
 from kdcache.formats.cache import Cache, open_cache
 from kdcache.formats.codec import ThresholdCodec, TopKCodec
@@ -54,16 +52,6 @@ CODECS: dict[str, DrawnCodec] = {
 #: Tokens of a shard, both streams together, that make four shards a bit more than 200 MB.
 SHARD_TOKENS = {"topk 32": 1_000_000, "threshold 1/16": 3_600_000}
 SHARDS = 4
-#: Way to its environment and script; those of kdcache run under this Python.
-PEERS = {
-    "datasets, numpy": ("datasets", "peer_datasets numpy"),
-    "datasets, arrow": ("datasets", "peer_datasets arrow"),
-    "mosaicml-streaming": ("streaming", "peer_streaming"),
-    "litdata": ("litdata", "peer_litdata"),
-    "webdataset": ("webdataset", "peer_webdataset"),
-    "parquet (DistillKit-like)": ("datasets", "peer_parquet"),
-}
-OURS = {"kdcache": "side_kdcache", "copy": "side_copy flat", "clone": "side_copy clone"}
 CHECKED_BATCHES = 6
 
 
@@ -102,92 +90,6 @@ def samples_per_batch(cache: Cache, batch_tokens: int) -> int:
     stream = BatchStream(cache, STREAMS, [SIGNAL], batch_tokens, 1, SHARDS)
     samples = sum(shard.stop - shard.start for shard in cache.manifest.shards)
     return round(samples / stream.count_batches(1, 1 << 40))
-
-
-class Ways:
-    """The processes of all ways, and what became of those that failed.
-
-    Args:
-        root: folder of the run.
-        venvs: folder of the environments.
-        wanted: names of the peers.
-    """
-
-    def __init__(self, root: Path, venvs: Path, wanted: list[str]) -> None:
-        self.root = root
-        self.failed: dict[str, str] = {}
-        self.versions: dict[str, dict[str, str]] = {}
-        self.servers: dict[str, Server] = {}
-        self.batch: dict[tuple[str, int], int] = {}
-        self.workers: dict[tuple[str, str, int], int] = {}
-        for name in wanted:
-            environment, script = PEERS[name]
-            try:
-                python = make_environment(venvs, environment)
-                self.versions[environment] = versions_in(python, environment)
-                self.servers[name] = Server(python, script, root / f"{script}.log")
-            except (subprocess.CalledProcessError, OSError) as error:
-                self.fail(name, f"not installed: {getattr(error, 'stderr', '') or error}")
-        for name, script in OURS.items():
-            self.servers[name] = Server(sys.executable, script, root / f"{script}.log")
-
-    def fail(self, name: str, why: object) -> None:
-        """Leave a way out from now on, and say so."""
-        self.failed[name] = str(why)[-600:]
-        log(f"{name} is left out: {why}")
-        server = self.servers.pop(name, None)
-        if server is not None:
-            server.end()
-
-    def ask(self, name: str, do: str, **order: Any) -> dict[str, Any] | None:
-        """The answer of a way; None, and the way is out, if it fails."""
-        try:
-            return self.servers[name].ask(do, **order)
-        except (RuntimeError, OSError, ValueError) as error:
-            if name in OURS:
-                raise
-            self.fail(name, error)
-            return None
-
-    def stream(
-        self, name: str, codec: str, budget: int, seconds: float, seed: int
-    ) -> dict[str, Any] | None:
-        """What a way delivers in some seconds; None if it fails."""
-        ours = name in OURS
-        return self.ask(
-            name,
-            "stream",
-            data=self.data(name, codec),
-            batch=budget if ours else self.batch[codec, budget],
-            workers=0 if ours else self.workers[name, codec, budget],
-            seconds=seconds,
-            seed=seed,
-        )
-
-    def restart(self, name: str) -> None:
-        """End the process of a way and begin another."""
-        old = self.servers[name]
-        old.end()
-        self.servers[name] = Server(old.python, old.script, old.log)
-
-    @property
-    def peers(self) -> list[str]:
-        """Names of those peers that are still there."""
-        return [name for name in self.servers if name not in OURS]
-
-    def data(self, name: str, codec: str) -> Path:
-        """Where a way's files are."""
-        short = codec.split()[0]
-        return self.root / (f"cache-{short}" if name in OURS else f"{short}-{slug(name)}")
-
-    def end(self) -> None:
-        """End all processes."""
-        for server in self.servers.values():
-            server.end()
-
-
-def slug(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in name)
 
 
 def convert(ways: Ways, codec: str, samples: Path) -> dict[str, Any]:
@@ -326,15 +228,25 @@ def table(result: dict[str, Any]) -> str:
                 f"over_best_peer {cell['over_best_peer']}"
             )
             for name, rate in cell["tokens_per_second"].items():
-                workers = cell["workers"].get(name)
                 over = cell["kdcache_over"].get(name, {"median": 1})["median"]
-                first = cell["first_batch_seconds"].get(name, {"median": float("nan")})["median"]
-                lines.append(
+                line = (
                     f"  {name:<28}{rate['median'] / 1e6:>9.2f} ({rate['min'] / 1e6:.2f} to "
-                    f"{rate['max'] / 1e6:.2f}){over:>9.1f}  first batch {first:.3f} s"
-                    + ("" if workers is None else f", {workers} workers")
+                    f"{rate['max'] / 1e6:.2f}){over:>9.1f}"
                 )
+                if name in cell["first_batch_seconds"]:
+                    seconds = cell["first_batch_seconds"][name]["median"]
+                    line += f"  first batch {seconds:.3f} s"
+                if name in cell["workers"]:
+                    line += f", {cell['workers'][name]} workers"
+                lines.append(line)
     lines.extend(f"left out: {name}: {why[:200]}" for name, why in result["failed"].items())
+    for codec, found in result["cold"].items():
+        rates = {name: one["tokens_per_second"]["median"] for name, one in found.items()}
+        lines.append(f"{codec}, cold: " + str({n: round(r / 1e6, 2) for n, r in rates.items()}))
+    lines.append(
+        f"memory, large over small: {result['rss_growth']} resident, "
+        f"{result['anonymous_growth']} anonymous"
+    )
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ from scale_caches import make_cache
 from setting import log
 
 if TYPE_CHECKING:
-    from bench_stream import Ways
+    from stream_ways import Ways
 
 #: Reads some batches; says what memory it then has, and when the first batch came.
 _READ = """
