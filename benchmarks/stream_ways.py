@@ -21,6 +21,10 @@ PEERS = {
 }
 OURS = {"kdcache": "side_kdcache", "copy": "side_copy flat", "clone": "side_copy clone"}
 
+#: Ways that get a new process for every turn. LitData waits ten seconds before it reads again in a
+#: process that has stopped reading in the middle of an epoch.
+FRESH = ("litdata",)
+
 
 class Ways:
     """The processes of all ways, and what became of those that failed.
@@ -72,6 +76,8 @@ class Ways:
     ) -> dict[str, Any] | None:
         """What a way delivers in some seconds; None if it fails."""
         ours = name in OURS
+        if name in FRESH:
+            self.restart(name)
         return self.ask(
             name,
             "stream",
