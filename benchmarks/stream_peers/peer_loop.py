@@ -5,7 +5,7 @@
     {"do": "stream", "data": folder, "batch": B, "workers": n, "seconds": s, "seed": n}
 
 `check` gives the rows and a digest of all tensors of some batches, so that the driver can make the
-same batches and compare. `stream` counts what was delivered in some seconds after the first batches.
+same batches and compare. `stream` counts what was delivered in seconds after the first few.
 """
 
 from __future__ import annotations
