@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from kdcache.formats.codec import ThresholdCodec
+from kdcache.formats.codec import ThresholdCodec, TopKCodec
 from kdcache.formats.identity import CorpusDigest, StreamDigest, sample_ids
 from kdcache.formats.manifest import (
     CommitRecord,
@@ -48,6 +48,9 @@ LAYERS = (0, 3, 6)
 CHARACTERS_PER_TOKEN = 5
 STREAMS = ("src", "tgt")
 
+#: Codecs that labels can be drawn for.
+DrawnCodec = ThresholdCodec | TopKCodec
+
 _LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz     ", dtype=np.uint8)
 
 
@@ -56,16 +59,19 @@ def make_cache(
     shards: int,
     shard_tokens: int,
     width: int = 0,
+    *,
+    codec: DrawnCodec = CODEC,
     vocab_size: int = VOCAB,
     alike: bool = False,
 ) -> None:
-    """Write a cache of translation pairs with threshold labels.
+    """Write a cache of translation pairs with labels.
 
     Args:
         path: where.
         shards: how many.
         shard_tokens: tokens of each, both streams together.
         width: of hidden states of three layers, in parts; none for 0.
+        codec: of the labels.
         vocab_size: V.
         alike: whether a target is about as long as its source.
     """
@@ -99,7 +105,7 @@ def make_cache(
                 vocab_size,
             )
         )
-        records = make_signals(manifest, width)
+        records = make_signals(manifest, width, codec)
         for record in records:
             writer.write_signal(record)
             for shard in range(shards):
@@ -154,8 +160,8 @@ def make_manifest(
     )
 
 
-def make_signals(manifest: Manifest, width: int) -> list[SignalRecord]:
-    """Threshold labels, and hidden states where a width is given."""
+def make_signals(manifest: Manifest, width: int, codec: DrawnCodec = CODEC) -> list[SignalRecord]:
+    """Labels, and hidden states where a width is given."""
     teacher = TeacherRecord(
         path="drawn",
         revision=None,
@@ -176,7 +182,7 @@ def make_signals(manifest: Manifest, width: int) -> list[SignalRecord]:
         "versions": {},
     }
     vocab_size = manifest.streams["tgt"].vocab_size
-    labels = {"codec": CODEC, "temperatures": TEMPERATURES, "vocab_size": vocab_size}
+    labels = {"codec": codec, "temperatures": TEMPERATURES, "vocab_size": vocab_size}
     records: list[SignalRecord] = [LogitsRecord(name="logits", at="targets", **labels, **shared)]
     if width:
         shape = {"side": "decoder", "layers": LAYERS, "width": width, "pool": "none"}
@@ -247,9 +253,11 @@ def _write_labels(
             place = (record.name, shard, number, plan.start + a, plan.start + b)
             parts.append(writer.write_dense_part(*place, values))
     else:
-        columns = drawn_labels(lengths, draw, record.vocab_size)
+        assert isinstance(record, LogitsRecord)
+        columns = drawn_labels(lengths, draw, record.codec, record.vocab_size)
         entries = {name: int(column.offsets[-1]) for name, column in columns.items()}
-        batch = ragged_batch(logits_schema(CODEC, record.vocab_size, TEMPERATURES), columns)
+        schema = logits_schema(record.codec, record.vocab_size, TEMPERATURES)
+        batch = ragged_batch(schema, columns)
         parts = [writer.write_part(record.name, shard, 0, plan.start, plan.stop, batch)]
     writer.commit(
         CommitRecord(
@@ -266,18 +274,25 @@ def _write_labels(
 
 
 def drawn_labels(
-    lengths: np.ndarray, draw: np.random.Generator, vocab_size: int = VOCAB
+    lengths: np.ndarray,
+    draw: np.random.Generator,
+    codec: DrawnCodec = CODEC,
+    vocab_size: int = VOCAB,
 ) -> dict[str, Ragged]:
-    """Columns of threshold labels: 1.7 exact and 4 drawn entries at a position on average.
+    """Columns of labels; of threshold 1.7 exact and 4 drawn entries at a position on average.
 
     Args:
         lengths: [M] positions of each sample.
         draw: gives everything else.
+        codec: of the labels.
         vocab_size: V.
     """
     num = int(lengths.sum())
-    num_exact = np.minimum(draw.geometric(0.6, num), 17)
-    num_drawn = np.minimum(draw.poisson(4, num), 17)
+    if isinstance(codec, TopKCodec):
+        num_exact, num_drawn = np.full(num, codec.k), np.zeros(num, dtype=np.int64)
+    else:
+        num_exact = np.minimum(draw.geometric(0.6, num), 17)
+        num_drawn = np.minimum(draw.poisson(4, num), 17)
     total = num_exact + num_drawn
     ends = offsets_of(total)
     ids = np.cumsum(draw.integers(1, vocab_size // 34, int(ends[-1])))  # ascending, no id twice
@@ -298,11 +313,14 @@ def drawn_labels(
     codes = draw.integers(0, 256, int(num_exact.sum()), dtype=np.uint8)
     starts = offsets_of(lengths)
     kept = {**split_ids(ids[exact], vocab_size), "code": codes}
-    return {
+    columns = {
         "tokens": Ragged(starts, tokens),
         "exact": Ragged(offsets_of(num_exact)[starts], kept),
         "drawn": Ragged(offsets_of(num_drawn)[starts], split_ids(ids[~exact], vocab_size)),
     }
+    if isinstance(codec, TopKCodec):
+        del columns["drawn"], tokens["num_drawn"]
+    return columns
 
 
 def make_hollow_cache(path: Path, shards: int, shard_tokens: int, part_bytes: int) -> None:

@@ -16,8 +16,9 @@ import numpy as np
 
 from kdcache.errors import IntegrityError, KDCacheError
 from kdcache.formats.dense_window import DenseWindow
+from kdcache.formats.joined import JoinedColumns
 from kdcache.formats.manifest import SAMPLES, FileRecord
-from kdcache.formats.ragged import Ragged, gather, offsets_of
+from kdcache.formats.ragged import Ragged
 from kdcache.formats.signals import AttentionRecord, HiddenRecord, SignalRecord
 from kdcache.formats.stores.local import LocalStore
 from kdcache.formats.units import MAIN_COLUMN, label_counts
@@ -56,14 +57,13 @@ class WindowReader:
         self.row: np.ndarray = np.concatenate(
             [shard.row for shard in samples] or [np.empty(0, np.int64)]
         )
-        self._streams = {name: [shard.streams[name] for shard in samples] for name in streams}
+        held = [{name: shard.streams[name] for name in streams} for shard in samples]
+        self._streams = JoinedColumns(held)
         self._lengths: dict[str, np.ndarray] = {
-            name: np.concatenate([held.lengths for held in columns] or [np.empty(0, np.int64)])
-            for name, columns in self._streams.items()
+            name: np.concatenate([file[name].lengths for file in held] or [np.empty(0, np.int64)])
+            for name in streams
         }
-        self._shard_starts = _starts([shard.stop - shard.start for shard in samples])
-        self._parts: dict[str, list[dict[str, Ragged]]] = {}
-        self._part_starts: dict[str, np.ndarray] = {}
+        self._columns: dict[str, JoinedColumns] = {}
         self._dense: dict[str, DenseWindow] = {}
         self._counts: dict[str, np.ndarray] = {}
         for name in signals:
@@ -77,7 +77,6 @@ class WindowReader:
         """Map a signal that is kept in Arrow; its labels must be as many as what they describe."""
         name, main = record.name, MAIN_COLUMN[record.kind]
         parts: list[dict[str, Ragged]] = []
-        counts: list[int] = []
         for shard in shards:
             held = cache.signal_shard(name, shard)
             expected = label_counts(cache, record, shard)
@@ -86,9 +85,7 @@ class WindowReader:
                     mine = expected[start - held.start : stop - held.start]
                     _check_lengths(cache, name, shard, mine, columns[main].lengths)
                 parts.append(columns)
-                counts.append(stop - start)
-        self._parts[name] = parts
-        self._part_starts[name] = _starts(counts)
+        self._columns[name] = JoinedColumns(parts)
         self._counts[name] = np.concatenate(
             [part[main].lengths for part in parts] or [np.empty(0, np.int64)]
         )
@@ -102,15 +99,22 @@ class WindowReader:
         """[M] int64 tokens of each sample in a stream."""
         return self._lengths[stream]
 
+    def take_streams(self, rows: np.ndarray) -> dict[str, Ragged]:
+        """Token ids of some samples, by stream.
+
+        Args:
+            rows: [R] integer samples of the window, repeats allowed.
+        """
+        return self._streams.take(rows)
+
     def take_stream(self, name: str, rows: np.ndarray) -> Ragged:
-        """Token ids of some samples.
+        """Token ids of some samples in one stream; `take_streams` gives several for less.
 
         Args:
             name: a stream this window serves.
             rows: [R] integer samples of the window, repeats allowed.
         """
-        source, inner = _locate(self._shard_starts, rows)
-        return gather(self._streams[name], source, inner)
+        return self.take_streams(rows)[name]
 
     def take_signal(self, name: str, rows: np.ndarray) -> dict[str, Ragged]:
         """Labels of some samples, by column.
@@ -119,12 +123,7 @@ class WindowReader:
             name: a signal this window serves.
             rows: [R] integer samples of the window, repeats allowed.
         """
-        source, inner = _locate(self._part_starts[name], rows)
-        parts = self._parts[name]
-        return {
-            column: gather([part[column] for part in parts], source, inner)
-            for column in (parts[0] if parts else {})
-        }
+        return self._columns[name].take(rows)
 
     def take_dense(
         self, name: str, rows: np.ndarray, layers: Sequence[int]
@@ -208,16 +207,6 @@ class WindowAhead:
                     if self._stop.is_set():
                         return
                     DenseWindow([self._cache.dense_shard(name, shard)]).will_need(layers)
-
-
-def _starts(counts: list[int]) -> np.ndarray:
-    return offsets_of(np.array(counts, dtype=np.int64))
-
-
-def _locate(starts: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which column each sample lies in, and its index there."""
-    source = np.searchsorted(starts, rows, side="right") - 1
-    return source, rows - starts[source]
 
 
 def _check_lengths(

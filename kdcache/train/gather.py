@@ -77,13 +77,11 @@ class Gatherer:
             window: that serves the streams and signals.
             index: [B] samples, counted within the window.
         """
+        streams = window.take_streams(index)
         batch = Batch(
             rows=window.row[index],
-            sample_ids=window.sample_id[index],
-            streams={
-                name: padded(window.take_stream(name, index), pad)
-                for name, pad in self._pad.items()
-            },
+            sample_ids=window.sample_id.take(index, axis=0),
+            streams={name: padded(streams[name], pad) for name, pad in self._pad.items()},
             signals={
                 name: self._signal(record, window, index) for name, record in self._records.items()
             },

@@ -1,0 +1,37 @@
+"""kdcache itself, under the same loop as its peers; `batch` counts tokens here, not samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from kdcache_tensors import SIGNAL, tensors_of
+from peer_loop import serve
+from torch import Tensor
+
+import kdcache
+from kdcache.train.stream import GlobalBatch
+
+
+class Side:
+    """`kdcache.batches` with one thread, as it comes."""
+
+    def convert(self, samples: Path, data: Path) -> None:
+        """Write the samples in the peer's format."""
+        raise NotImplementedError("the cache is where the samples come from")
+
+    def loader(self, data: Path, batch: int, workers: int, seed: int) -> Iterable[GlobalBatch]:
+        """Shuffled batches of one epoch, each time it is iterated."""
+        return kdcache.batches(data, signals=[SIGNAL], batch_tokens=batch, seed=seed)
+
+    def tensors(self, batch: GlobalBatch) -> dict[str, Tensor]:
+        """All tensors of a batch."""
+        return tensors_of(batch.micro[0])
+
+    def tokens(self, batch: GlobalBatch) -> int:
+        """Target tokens of a batch."""
+        return batch.num_tokens
+
+
+if __name__ == "__main__":
+    serve(Side())

@@ -1,0 +1,115 @@
+"""Joined columns: ragged columns of several files numbered as one, samples copied out at once.
+
+# M samples of all files, S files, C columns, F fields of all columns, R rows asked for
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from kdcache.formats.ragged import Ragged, offsets_of
+
+
+class JoinedColumns:
+    """The same ragged columns of several files.
+
+    What a sample has of one field lies in one piece, so it is copied as one, by Arrow's `take` of
+    binary values. One call takes all fields of all files: its values are the pieces, and their
+    offsets are counted from the lowest address that any field has.
+    """
+
+    def __init__(self, files: Sequence[Mapping[str, Ragged]]) -> None:
+        """Number the samples of the files one after another.
+
+        Args:
+            files: columns by name, of equal names, fields and dtypes; the fields are contiguous.
+        """
+        self._files = list(files)  # keeps the memory that is copied from
+        names = list(files[0]) if files else []
+        counts = [len(file[name]) for file in files for name in names[:1]]
+        self._starts = offsets_of(np.array(counts, dtype=np.int64))
+        # Of every file one offset more than it has samples: sample m of file s is at m + s.
+        self._offsets = np.array(
+            [np.concatenate([file[name].offsets for file in files]) for name in names]
+        )  # [C, M + S]
+        fields = [
+            (column, field, array.dtype)
+            for column, name in enumerate(names)
+            for field, array in files[0][name].fields.items()
+        ]
+        # Widest first, so that every field is aligned where it begins in the copy.
+        self._fields = sorted(fields, key=lambda field: -field[2].itemsize)
+        self._names = names
+        self._column = np.array([column for column, _, _ in self._fields], dtype=np.int64)  # [F]
+        self._bytes = np.array([dtype.itemsize for _, _, dtype in self._fields], dtype=np.int64)
+        arrays = [[file[names[c]].fields[name] for file in files] for c, name, _ in self._fields]
+        assert all(array.flags.c_contiguous and array.ndim == 1 for row in arrays for array in row)
+        places = [[array.__array_interface__["data"][0] for array in row] for row in arrays]
+        addresses = np.array(places, dtype=np.int64).reshape(len(arrays), len(files))
+        lowest = int(addresses.min()) if addresses.size else 0
+        self._addresses = addresses - lowest  # [F, S]
+        # Without an end: between the files there is memory of others, which no piece touches.
+        self._memory = pa.foreign_buffer(lowest, 1 << 62)
+
+    def take(self, rows: np.ndarray) -> dict[str, Ragged]:
+        """Some samples, in the given order, copied into fresh arrays.
+
+        Args:
+            rows: [R] integer samples, repeats allowed.
+
+        Raises:
+            IndexError: there is no such sample.
+        """
+        if not self._names:
+            return {}
+        file = self._starts.searchsorted(rows, side="right") - 1
+        place = rows + file
+        begins = self._offsets.take(place, axis=1)  # [C, R]; quicker than an index in brackets
+        lengths = self._offsets.take(place + 1, axis=1) - begins
+        totals = lengths.sum(axis=1)  # [C]
+        sizes = totals[self._column] * self._bytes  # [F]
+        ends = sizes.cumsum()
+        data = self._copied(file, begins, lengths, int(ends[-1]))
+        fields: list[dict[str, np.ndarray]] = [{} for _ in self._names]
+        for (column, name, dtype), end, size in zip(
+            self._fields, ends.tolist(), sizes.tolist(), strict=True
+        ):
+            fields[column][name] = data[end - size : end].view(dtype)
+        offsets = np.zeros((len(self._names), len(rows) + 1), dtype=np.int64)
+        lengths.cumsum(axis=1, out=offsets[:, 1:])
+        return {
+            name: Ragged(offsets[column], fields[column]) for column, name in enumerate(self._names)
+        }
+
+    def _copied(
+        self, file: np.ndarray, begins: np.ndarray, lengths: np.ndarray, size: int
+    ) -> np.ndarray:
+        """[size] uint8, every field one after another.
+
+        Args:
+            file: [R] of each row.
+            begins: [C, R] first record of each row, in its file.
+            lengths: [C, R] records of each row.
+            size: bytes in all.
+        """
+        if not size:
+            return np.empty(0, dtype=np.uint8)
+        number = len(self._fields) * len(file)
+        # Two offsets a piece; what lies between two pieces is a value that nobody takes.
+        spans = np.empty(2 * number + 1, dtype=np.int64)
+        pairs = spans[:-1].reshape(len(self._fields), len(file), 2)
+        width = self._bytes[:, None]
+        first = begins.take(self._column, axis=0) * width
+        first += self._addresses.take(file, axis=1)
+        pairs[:, :, 0] = first
+        first += lengths.take(self._column, axis=0) * width
+        pairs[:, :, 1] = first
+        # `take` makes room for as many values of the mean length, which this makes the right one.
+        spans[-1] = spans[0] + 2 * size
+        buffers = [None, pa.py_buffer(spans), self._memory]
+        values = pa.LargeBinaryArray.from_buffers(pa.large_binary(), 2 * number, buffers)
+        taken = values.take(pa.array(np.arange(0, 2 * number, 2)))
+        return np.frombuffer(taken.buffers()[2], dtype=np.uint8, count=size)
