@@ -252,6 +252,8 @@ def recover(run: Path) -> None:
         for temporary in parent.glob(f"{_TEMPORARY}*"):
             if temporary.is_dir():
                 shutil.rmtree(temporary)
+            else:  # of a file that was to be replaced
+                temporary.unlink()
 
 
 @contextmanager

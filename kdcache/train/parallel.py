@@ -95,6 +95,11 @@ class Ranks:
                 raise TrainingError(f"rank {rank} has stopped, so this one does: {message}")
 
 
+def is_main() -> bool:
+    """Whether this process is the one that speaks for all that torchrun started."""
+    return _number("WORLD_SIZE", 1) == 1 or _number("RANK", 0) == 0
+
+
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
     """Join the processes that torchrun started; alone where it did not.

@@ -71,39 +71,56 @@ def steps(tree: dict, cache: str, out: str, count: int) -> list[dict[str, Tensor
     return found
 
 
-def train(tree: dict, cache: str, out: str, stop: int | None = None) -> dict | None:
-    """A run, or the beginning of one."""
-    real = trainer.Trainer.step
+def train(
+    tree: dict, cache: str, out: str, stop: int | None = None, overflow: int | None = None
+) -> dict | None:
+    """A run, or the beginning of one; gradients of one step may overflow on the last rank."""
+    real, backward = trainer.Trainer.step, trainer.Trainer.backward
 
     def step(self, batch):
         if self.state.step == stop:
             raise KeyboardInterrupt
         real(self, batch)
 
-    trainer.Trainer.step = step
+    def overflowing(self, batch):
+        values = backward(self, batch)
+        if self.state.step + 1 == overflow and own_ranks().rank == own_ranks().world - 1:
+            gradient = self.parameters[0].grad
+            local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+            local.view(-1)[0] = torch.inf
+        return values
+
+    trainer.Trainer.step, trainer.Trainer.backward = step, overflowing
     try:
         return loop.train(parse_recipe(tree), cache, out)
     except KeyboardInterrupt:
         return None
     finally:
-        trainer.Trainer.step = real
+        trainer.Trainer.step, trainer.Trainer.backward = real, backward
 
 
-def refused(tree: dict, cache: str, out: str, message: str, fault: bool = False) -> None:
+def refused(tree: dict, cache: str, out: str, message: str, fault: str = "") -> None:
     """A run that cannot be: each rank says why."""
-    real = checkpoint.save_file
+    real, forward = checkpoint.save_file, Distillation.forward
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
+    def poisoned(self, *inputs):
+        total, values = forward(self, *inputs)
+        return (total * torch.nan if own_ranks().rank == 1 else total), values
+
     try:
-        checkpoint.save_file = full if fault else real
+        if fault == "disk":
+            checkpoint.save_file = full
+        if fault == "loss":
+            Distillation.forward = poisoned
         loop.train(parse_recipe(tree), cache, out)
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         Path(f"{message}.{own_ranks().rank}").write_text(text)
     finally:
-        checkpoint.save_file = real
+        checkpoint.save_file, Distillation.forward = real, forward
 
 
 def free_port() -> int:

@@ -83,8 +83,12 @@ def done(caches, make_recipe, tmp_path_factory):
     run = {"cache": caches["text"], "tree": run_tree(make_recipe)}
     where = {"out": str(root / "other files"), "message": str(root / "refused")}
     jobs.append(("refused", run | where))
-    where = {"out": str(root / "full disk"), "message": str(root / "full"), "fault": True}
+    where = {"out": str(root / "full disk"), "message": str(root / "full"), "fault": "disk"}
     jobs.append(("refused", run | where))
+    where = {"out": str(root / "poison"), "message": str(root / "nan"), "fault": "loss"}
+    jobs.append(("refused", run | where))
+    run = {"cache": caches["text"], "out": str(root / "half")}
+    jobs.append(("train", run | {"tree": run_tree(make_recipe, **HALF), "overflow": 3}))
     run = {"cache": caches["text"], "out": str(root / "begun by ddp")}
     jobs.append(("train", run | {"tree": run_tree(make_recipe), "stop": 3}))
     jobs.append(("train", run | {"tree": run_tree(make_recipe, parallel="fsdp"), "stop": 5}))
@@ -122,6 +126,36 @@ def test_some_of_those_batches_leave_a_rank_without_samples(done):
     parts = [step["parts"].tolist() for step in torch.load(done / "ddp.3.8.1")]
     assert any(part[0] == 0 for part in parts)
     assert any(part[0] > 0 for part in parts)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(done):
+    said = {(done / f"nan.{rank}").read_text() for rank in range(2)}
+    (line,) = said
+    assert line.startswith("TrainingError: step 1: loss is nan")
+    assert "corpus rows" in line
+    assert "sample ids" in line
+
+
+#: In all that can be asked for at once.
+HALF = {
+    "precision": "float16",
+    "parallel": "fsdp",
+    "activation_checkpointing": True,
+    "max_steps": 6,
+}
+
+
+def test_shards_leave_out_a_step_together_in_float16(done, caches, make_recipe, tmp_path):
+    one = tmp_path / "one"
+    train(run_tree(make_recipe, **HALF), caches["text"], str(one), overflow=3)
+    lines = [line for line in metrics(done / "half") if "loss" in line]
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 0, 0, 0]
+    assert lines[2]["grad_norm"] is None
+    losses = [
+        [line["loss"] for line in metrics(run) if "loss" in line] for run in (done / "half", one)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    assert losses[0][2] != losses[0][3]
 
 
 def metrics(run: Path) -> list[dict]:
