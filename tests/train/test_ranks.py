@@ -10,7 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kdcache.errors import ModelError, RecipeError, TrainingError
+from kdcache.formats.cache import open_cache
 from kdcache.recipe import dump_recipe, parse_recipe
+from kdcache.train.parallel import Ranks, joined
+from kdcache.train.trainer import Trainer
 from tests.report.kinds import make_kinds
 from tests.train.conftest import STUDENT
 from tests.train.many_ranks import environment, free_port, run_ranks, steps, train
@@ -65,6 +69,10 @@ def run_tree(make_recipe, **train) -> dict:
     return make_recipe(**settings).model_dump(mode="json")
 
 
+#: Runs with dropout, and where they are stopped.
+DROPOUT_RUNS = {"at once": [None], "in three": [3, 5, None]}
+
+
 @pytest.fixture(scope="module")
 def done(caches, make_recipe, tmp_path_factory):
     """Everything that two ranks do together, in one pair of processes."""
@@ -89,6 +97,10 @@ def done(caches, make_recipe, tmp_path_factory):
     jobs.append(("refused", run | where))
     run = {"cache": caches["text"], "out": str(root / "half")}
     jobs.append(("train", run | {"tree": run_tree(make_recipe, **HALF), "overflow": 3}))
+    for name, stops in DROPOUT_RUNS.items():
+        run = {"cache": caches["text"], "out": str(root / name)}
+        tree = run_tree(make_recipe, student={"dropout": 0.1})
+        jobs.extend(("train", run | {"tree": tree, "stop": stop}) for stop in stops)
     run = {"cache": caches["text"], "out": str(root / "begun by ddp")}
     jobs.append(("train", run | {"tree": run_tree(make_recipe), "stop": 3}))
     jobs.append(("train", run | {"tree": run_tree(make_recipe, parallel="fsdp"), "stop": 5}))
@@ -128,6 +140,14 @@ def test_some_of_those_batches_leave_a_rank_without_samples(done):
     assert any(part[0] > 0 for part in parts)
 
 
+def test_two_ranks_go_on_bitwise(done):
+    first, other = (done / name for name in DROPOUT_RUNS)
+    assert metrics(first) == metrics(other)
+    for folder in ("best", "last", "averaged"):
+        left, right = ((run / folder / "model.safetensors").read_bytes() for run in (first, other))
+        assert left == right
+
+
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all(done):
     said = {(done / f"nan.{rank}").read_text() for rank in range(2)}
     (line,) = said
@@ -156,6 +176,42 @@ def test_shards_leave_out_a_step_together_in_float16(done, caches, make_recipe, 
     ]
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
     assert losses[0][2] != losses[0][3]
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "error", "message"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "cpu", RecipeError, "MASTER_ADDR is not set; start"),
+        ({"WORLD_SIZE": "two"}, "cpu", RecipeError, "WORLD_SIZE is 'two', expected a number"),
+        ({"WORLD_SIZE": "2"}, "mps", ModelError, "2 ranks train on cpu or cuda"),
+    ],
+    ids=["by hand", "no number", "mps"],
+)
+def test_ranks_that_cannot_meet_say_why(monkeypatch, settings, device, error, message):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for key, value in settings.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(error, match=message), joined(torch.device(device)):
+        raise AssertionError("joined")
+
+
+def test_what_several_ranks_cannot_do_is_refused(world, make_recipe):
+    cache = open_cache(world.cache)
+    with pytest.raises(RecipeError, match=r"train\.while_dumping is set and 2 ranks train"):
+        Trainer(make_recipe(while_dumping=True).train, cache, Ranks(0, 2))
+    student = {"decoder_layerdrop": 0.1}
+    with pytest.raises(RecipeError, match=r"decoder_layerdrop is 0\.1.* or train\.parallel ddp"):
+        Trainer(make_recipe(student=student, parallel="fsdp").train, cache, Ranks(0, 2))
+
+
+def test_another_error_is_not_taken_for_a_lost_rank(monkeypatch):
+    for key, value in environment(0, 1, free_port()).items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    with pytest.raises(RuntimeError, match=r"^shapes") as caught, joined(torch.device("cpu")):
+        raise RuntimeError("shapes do not fit")
+    assert not isinstance(caught.value, TrainingError)
 
 
 def metrics(run: Path) -> list[dict]:
