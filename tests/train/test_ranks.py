@@ -44,6 +44,7 @@ def step_tree(parallel: str, accumulate: int, batch_tokens: int) -> dict:
         "device": "cpu",
         "parallel": parallel,
         "accumulate": accumulate,
+        "activation_checkpointing": batch_tokens == 8,
         "batch_tokens": batch_tokens,
         "clip_norm": 0.5,
         "optimizer": {"lr": 0.01},
