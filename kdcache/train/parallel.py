@@ -6,8 +6,8 @@ each global batch. Rank 0, the main one, alone writes the run directory.
 
 from __future__ import annotations
 
+import inspect
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -155,9 +155,11 @@ def wrapped(module: nn.Module, ranks: Ranks) -> nn.Module:
     """
     if ranks.world == 1 or is_sharded(module):
         return module
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     # A term on a schedule may leave what is learned beside the student unused for a while.
-    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-    return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
+    options: dict[str, Any] = {"find_unused_parameters": True, buffers: False}
+    return DistributedDataParallel(module, **options)
 
 
 def without_exchange(module: nn.Module) -> AbstractContextManager[Any]:
