@@ -102,8 +102,10 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
     cache = arguments.cache if recipe.train.caches else _needs(arguments, "cache")
     out = _needs(arguments, "out")
     from kdcache.train.loop import train as run
+    from kdcache.train.parallel import is_main
 
-    return _print_summary(arguments, run(recipe, cache, out))
+    summary = run(recipe, cache, out)
+    return _print_summary(arguments, summary) if is_main() else 0
 
 
 def evaluate(arguments: argparse.Namespace, overrides: Overrides) -> int:

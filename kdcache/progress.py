@@ -7,13 +7,16 @@ from typing import NoReturn
 from tqdm import tqdm
 
 
-def progress(total: int | None, description: str, unit: str = "it") -> tqdm[NoReturn]:
+def progress(
+    total: int | None, description: str, unit: str = "it", silent: bool = False
+) -> tqdm[NoReturn]:
     """A bar to be advanced by hand with `update`, best used in a `with` block.
 
     Args:
         total: units until it is done; None where that is unknown.
         description: what is going on, in a word or two.
         unit: what one step is, for the rate ("token", "file", ...).
+        silent: draw nothing, since another process does.
 
     Returns:
         A bar that draws on stderr, and nothing where stderr is no terminal.
@@ -25,5 +28,5 @@ def progress(total: int | None, description: str, unit: str = "it") -> tqdm[NoRe
         unit_scale=unit not in ("it", "shard", "file"),
         dynamic_ncols=True,
         smoothing=0.1,
-        disable=None,
+        disable=True if silent else None,
     )

@@ -5,7 +5,8 @@
                              optimizer.safetensors  of the newest checkpoint alone
 
 Older checkpoints keep their weights as long as they may be averaged. Dropout is keyed by
-(seed, step), so no generator state needs to be kept.
+(seed, step, rank), so no generator state needs to be kept. What is spread over ranks is gathered
+before it is written, so any number of ranks can read it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from kdcache.errors import StorageError, TrainingError
 from kdcache.formats.stores.commit import storage_errors, sync
 from kdcache.train.mix_state import MixState, state_from_dict
 from kdcache.train.order import OrderState
+from kdcache.train.parallel import Ranks, spread_like, whole
 
 FOLDER = "checkpoint"
 _TEMPORARY, _OLD = ".tmp-", ".old-"
@@ -45,6 +47,8 @@ class RunState:
         best_loss: that loss, nats per token.
         sums: sums over the steps since the last line of metrics.
         num_summed: those steps.
+        num_skipped: those of them that were left out, since their float16 gradients overflowed.
+        scaler: state of the loss scale of float16; empty without.
     """
 
     order: OrderState | MixState
@@ -54,10 +58,17 @@ class RunState:
     best_loss: float | None = None
     sums: list[float] = field(default_factory=list)
     num_summed: int = 0
+    num_skipped: int = 0
+    scaler: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(
-    run: Path, state: RunState, model: nn.Module, optimizer: Optimizer, keep: int
+    run: Path,
+    state: RunState,
+    model: nn.Module,
+    optimizer: Optimizer,
+    keep: int,
+    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
 ) -> None:
     """Write a checkpoint, then drop what no longer serves.
 
@@ -67,18 +78,32 @@ def save_checkpoint(
         model: the student.
         optimizer: over its parameters.
         keep: checkpoints whose weights stay, at least 1.
+        ranks: all of them must call; the main one writes.
 
     Raises:
         StorageError: the disk refused; the checkpoints before it are as they were.
     """
+    weights, moments = weights_of(model, ranks.main), _moments(model, optimizer, ranks.main)
 
     def write(folder: Path) -> None:
-        save_file(weights_of(model), folder / "model.safetensors")
-        save_file(_moments(model, optimizer), folder / "optimizer.safetensors")
+        save_file(weights, folder / "model.safetensors")
+        save_file(moments, folder / "optimizer.safetensors")
         text = json.dumps(asdict(state), sort_keys=True, indent=1)
         (folder / "state.json").write_text(text + "\n", encoding="utf-8")
 
-    publish(run / FOLDER / f"step-{state.step:08d}", write)
+    with ranks.together():
+        if ranks.main:
+            publish(run / FOLDER / f"step-{state.step:08d}", write)
+            drop_checkpoints(run, keep)
+
+
+def drop_checkpoints(run: Path, keep: int) -> None:
+    """Delete what no longer serves; a kill may have come between a checkpoint and this.
+
+    Args:
+        run: the run directory.
+        keep: checkpoints whose weights stay, at least 1.
+    """
     kept = checkpoints(run)
     for old in kept[:-keep]:
         shutil.rmtree(old)
@@ -117,15 +142,38 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> Run
     return state
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and kept buffers by name, tied ones once, on the CPU."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen or tensor.numel() == 0:
-            seen.add(tensor.data_ptr())
-            found[name] = tensor.detach().cpu().contiguous()
+def weights_of(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    """Parameters and kept buffers by name, tied ones once, whole, on the CPU.
+
+    Args:
+        model: whose weights may be spread over ranks; then all must call.
+        keep: whether this rank wants them; else it only sends its parts.
+    """
+    here = _weights(model)
+    return {name: tensor for name in here if (tensor := gathered(here[name], keep)) is not None}
+
+
+def tied_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """As `weights_of`, but with what is tied under all of its names: one tensor for all."""
+    first = {id(tensor): name for name, tensor in model.named_parameters()}
+    found = weights_of(model, keep)
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        if keep:
+            found[name] = found[first[id(tensor)]]
     return found
+
+
+def gathered(tensor: Tensor, keep: bool) -> Tensor | None:
+    """A tensor of all ranks on the CPU; None where this one only sends its part."""
+    full = whole(tensor.detach())
+    return full.cpu().contiguous() if keep else None
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and kept buffers by name, tied ones once, as they lie here."""
+    own = (model.named_parameters(), model.named_buffers())  # which name what is tied but once
+    names = {name for named in own for name, _ in named}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -134,16 +182,16 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     Raises:
         KeyError: they are not.
     """
-    expected = weights_of(model)
+    expected = _weights(model)
     if set(expected) != set(weights):
         differing = sorted(set(expected) ^ set(weights))
         raise KeyError(f"other weights than this student's: {differing[:3]}")
-    here = model.state_dict()
     with torch.no_grad():
         for name, tensor in weights.items():
-            if tensor.shape != here[name].shape:
-                raise KeyError(f"{name} is {list(tensor.shape)}, not {list(here[name].shape)}")
-            here[name].copy_(tensor)
+            here = expected[name]
+            if tensor.shape != here.shape:
+                raise KeyError(f"{name} is {list(tensor.shape)}, not {list(here.shape)}")
+            here.copy_(spread_like(tensor, here))
 
 
 def average_weights(folders: Sequence[Path]) -> dict[str, Tensor]:
@@ -204,6 +252,8 @@ def recover(run: Path) -> None:
         for temporary in parent.glob(f"{_TEMPORARY}*"):
             if temporary.is_dir():
                 shutil.rmtree(temporary)
+            else:  # of a file that was to be replaced
+                temporary.unlink()
 
 
 @contextmanager
@@ -222,22 +272,26 @@ def _names(model: nn.Module, optimizer: Optimizer) -> list[str]:
     return [by_id[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
-def _moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state as named tensors: NAME/exp_avg and so on."""
+def _moments(model: nn.Module, optimizer: Optimizer, keep: bool) -> dict[str, Tensor]:
+    """The optimiser's state as named tensors: NAME/exp_avg and so on; see `weights_of`."""
     names = _names(model, optimizer)
     return {
-        f"{names[number]}/{key}": torch.as_tensor(value).detach().cpu().contiguous()
+        f"{names[number]}/{key}": tensor
         for number, entry in optimizer.state_dict()["state"].items()
         for key, value in entry.items()
+        if (tensor := gathered(torch.as_tensor(value), keep)) is not None
     }
 
 
 def _load_moments(model: nn.Module, optimizer: Optimizer, moments: Mapping[str, Tensor]) -> None:
     """Put `_moments` back."""
     numbers = {name: number for number, name in enumerate(_names(model, optimizer))}
+    parameters = dict(model.named_parameters())
     state: dict[int, dict[str, Any]] = {}
     for path, tensor in moments.items():
         name, key = path.rsplit("/", 1)
-        state.setdefault(numbers[name], {})[key] = tensor
+        spread = tensor.shape == parameters[name].shape and tensor.dim() > 0
+        part = spread_like(tensor, parameters[name]) if spread else tensor
+        state.setdefault(numbers[name], {})[key] = part
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,20 @@ from typing import Any
 from kdcache import __version__
 from kdcache.errors import RecipeError
 from kdcache.formats.cache import open_cache
+from kdcache.models import resolve_device
 from kdcache.progress import progress
 from kdcache.recipe import Recipe
 from kdcache.train.canary import check_batch
 from kdcache.train.checkpoint import (
     average_weights,
     checkpoints,
+    drop_checkpoints,
     load_checkpoint,
     load_weights,
     recover,
     save_checkpoint,
 )
+from kdcache.train.parallel import joined
 from kdcache.train.run import RunDirectory, locked
 from kdcache.train.schedule import learning_rate
 from kdcache.train.stream import GlobalBatch
@@ -39,6 +42,8 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "n
 def train(recipe: Recipe, cache_path: str | Path | None, out: str | Path) -> dict[str, Any]:
     """Train a student from a cache; go on where an interrupted run stopped.
 
+    Under torchrun the processes train one student together, and each returns the same.
+
     Args:
         recipe: what to train; its `train` section is used.
         cache_path: the cache, or its URL; None where the recipe names its caches.
@@ -53,7 +58,8 @@ def train(recipe: Recipe, cache_path: str | Path | None, out: str | Path) -> dic
     Raises:
         RecipeError: the recipe does not fit the cache.
         IdentityError: `out` holds another run.
-        TrainingError: the loss is not finite, or labels do not belong to their targets.
+        TrainingError: the loss is not finite, labels do not belong to their targets, memory ran
+            out, or another rank has stopped.
     """
     if (cache_path is None) != bool(recipe.train.caches):
         raise RecipeError(
@@ -64,14 +70,24 @@ def train(recipe: Recipe, cache_path: str | Path | None, out: str | Path) -> dic
     caches, run = [open_cache(path) for path in paths], Path(out)
     if recipe.train.student is None:
         raise RecipeError("train.student is not set; give train.student.config or .path")
-    trainer = Trainer(recipe.train, caches)
     versions = {name: version(name) for name in LIBRARIES}
     versions |= {"kdcache": __version__, "python": platform.python_version()}
-    with locked(run):
-        directory = RunDirectory(run, recipe, trainer.identity(), versions)
+    with joined(resolve_device(recipe.train.device)) as ranks, ExitStack() as held:
+        trainer = Trainer(recipe.train, caches, ranks)
+        about = (run, recipe, trainer.identity(), versions)
+        with ranks.together():
+            if ranks.main:
+                held.enter_context(locked(run))
+                directory = RunDirectory(*about)
+                if directory.summary is None:
+                    recover(run)
+        with ranks.together():
+            if not ranks.main:  # it finds what the main one has written
+                directory = RunDirectory(*about, writes=False)
         if directory.summary is None:
-            recover(run)
-            directory.finish(Loop(trainer, directory).fit())
+            summary = ranks.from_main(Loop(trainer, directory).fit())
+            with ranks.together():
+                directory.finish(summary)
         assert directory.summary is not None
         return directory.summary
 
@@ -93,7 +109,7 @@ class Loop:
         self._since = (began, trainer.state.tokens)
         seen = 0
         with (
-            progress(trainer.total_steps, "train", "step") as bar,
+            progress(trainer.total_steps, "train", "step", not trainer.ranks.main) as bar,
             closing(iter(trainer.stream)) as batches,
         ):
             bar.update(trainer.state.step)
@@ -101,8 +117,10 @@ class Loop:
                 batch = next(batches)
                 self._say_epoch(batch)
                 if seen < CANARY_BATCHES:
-                    for micro in batch.micro:
-                        check_batch(micro, self.section.target, list(trainer.objective.soft_labels))
+                    with trainer.ranks.together():
+                        for micro in batch.micro:
+                            names = list(trainer.objective.soft_labels)
+                            check_batch(micro, self.section.target, names)
                 trainer.step(batch)
                 seen += 1
                 self._after(batch)
@@ -124,8 +142,14 @@ class Loop:
                 trainer.save_model(self.run.path / "best")
         if last or state.step % section.checkpoints.every_steps == 0:
             trainer.settle()
-            keep = max(1, section.checkpoints.average_last)
-            save_checkpoint(self.run.path, state, trainer.distillation, trainer.optimizer, keep)
+            state.scaler = trainer.scaler.state_dict()
+            parts = (trainer.distillation, trainer.optimizer, self._keep, trainer.ranks)
+            save_checkpoint(self.run.path, state, *parts)
+
+    @property
+    def _keep(self) -> int:
+        """Checkpoints that stay."""
+        return max(1, self.section.checkpoints.average_last)
 
     def _say_epoch(self, batch: GlobalBatch) -> None:
         """Where a dump may be on its way, say how much of the cache an epoch is drawn from."""
@@ -139,7 +163,8 @@ class Loop:
         trainer, state, section = self.trainer, self.trainer.state, self.section
         trainer.settle()
         now, (then, tokens) = time.perf_counter(), self._since
-        means = [total / state.num_summed for total in state.sums]
+        means = [total / state.num_summed for total in state.sums[:-1]]
+        moved = state.num_summed - state.num_skipped
         peak, total_steps = section.optimizer.lr, trainer.total_steps
         self.run.log(
             {
@@ -148,14 +173,15 @@ class Loop:
                 **({"cache": batch.cache} if len(trainer.caches) > 1 else {}),
                 **({"shards": batch.shards} if section.while_dumping else {}),
                 "loss": means[0],
-                "terms": dict(zip(trainer.objective.names, means[1:-1], strict=True)),
+                "terms": dict(zip(trainer.objective.names, means[1:], strict=True)),
                 "lr": learning_rate(section.schedule, peak, state.step, total_steps),
-                "grad_norm": means[-1],
+                "grad_norm": state.sums[-1] / moved if moved else None,
+                **({"skipped": state.num_skipped} if trainer.scaler.is_enabled() else {}),
                 "tokens": state.tokens,
                 "tokens_per_second": (state.tokens - tokens) / max(now - then, 1e-9),
             }
         )
-        state.sums, state.num_summed = [], 0
+        state.sums, state.num_summed, state.num_skipped = [], 0, 0
         self._since = (now, state.tokens)
 
     def _resume(self) -> None:
@@ -165,8 +191,14 @@ class Loop:
             state = load_checkpoint(folders[-1], trainer.distillation, trainer.optimizer)
             state.order.check(trainer.stream.state.digest, self.section.seed)
             trainer.state, trainer.stream.state = state, state.order
-            logger.info("%s: going on after step %d", self.run.path, state.step)
-        self.run.rewind(trainer.state.step)
+            if state.scaler:
+                trainer.scaler.load_state_dict(state.scaler)
+            if trainer.ranks.main:
+                logger.info("%s: going on after step %d", self.run.path, state.step)
+        with trainer.ranks.together():
+            if trainer.ranks.main:
+                drop_checkpoints(self.run.path, self._keep)
+                self.run.rewind(trainer.state.step)
 
     def _export(self) -> None:
         """Write the last weights, the best if no validation chose them, and the averaged ones."""

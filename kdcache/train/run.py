@@ -23,8 +23,8 @@ from kdcache.recipe import Recipe, dump_recipe, load_recipe
 
 RECIPE, IDENTITY, METRICS, LOCK = "recipe.yaml", "run.json", "metrics.jsonl", ".lock"
 
-#: What may differ between a run and its resumption: where and under what name it runs.
-_FREE_KEYS = ("device",)
+#: What may differ between a run and its resumption: where it runs, and in how many parts.
+_FREE_KEYS = ("device", "accumulate", "activation_checkpointing", "parallel")
 
 
 class RunDirectory:
@@ -35,6 +35,7 @@ class RunDirectory:
         recipe: the resolved recipe.
         identity: what the run is of, as plain values: a resumed run's must be the same.
         versions: library names to versions, for the record.
+        writes: whether this process is the one that writes; the others find what it wrote.
 
     Raises:
         IdentityError: another run stands there; the first differing key is shown.
@@ -47,8 +48,9 @@ class RunDirectory:
         recipe: Recipe,
         identity: Mapping[str, Any],
         versions: Mapping[str, str],
+        writes: bool = True,
     ) -> None:
-        self.path = path
+        self.path, self._writes = path, writes
         if (path / IDENTITY).is_file():
             self._check(recipe, identity)
             return
@@ -65,17 +67,20 @@ class RunDirectory:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Record that the run is done."""
         self._record["summary"] = dict(summary)
-        _write(self.path / IDENTITY, _json(self._record))
+        if self._writes:
+            _write(self.path / IDENTITY, _json(self._record))
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append a line to the metrics."""
+        if not self._writes:
+            return
         with storage_errors(self.path), (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def rewind(self, step: int) -> None:
         """Take back the metrics after a step; they will be made again."""
         path = self.path / METRICS
-        if not path.is_file():
+        if not self._writes or not path.is_file():
             return
         lines = path.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if _until(line, step)]

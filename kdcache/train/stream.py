@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import Empty, Full, Queue
 from threading import Event, Thread
@@ -50,6 +50,10 @@ class GlobalBatch:
             main column, by name; samples under "".
         num_tokens: tokens of the last stream, of all ranks.
         micro: micro-batches of this rank, each some of the samples.
+        spare: stand-ins, the first sample of all ranks each time, that make up the number of the
+            rank with the most micro-batches: a student that is spread over the ranks must run as
+            often on each. They count nothing.
+        sample_ids: [B, 16] uint8, of all ranks.
         cache: number of the cache that it is of, where several are mixed.
     """
 
@@ -60,11 +64,16 @@ class GlobalBatch:
     counts: Mapping[str, int]
     num_tokens: int
     micro: tuple[Batch, ...]
+    spare: tuple[Batch, ...] = ()
+    sample_ids: np.ndarray = field(default_factory=lambda: np.zeros((0, 16), np.uint8))
     cache: int = 0
 
     def to(self, device: torch.device | str) -> GlobalBatch:
         """The batch with its micro-batches on a device."""
-        return replace(self, micro=tuple(batch.to(device) for batch in self.micro))
+        micro, spare = (
+            tuple(batch.to(device) for batch in batches) for batches in (self.micro, self.spare)
+        )
+        return replace(self, micro=micro, spare=spare)
 
 
 @dataclass(frozen=True)
@@ -239,6 +248,9 @@ class BatchStream:
         counts = {name: int(window.lengths(name)[index].sum()) for name in self.streams}
         counts |= {name: int(window.counts(name)[index].sum()) for name in self.signals}
         parts = micro_batches(index, self.accumulate, self.rank, self.world)
+        # Rank 0 has the most.
+        missing = len(micro_batches(index, self.accumulate, 0, self.world)) - len(parts)
+        spare = self._gatherer.batch(window, index[:1]) if missing else None
         return GlobalBatch(
             state=planned.state,
             epoch=planned.epoch,
@@ -247,6 +259,8 @@ class BatchStream:
             counts={"": len(index), **counts},
             num_tokens=counts[self.streams[-1]],
             micro=tuple(self._gatherer.batch(window, part) for part in parts),
+            spare=() if spare is None else (spare,) * missing,
+            sample_ids=window.sample_id[index],
         )
 
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -136,18 +136,37 @@ def initialise(model: Any) -> None:
                 parameter.zero_()
 
 
-def save_student(model: Any, tokenizer_files: Sequence[Path], out: Path) -> None:
+def save_student(
+    model: Any,
+    tokenizer_files: Sequence[Path],
+    out: Path,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write a transformers directory, tokenizer included, that `from_pretrained` loads.
 
     Args:
         model: the student.
         tokenizer_files: of the tokenizer that goes with it, see `vocabulary.tokenizer_files`.
         out: a directory that is there and empty.
+        weights: by name, instead of the student's own.
     """
-    model.save_pretrained(out)
+    model.save_pretrained(out, state_dict=weights)
     for file in tokenizer_files:
         if not (out / file.name).exists():
             shutil.copyfile(file, out / file.name)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Have each layer keep what it reads alone, and compute the rest again when going back.
+
+    Raises:
+        ModelError: the model cannot do so.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ModelError(f"train.activation_checkpointing: {_first_line(error)}") from None
 
 
 def max_positions(model: Any) -> int | None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 
 from kdcache.corpus import read_corpus
 from kdcache.errors import ModelError, RecipeError, TrainingError
@@ -21,22 +23,35 @@ from kdcache.formats.keyed import text_key
 from kdcache.models import load_tokenizer, resolve_device
 from kdcache.recipe import TrainSection
 from kdcache.train.batch import Batch
-from kdcache.train.checkpoint import RunState, publish
+from kdcache.train.checkpoint import RunState, publish, tied_weights
 from kdcache.train.distillation import Distillation
+from kdcache.train.memory import memory_errors
 from kdcache.train.mix import batch_stream
 from kdcache.train.objective import Moment, Objective
 from kdcache.train.optimizer import build_optimizer
 from kdcache.train.order import ORDER_VERSION
+from kdcache.train.parallel import (
+    Ranks,
+    is_sharded,
+    readable,
+    shard,
+    whole,
+    without_exchange,
+    wrapped,
+)
 from kdcache.train.schedule import learning_rate
 from kdcache.train.stream import BatchStream, GlobalBatch
 from kdcache.train.student import (
     build_student,
+    checkpoint_activations,
     max_positions,
     save_student,
 )
 from kdcache.train.validate import TokenPairs, encode, score_tokens
 from kdcache.train.vocabulary import KnownIds, check_tokenizer, tokenizer_files
 
+#: Below this loss scale gradients that are not finite are no matter of float16.
+MIN_SCALE = 1.0
 #: Steps whose losses may wait on an accelerator before the host reads them.
 MAX_PENDING = 64
 
@@ -47,14 +62,26 @@ class Trainer:
     Args:
         section: the recipe's train section, with a student.
         cache: an open cache, or several in the order of the recipe.
+        ranks: this process and those that train with it.
 
     Raises:
         RecipeError: the objective does not fit the cache.
         ModelError: the student cannot be built, or there is no such device.
     """
 
-    def __init__(self, section: TrainSection, cache: Cache | Sequence[Cache]) -> None:
+    def __init__(
+        self,
+        section: TrainSection,
+        cache: Cache | Sequence[Cache],
+        ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+    ) -> None:
         assert section.student is not None
+        if section.while_dumping and ranks.world > 1:
+            raise RecipeError(
+                f"train.while_dumping is set and {ranks.world} ranks train, which may see other "
+                "shards than each other; train with one, or wait for the dump"
+            )
+        self.ranks = ranks
         self.caches = [cache] if isinstance(cache, Cache) else list(cache)
         self.section, self.cache = section, self.caches[0]
         cache = self.cache
@@ -71,15 +98,21 @@ class Trainer:
             cache.tokenizer(tokenizer),
             max([*(stream.vocab_size for stream in streams), *teachers]),
             section.seed,
-        ).to(self.device)
+        )
+        if section.activation_checkpointing:
+            checkpoint_activations(self.model)
         unknown = section.student.path is not None and not own
         self.ids = KnownIds.of(self.model, cache, section.source, section.target, unknown)
         self.tokenizer = tokenizer
         self.tokenizer_files = tokenizer_files(cache, self.ids, own)
-        self.distillation = Distillation(self.model, self.objective, section.seed).to(self.device)
+        self.distillation = Distillation(self.model, self.objective, section.seed)
+        if section.parallel == "fsdp" and ranks.world > 1:
+            shard(self.distillation, self.model, self.device)  # may not fit the device before
+        self._module = wrapped(self.distillation.to(self.device), ranks)
         self.max_positions = max_positions(self.model)
         self.optimizer = build_optimizer(section.optimizer, self.distillation, self.device)
         self.parameters = [p for p in self.distillation.parameters() if p.requires_grad]
+        self.scaler = GradScaler(self.device.type, enabled=section.precision == "float16")
         self.stream = batch_stream(
             self.caches,
             [share.weight for share in section.caches] or None,
@@ -93,6 +126,8 @@ class Trainer:
             pin=self.device.type == "cuda",
             while_dumping=section.while_dumping,
             layers=self.distillation.layers,
+            rank=ranks.rank,
+            world=ranks.world,
         )
         self.state = RunState(order=self.stream.state)
         self.total_steps = section.max_steps
@@ -100,7 +135,7 @@ class Trainer:
             assert isinstance(self.stream, BatchStream)  # or the recipe is refused
             self.total_steps = self.stream.count_batches(section.max_epochs, section.max_steps)
         self.dev = self._dev_pairs()
-        self._pending: list[tuple[int, np.ndarray, Tensor]] = []
+        self._pending: list[_Measured] = []
 
     def identity(self) -> dict[str, Any]:
         """What a run is of, beside its recipe: a resumed one must find the same."""
@@ -121,51 +156,79 @@ class Trainer:
         }
 
     def step(self, batch: GlobalBatch) -> None:
-        """One optimiser step."""
+        """One optimiser step.
+
+        Raises:
+            TrainingError: memory ran out, or a loss so far is not finite.
+        """
         section, number = self.section, self.state.step + 1
-        # Dropout is a function of seed and step alone, so a resumed run repeats it.
-        torch.manual_seed(text_key(section.seed, "dropout", number) >> 1)
-        values = self.backward(batch)
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.parameters, section.clip_norm if section.clip_norm is not None else math.inf
-        )
-        rate = learning_rate(section.schedule, section.optimizer.lr, number, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        # Dropout is a function of seed, step and rank alone, so a resumed run repeats it.
+        own = [self.ranks.rank] if self.ranks.world > 1 else []
+        torch.manual_seed(text_key(section.seed, "dropout", number, *own) >> 1)
+        with memory_errors(number, batch, section):
+            values = self.backward(batch)
+            norm, skipped = self._move(number)
         self.state.step, self.state.order = number, batch.state
         self.state.tokens += batch.num_tokens
-        measured = torch.cat([values, norm.detach().to(values.dtype).reshape(1)])
-        self._pending.append((number, batch.rows, measured))
+        numbers = torch.cat([values, norm.detach().to(values.dtype).reshape(1)])
+        self._pending.append(_Measured(number, batch.rows, batch.sample_ids, numbers, skipped))
         if self.device.type == "cpu" or len(self._pending) >= MAX_PENDING:
             self.settle()
 
+    def _move(self, number: int) -> tuple[Tensor, bool]:
+        """Clip the gradients and move the weights; the norm, and whether the step was left out."""
+        section, scale = self.section, self.scaler.get_scale()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.parameters, section.clip_norm if section.clip_norm is not None else math.inf
+        )
+        norm = whole(norm)
+        self.scaler.update()
+        skipped = self.scaler.get_scale() < scale
+        if not skipped:
+            rate = learning_rate(section.schedule, section.optimizer.lr, number, self.total_steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+        elif scale < MIN_SCALE:
+            self.settle()  # a loss that is not finite says more
+            raise TrainingError(
+                f"step {number}: gradients overflow float16 at a loss scale of {scale}, after as "
+                "many steps were left out as it took to get there; set train.precision bfloat16 "
+                "or float32"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.zeros_like(norm) if skipped else norm, skipped
+
     def backward(self, batch: GlobalBatch) -> Tensor:
-        """Add the gradients of a global batch.
+        """Add the gradients of a global batch, those of all ranks on each, times the loss scale.
 
         Returns:
-            [1 + terms] detached: the loss, then each term before its weight, per target token
-            of the global batch.
+            [1 + terms] detached, summed over ranks: the loss, then each term before its weight,
+            per unit of the global batch.
         """
-        values: Tensor | None = None
+        found: list[Tensor] = []
         moments = self.objective.at(self.state.step + 1, self.total_steps)
-        for micro in batch.micro:
-            total, parts = self._losses(micro, batch.counts, moments)
-            total.backward()  # type: ignore[no-untyped-call]
-            found = torch.cat([total.detach().reshape(1), parts])
-            values = found if values is None else values + found
-        assert values is not None
-        return values
+        batches = [*batch.micro, *batch.spare]
+        for number, micro in enumerate(batches):
+            counts = number < len(batch.micro)
+            last = number + 1 == len(batches)
+            with nullcontext() if last else without_exchange(self._module):
+                total, parts = self._losses(micro, batch.counts, moments)
+                # What exchanges gradients takes their mean.
+                scaled = self.scaler.scale(total) * (self.ranks.world if counts else 0)
+                scaled.backward()  # type: ignore[no-untyped-call]
+            values = torch.cat([total.detach().reshape(1), parts])
+            found.append(values if counts else torch.zeros_like(values))
+        return self.ranks.summed(torch.stack(found).sum(0) if len(found) > 1 else found[0])
 
     def validate(self) -> dict[str, float]:
         """Scores on the development set, sources right and shuffled."""
         assert self.dev is not None
-        with self._autocast():
-            plain = score_tokens(self.model, self.dev, self.device, self.section.batch_tokens)
-            other = score_tokens(
-                self.model, self.dev.shuffled(), self.device, self.section.batch_tokens
-            )
+        args = (self.device, self.section.batch_tokens, self.ranks)
+        with self._autocast(), readable(self.distillation):
+            plain = score_tokens(self.model, self.dev, *args)
+            other = score_tokens(self.model, self.dev.shuffled(), *args)
         return {
             "dev_loss": plain.loss_nats,
             "dev_loss_shuffled": other.loss_nats,
@@ -185,12 +248,14 @@ class Trainer:
             )
         micro = self.ids.checked(micro).to(self.device)
         with self._autocast():
-            total, parts = self.distillation(micro, counts, moments)
+            total, parts = self._module(micro, counts, moments)
         return total, parts
 
     def _autocast(self) -> Any:
-        """bfloat16 where the recipe says so."""
+        """Half precision where the recipe says so."""
         precision = self.section.precision
+        if precision == "float16":
+            return torch.autocast(self.device.type, dtype=torch.float16)
         if precision == "bfloat16" or (precision == "auto" and self.device.type == "cuda"):
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
@@ -199,20 +264,21 @@ class Trainer:
         """Read the losses of the last steps off the device, and stop if one is not finite."""
         if not self._pending:
             return
-        found = torch.stack([measured for _, _, measured in self._pending]).cpu().double()
-        for (step, rows, _), values in zip(self._pending, found.tolist(), strict=True):
+        found = torch.stack([one.numbers for one in self._pending]).cpu().double()
+        for one, values in zip(self._pending, found.tolist(), strict=True):
             if not (math.isfinite(values[0]) and math.isfinite(values[-1])):
-                shown = ", ".join(str(row) for row in rows[:8].tolist())
                 raise TrainingError(
-                    f"step {step}: loss is {values[0]} and gradient norm {values[-1]}; the batch "
-                    f"holds {len(rows)} samples, corpus rows {shown}"
-                    f"{', ...' if len(rows) > 8 else ''}; lower train.optimizer.lr, or set "
-                    "train.precision float32"
+                    f"step {one.step}: loss is {values[0]} and gradient norm {values[-1]}; the "
+                    f"batch holds {len(one.rows)} samples, corpus rows "
+                    f"{_shown(one.rows.tolist(), 8)}, sample ids "
+                    f"{_shown([row.tobytes().hex() for row in one.sample_ids], 4)}; lower "
+                    "train.optimizer.lr, or set train.precision float32"
                 )
         state = self.state
         sums = state.sums or [0.0] * found.shape[1]
         state.sums = [a + b for a, b in zip(sums, found.sum(0).tolist(), strict=True)]
         state.num_summed += len(found)
+        state.num_skipped += sum(one.skipped for one in self._pending)
         self._pending = []
 
     def _dev_pairs(self) -> TokenPairs | None:
@@ -243,5 +309,29 @@ class Trainer:
         return pairs.limited(section.limit_tokens)
 
     def save_model(self, out: Path) -> None:
-        """Write the student as it is now."""
-        publish(out, lambda folder: save_student(self.model, self.tokenizer_files, folder))
+        """Write the student as it is now; all ranks must call, the main one writes."""
+        weights: dict[str, Tensor] | None = None
+        if is_sharded(self.distillation):
+            weights = tied_weights(self.model, self.ranks.main)
+        with self.ranks.together():
+            if self.ranks.main:
+                publish(
+                    out,
+                    lambda folder: save_student(self.model, self.tokenizer_files, folder, weights),
+                )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A step whose numbers may still be on the device: [loss, terms, gradient norm]."""
+
+    step: int
+    rows: np.ndarray
+    sample_ids: np.ndarray
+    numbers: Tensor
+    skipped: bool
+
+
+def _shown(items: Sequence[object], most: int) -> str:
+    """The first of them, for a message."""
+    return ", ".join(map(str, items[:most])) + (", ..." if len(items) > most else "")

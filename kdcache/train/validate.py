@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kdcache.errors import CorpusError
 from kdcache.formats.keyed import permutation, text_key
+from kdcache.train.parallel import Ranks
 from kdcache.train.student import embedding_rows, max_positions, student_logits
 
 
@@ -143,8 +144,21 @@ def score_shuffled(
     return score_tokens(model, _pairs(tokenizer, src, tgt).shuffled(), device, batch_tokens)
 
 
-def score_tokens(model: Any, pairs: TokenPairs, device: torch.device, batch_tokens: int) -> Score:
+def score_tokens(
+    model: Any,
+    pairs: TokenPairs,
+    device: torch.device,
+    batch_tokens: int,
+    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+) -> Score:
     """Score encoded pairs; those longer than the model's positions are left out.
+
+    Args:
+        model: a transformers encoder-decoder on `device`.
+        pairs: the same on every rank.
+        device: of the model.
+        batch_tokens: padded tokens of one forward on the longer side.
+        ranks: which score the batches in turns.
 
     Raises:
         CorpusError: none is left, or one has an id that the model does not know.
@@ -160,15 +174,21 @@ def score_tokens(model: Any, pairs: TokenPairs, device: torch.device, batch_toke
     was_training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)
-    start = 0
+    cuts, start = [], 0
+    while start < len(order):
+        cuts.append(start)
+        start += max(1, batch_tokens // int(longest[order[start]]))
+    batches = np.split(order, cuts[1:])
     with torch.inference_mode():
-        while start < len(order):
-            stop = start + max(1, batch_tokens // int(longest[order[start]]))
-            rows = order[start:stop]
+        # A student that is spread over the ranks runs as often on each: the last may stand in.
+        for first in range(0, len(batches), ranks.world):
+            number = first + ranks.rank
+            rows = batches[min(number, len(batches) - 1)]
             src, src_mask = _padded([pairs.src[i] for i in rows], device)
             labels, label_mask = _padded([pairs.tgt[i] for i in rows], device)
-            sums += _sums(model, src, src_mask, labels, label_mask)
-            start = stop
+            found = _sums(model, src, src_mask, labels, label_mask)
+            sums += found if number < len(batches) else 0.0
+    sums = ranks.summed(sums.to(device)).cpu() if ranks.world > 1 else sums
     model.train(was_training)
     num_tokens = sum(len(ids) for ids in pairs.tgt)
     loss, hits = (sums / max(1, num_tokens)).tolist()

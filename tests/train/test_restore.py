@@ -78,8 +78,11 @@ def sequence(cache, world: int, threads: int, state: str | None = None) -> list[
         first = batches[0]
         assert all(batch.state == first.state for batch in batches)
         assert all(batch.counts == first.counts for batch in batches)
-        # Slices go to the ranks in turn.
+        # Slices go to the ranks in turn; all ranks have as many, if need be of stand-ins.
         most = max(len(batch.micro) for batch in batches)
+        assert {len(batch.micro) + len(batch.spare) for batch in batches} == {most}
+        spare = {tuple(one.rows.tolist()) for batch in batches for one in batch.spare}
+        assert spare <= {(first.rows[0],)}
         slices = [b.micro[n] for n in range(most) for b in batches if n < len(b.micro)]
         samples = [sample for micro in slices for sample in written(micro)]
         assert [sample[0] for sample in samples] == first.rows.tolist()
