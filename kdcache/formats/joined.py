@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 
+from kdcache.errors import IntegrityError
 from kdcache.formats.ragged import Ragged, offsets_of
 
 
@@ -26,7 +27,13 @@ class JoinedColumns:
 
         Args:
             files: columns by name, of equal names, fields and dtypes; the fields are contiguous.
+
+        Raises:
+            IntegrityError: offsets point outside the values; nothing is copied unless all are in.
         """
+        for file in files:
+            for name, column in file.items():
+                _require_inside(name, column)
         self._files = list(files)  # keeps the memory that is copied from
         names = list(files[0]) if files else []
         counts = [len(file[name]) for file in files for name in names[:1]]
@@ -113,3 +120,14 @@ class JoinedColumns:
         values = pa.LargeBinaryArray.from_buffers(pa.large_binary(), 2 * number, buffers)
         taken = values.take(pa.array(np.arange(0, 2 * number, 2)))
         return np.frombuffer(taken.buffers()[2], dtype=np.uint8, count=size)
+
+
+def _require_inside(name: str, column: Ragged) -> None:
+    """Arrow copies from addresses that it is given, whatever lies there."""
+    offsets = column.offsets
+    size = min((len(array) for array in column.fields.values()), default=0)
+    if int(offsets[0]) < 0 or int(offsets[-1]) > size or bool((offsets[1:] < offsets[:-1]).any()):
+        raise IntegrityError(
+            f"column {name!r}: offsets run from {offsets[0]} to {offsets[-1]} over {size} values; "
+            "expected them ascending within; run `kdcache verify`"
+        )

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from kdcache.errors import IntegrityError
 from kdcache.formats.joined import JoinedColumns
 from kdcache.formats.ragged import Ragged, offsets_of
 
@@ -97,3 +98,10 @@ def test_a_sample_that_is_not_there():
     joined = JoinedColumns([made(np.random.default_rng(2), 3), made(np.random.default_rng(3), 2)])
     with pytest.raises(IndexError):
         joined.take(np.array([5]))
+
+
+@pytest.mark.parametrize("offsets", [[0, 2, 9], [-1, 2, 3], [0, 3, 2]], ids=str)
+def test_offsets_that_point_elsewhere_are_refused_before_anything_is_copied(offsets):
+    column = Ragged(np.array(offsets), {"id": np.arange(3)})
+    with pytest.raises(IntegrityError, match=r"'ids': offsets run from .* over 3 values"):
+        JoinedColumns([{"ids": column}])
