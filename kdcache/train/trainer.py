@@ -21,12 +21,12 @@ from kdcache.errors import ModelError, RecipeError, TrainingError
 from kdcache.formats.cache import Cache
 from kdcache.formats.keyed import text_key
 from kdcache.models import load_tokenizer, resolve_device
-from kdcache.recipe import TrainSection
+from kdcache.recipe import StudentSection, TrainSection
 from kdcache.train.batch import Batch
 from kdcache.train.checkpoint import RunState, publish, tied_weights
 from kdcache.train.distillation import Distillation
 from kdcache.train.memory import memory_errors
-from kdcache.train.mix import batch_stream
+from kdcache.train.mix import MixedStream, batch_stream
 from kdcache.train.objective import Moment, Objective
 from kdcache.train.optimizer import build_optimizer
 from kdcache.train.order import ORDER_VERSION
@@ -86,34 +86,47 @@ class Trainer:
         self.section, self.cache = section, self.caches[0]
         cache = self.cache
         self.device = resolve_device(section.device)
-        streams = [cache.stream(section.source), cache.stream(section.target)]
         self.objective = Objective(section.objective, cache.signals, section.source, section.target)
         for other in self.caches[1:]:
             Objective(section.objective, other.signals, section.source, section.target)
-        teachers = [record.vocab_size for record in self.objective.soft_labels.values()]
-        tokenizer = streams[1].tokenizer
-        own = check_tokenizer(section.student, cache, tokenizer)
-        self.model = build_student(
-            section.student,
-            cache.tokenizer(tokenizer),
-            max([*(stream.vocab_size for stream in streams), *teachers]),
-            section.seed,
-        )
-        if section.activation_checkpointing:
-            checkpoint_activations(self.model)
+        self.tokenizer = cache.stream(section.target).tokenizer
+        own = check_tokenizer(section.student, cache, self.tokenizer)
+        self.model = self._build(section.student)
         unknown = section.student.path is not None and not own
         self.ids = KnownIds.of(self.model, cache, section.source, section.target, unknown)
-        self.tokenizer = tokenizer
         self.tokenizer_files = tokenizer_files(cache, self.ids, own)
+        self.max_positions = max_positions(self.model)
         self.distillation = Distillation(self.model, self.objective, section.seed)
         if section.parallel == "fsdp" and ranks.world > 1:
             shard(self.distillation, self.model, self.device)  # may not fit the device before
         self._module = wrapped(self.distillation.to(self.device), ranks)
-        self.max_positions = max_positions(self.model)
         self.optimizer = build_optimizer(section.optimizer, self.distillation, self.device)
         self.parameters = [p for p in self.distillation.parameters() if p.requires_grad]
         self.scaler = GradScaler(self.device.type, enabled=section.precision == "float16")
-        self.stream = batch_stream(
+        self.stream = self._open_stream()
+        self.state = RunState(order=self.stream.state)
+        self.total_steps = section.max_steps
+        if section.max_epochs is not None:
+            assert isinstance(self.stream, BatchStream)  # or the recipe is refused
+            self.total_steps = self.stream.count_batches(section.max_epochs, section.max_steps)
+        self.dev = self._dev_pairs()
+        self._pending: list[_Measured] = []
+
+    def _build(self, student: StudentSection) -> Any:
+        """The student, over all ids that the streams and teachers have."""
+        section, cache = self.section, self.cache
+        streams = [cache.stream(section.source), cache.stream(section.target)]
+        teachers = [record.vocab_size for record in self.objective.soft_labels.values()]
+        vocab_size = max([*(stream.vocab_size for stream in streams), *teachers])
+        model = build_student(student, cache.tokenizer(self.tokenizer), vocab_size, section.seed)
+        if section.activation_checkpointing:
+            checkpoint_activations(model)
+        return model
+
+    def _open_stream(self) -> BatchStream | MixedStream:
+        """This rank's share of the global batches."""
+        section = self.section
+        return batch_stream(
             self.caches,
             [share.weight for share in section.caches] or None,
             [section.source, section.target],
@@ -126,16 +139,9 @@ class Trainer:
             pin=self.device.type == "cuda",
             while_dumping=section.while_dumping,
             layers=self.distillation.layers,
-            rank=ranks.rank,
-            world=ranks.world,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
         )
-        self.state = RunState(order=self.stream.state)
-        self.total_steps = section.max_steps
-        if section.max_epochs is not None:
-            assert isinstance(self.stream, BatchStream)  # or the recipe is refused
-            self.total_steps = self.stream.count_batches(section.max_epochs, section.max_steps)
-        self.dev = self._dev_pairs()
-        self._pending: list[_Measured] = []
 
     def identity(self) -> dict[str, Any]:
         """What a run is of, beside its recipe: a resumed one must find the same."""
