@@ -20,6 +20,9 @@ class JoinedColumns:
     What a sample has of one field lies in one piece, so it is copied as one, by Arrow's `take` of
     binary values. One call takes all fields of all files: its values are the pieces, and their
     offsets are counted from the lowest address that any field has.
+
+    Attributes:
+        nbytes: of all fields.
     """
 
     def __init__(self, files: Sequence[Mapping[str, Ragged]]) -> None:
@@ -35,6 +38,12 @@ class JoinedColumns:
             for name, column in file.items():
                 _require_inside(name, column)
         self._files = list(files)  # keeps the memory that is copied from
+        self.nbytes = sum(
+            array.nbytes
+            for file in files
+            for column in file.values()
+            for array in column.fields.values()
+        )
         names = list(files[0]) if files else []
         counts = [len(file[name]) for file in files for name in names[:1]]
         self._starts = offsets_of(np.array(counts, dtype=np.int64))

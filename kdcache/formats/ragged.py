@@ -54,6 +54,14 @@ class Ragged:
         """[M] int64 records per sample."""
         return np.diff(self.offsets).astype(np.int64, copy=False)
 
+    def part(self, start: int, stop: int) -> Ragged:
+        """Samples [start, stop), sharing memory, offsets from 0."""
+        offsets = self.offsets[start : stop + 1]
+        begin, end = int(offsets[0]), int(offsets[-1])
+        return Ragged(
+            offsets - begin, {name: array[begin:end] for name, array in self.fields.items()}
+        )
+
     def take(self, rows: np.ndarray) -> Ragged:
         """The given samples, in the given order, copied into fresh arrays.
 

@@ -99,6 +99,12 @@ class WindowReader:
         """[M] int64 tokens of each sample in a stream."""
         return self._lengths[stream]
 
+    @property
+    def sample_bytes(self) -> float:
+        """Bytes that a sample takes on average, those of dense signals left out."""
+        total = self._streams.nbytes + sum(one.nbytes for one in self._columns.values())
+        return total / max(1, self.num_samples)
+
     def take_streams(self, rows: np.ndarray) -> dict[str, Ragged]:
         """Token ids of some samples, by stream.
 

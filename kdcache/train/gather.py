@@ -70,37 +70,57 @@ class Gatherer:
         }
         self._records = {name: cache.signal(name) for name in dict.fromkeys(signals)}
 
-    def batch(self, window: WindowReader, index: np.ndarray) -> Batch:
-        """Some samples.
+    def batches(self, window: WindowReader, parts: Sequence[np.ndarray]) -> list[Batch]:
+        """Several batches, whose pieces are copied out of the files together.
 
         Args:
             window: that serves the streams and signals.
-            index: [B] samples, counted within the window.
+            parts: of each batch its [B] samples, counted within the window.
         """
+        if not parts:
+            return []
+        index = np.concatenate(parts)
+        ends = np.cumsum([len(part) for part in parts]).tolist()
+        rows, sample_ids = window.row[index], window.sample_id.take(index, axis=0)
         streams = window.take_streams(index)
-        batch = Batch(
-            rows=window.row[index],
-            sample_ids=window.sample_id.take(index, axis=0),
-            streams={name: padded(streams[name], pad) for name, pad in self._pad.items()},
-            signals={
-                name: self._signal(record, window, index) for name, record in self._records.items()
-            },
-        )
-        return batch.pinned() if self._pin else batch
+        signals = {
+            name: window.take_signal(name, index)
+            for name in self._records
+            if name not in self.layers
+        }
+        made = []
+        for part, end in zip(parts, ends, strict=True):
+            span = end - len(part), end
+            batch = Batch(
+                rows=rows[slice(*span)],
+                sample_ids=sample_ids[slice(*span)],
+                streams={
+                    name: padded(streams[name].part(*span), pad) for name, pad in self._pad.items()
+                },
+                signals={
+                    name: _dense(record, window, part, self.layers[name])
+                    if isinstance(record, HiddenRecord | AttentionRecord)
+                    else _decodable(
+                        record, {key: one.part(*span) for key, one in signals[name].items()}
+                    )
+                    for name, record in self._records.items()
+                },
+            )
+            made.append(batch.pinned() if self._pin else batch)
+        return made
 
-    def _signal(self, record: SignalRecord, window: WindowReader, index: np.ndarray) -> SignalBatch:
-        if isinstance(record, HiddenRecord | AttentionRecord):
-            return _dense(record, window, index, self.layers[record.name])
-        columns = window.take_signal(record.name, index)
-        if isinstance(record, LogitsRecord):
-            spec = LogitsSpec(record.codec, record.vocab_size, tuple(record.temperatures))
-            return coded_labels(spec, columns)
-        if isinstance(record, ClassesRecord):
-            return _scores(record, columns)
-        if isinstance(record, MasksRecord):
-            return _masked(record, columns)
-        assert isinstance(record, BeamsRecord)
-        return _hypotheses(columns)
+
+def _decodable(record: SignalRecord, columns: Mapping[str, Ragged]) -> SignalBatch:
+    """Columns of some samples as tensors."""
+    if isinstance(record, LogitsRecord):
+        spec = LogitsSpec(record.codec, record.vocab_size, tuple(record.temperatures))
+        return coded_labels(spec, columns)
+    if isinstance(record, ClassesRecord):
+        return _scores(record, columns)
+    if isinstance(record, MasksRecord):
+        return _masked(record, columns)
+    assert isinstance(record, BeamsRecord)
+    return _hypotheses(columns)
 
 
 def padded(stream: Ragged, pad: int) -> Tokens:

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from queue import Empty, Full, Queue
 from threading import Event, Thread
 from typing import Any
@@ -33,8 +34,10 @@ from kdcache.train.order import (
     window_batches,
 )
 
-#: Global batches made ahead of need.
+#: Blocks of global batches made ahead of need.
 PREFETCH = 3
+#: Bytes of a block: so many that Python's cost of a batch is shared, so few that they lie in cache.
+BLOCK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,8 @@ class BatchStream:
         stop = Event()
         if not self.threads:
             try:
-                yield from map(self._gather, self._planned(stop))
+                for block in self._planned(stop):
+                    yield from self._gather(block)
             finally:
                 stop.set()
             return
@@ -169,7 +173,7 @@ class BatchStream:
                     raise item
                 if item is None:
                     return
-                yield item.result() if isinstance(item, Future) else item
+                yield from item.result() if isinstance(item, Future) else item
         finally:
             stop.set()
             while thread.is_alive():
@@ -218,8 +222,8 @@ class BatchStream:
                 last = error
             _put(queue, last, stop)
 
-    def _planned(self, stop: Event) -> Iterator[_Planned]:
-        """Global batches in order, as they are asked for, until told to stop."""
+    def _planned(self, stop: Event) -> Iterator[list[_Planned]]:
+        """Global batches in order, some of one window at a time, until told to stop."""
         ahead = WindowAhead(self.cache, self.signals, stop, self._gatherer.layers)
         state = self.state
         while self.max_epochs is None or state.epoch < self.max_epochs:
@@ -238,19 +242,43 @@ class BatchStream:
                         f"order state: batch {state.batch} of a window with {len(batches)}; "
                         "the checkpoint is damaged, start a new run"
                     )
+                block: list[_Planned] = []
+                own_bytes, size = reader.sample_bytes / self.world, 0.0
                 for batch in batches[state.batch :]:
                     epoch, state = state.epoch, state.advanced(len(batches), len(windows))
-                    yield _Planned(reader, batch, state, epoch, pinned)
+                    block.append(_Planned(reader, batch, state, epoch, pinned))
+                    size += len(batch) * own_bytes
+                    if size >= BLOCK_BYTES:
+                        yield block
+                        block, size = [], 0.0
+                if block:
+                    yield block
 
-    def _gather(self, planned: _Planned) -> GlobalBatch:
-        """Gather this rank's part of a global batch, micro-batch by micro-batch."""
+    def _gather(self, block: Sequence[_Planned]) -> list[GlobalBatch]:
+        """Gather this rank's part of some global batches of one window."""
+        window = block[0].window
+        parts: list[np.ndarray] = []
+        cuts = []
+        for planned in block:
+            own = micro_batches(planned.index, self.accumulate, self.rank, self.world)
+            # Rank 0 has the most.
+            most = len(micro_batches(planned.index, self.accumulate, 0, self.world))
+            cuts.append((len(own), most - len(own)))
+            parts += own if len(own) == most else [*own, planned.index[:1]]
+        made = iter(self._gatherer.batches(window, parts))
+        return [
+            self._global_batch(
+                planned, tuple(islice(made, own)), tuple(islice(made, missing > 0)) * missing
+            )
+            for planned, (own, missing) in zip(block, cuts, strict=True)
+        ]
+
+    def _global_batch(
+        self, planned: _Planned, micro: tuple[Batch, ...], spare: tuple[Batch, ...]
+    ) -> GlobalBatch:
         window, index = planned.window, planned.index
         counts = {name: int(window.lengths(name)[index].sum()) for name in self.streams}
         counts |= {name: int(window.counts(name)[index].sum()) for name in self.signals}
-        parts = micro_batches(index, self.accumulate, self.rank, self.world)
-        # Rank 0 has the most.
-        missing = len(micro_batches(index, self.accumulate, 0, self.world)) - len(parts)
-        spare = self._gatherer.batch(window, index[:1]) if missing else None
         return GlobalBatch(
             state=planned.state,
             epoch=planned.epoch,
@@ -258,9 +286,9 @@ class BatchStream:
             rows=window.row[index],
             counts={"": len(index), **counts},
             num_tokens=counts[self.streams[-1]],
-            micro=tuple(self._gatherer.batch(window, part) for part in parts),
-            spare=() if spare is None else (spare,) * missing,
-            sample_ids=window.sample_id[index],
+            micro=micro,
+            spare=spare,
+            sample_ids=window.sample_id.take(index, axis=0),
         )
 
 

@@ -12,6 +12,7 @@ import torch
 from kdcache.errors import FormatError, IdentityError
 from kdcache.formats.cache import open_cache
 from kdcache.labels import decode
+from kdcache.train import stream
 from kdcache.train.stream import BatchStream
 
 
@@ -144,3 +145,30 @@ def test_an_abandoned_iterator_stops_its_thread(cache):
     del batches
     gc.collect()
     assert not any(thread.name == "kdcache-batches" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize(("rank", "ranks", "accumulate"), [(0, 1, 1), (1, 2, 3)])
+def test_batches_do_not_depend_on_what_is_copied_together(
+    cache, monkeypatch, rank, ranks, accumulate
+):
+    found = []
+    for size in (1, 2000, 1 << 40):
+        monkeypatch.setattr(stream, "BLOCK_BYTES", size)
+        options = {"rank": rank, "world": ranks, "accumulate": accumulate, "max_epochs": 1}
+        made = BatchStream(cache, ["src", "tgt"], ["threshold", "full"], 120, 1, 2, **options)
+        found.append(list(made))
+    assert any(batch.spare for batch in found[0]) == (ranks > 1)
+    for one, *others in zip(*found, strict=True):
+        for other in others:
+            assert one.state == other.state
+            assert one.counts == other.counts
+            assert one.sample_ids.tobytes() == other.sample_ids.tobytes()
+            assert len(one.micro) == len(other.micro)
+            pairs = zip([*one.micro, *one.spare], [*other.micro, *other.spare], strict=True)
+            for left, right in pairs:
+                assert left.rows.tolist() == right.rows.tolist()
+                assert torch.equal(left.streams["tgt"].ids, right.streams["tgt"].ids)
+                for name in ("threshold", "full"):
+                    sides = [decode(batch.signals[name]) for batch in (left, right)]
+                    assert torch.equal(sides[0].values, sides[1].values)
+                    assert torch.equal(sides[0].ids, sides[1].ids)
