@@ -13,7 +13,7 @@ import pytest
 from kdcache.errors import IntegrityError, StorageError
 from kdcache.formats.integrity import digest_bytes
 from kdcache.formats.manifest import FileRecord
-from kdcache.formats.stores import store as module
+from kdcache.formats.stores import local as module
 from kdcache.formats.stores.commit import write_file
 from kdcache.formats.stores.local import LocalStore
 from kdcache.formats.stores.store import open_store
