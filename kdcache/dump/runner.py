@@ -75,7 +75,7 @@ def dump(
         loaded = time.perf_counter()
         if stopping.requested:
             raise StoppedError(
-                f"{out}: stopped by SIGTERM before anything was written; the same command goes on"
+                f"{out}: stopped by SIGTERM: nothing was written yet; the same command goes on"
             )
         if ranks.world > 1:
             logger.info("%s: %s", out, ranks)

@@ -71,7 +71,7 @@ def test_while_the_teacher_loads_it_is_noticed_before_anything_is_written(
     monkeypatch.setattr(in_turn, "load_teacher", load)
     out = tmp_path / "cache"
     recipe = make_recipe(codec={"name": "full"})
-    with pytest.raises(StoppedError, match="stopped by SIGTERM before anything was written"):
+    with pytest.raises(StoppedError, match="stopped by SIGTERM: nothing was written yet; the same"):
         dump(recipe, out)
     assert not out.exists()
     monkeypatch.undo()
