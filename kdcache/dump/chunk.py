@@ -98,10 +98,3 @@ def encode_stream(section: StreamSection, tokenizer: Tokenizer, batch: RowBatch)
     if section.pair is not None:
         return tokenizer.encode_pairs(texts, batch.fields[section.pair], section.target)
     return tokenizer.encode_ragged(texts, section.target)
-
-
-def trimmed(stream: Ragged) -> Ragged:
-    """A slice of a stream with its own entries alone, offsets from 0."""
-    begin, end = int(stream.offsets[0]), int(stream.offsets[-1])
-    fields = {name: values[begin:end] for name, values in stream.fields.items()}
-    return Ragged(stream.offsets - begin, fields)

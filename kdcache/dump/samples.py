@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.corpus import RowBatch, read_corpus
-from kdcache.dump.chunk import Chunk, sample_ids_of, trimmed
+from kdcache.dump.chunk import Chunk, sample_ids_of
 from kdcache.dump.encode import FEW_ROWS, encoded
 from kdcache.dump.stopping import Stopping
 from kdcache.dump.tokenize import Tokenizer
@@ -215,7 +215,7 @@ class SampleWriter:
         streams, entries = {}, {}
         self._corpus_digest.update(ids, rows)
         for name, vocab_size in self._vocab_sizes.items():
-            tokens = concat([trimmed(chunk.streams[name]) for chunk in chunks])
+            tokens = concat([chunk.streams[name].part(0, len(chunk)) for chunk in chunks])
             beside = extra_fields(tokens.fields)
             stored = {**split_ids(tokens.fields["id"], vocab_size), **beside}
             streams[name] = Ragged(tokens.offsets, stored)
