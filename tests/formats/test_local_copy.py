@@ -450,6 +450,46 @@ def test_a_lock_is_held_while_room_is_made(tmp_path):
     assert fetcher.fetched == [1, 2]
 
 
+def left_behind(folder: Path) -> Path:
+    """A temporary whose process was killed."""
+    path = folder / ".incoming" / ("0" * 32)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"half")
+    return path
+
+
+def test_a_temporary_is_removed_under_its_lock(tmp_path, monkeypatch):
+    path, held = left_behind(tmp_path), []
+    unlink = Path.unlink
+
+    def watched(self, missing_ok=False):
+        if self == path:
+            with path.open("rb") as other, contextlib.suppress(BlockingIOError):
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held.append(False)
+            held.append(True)
+        unlink(self, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    read(LocalCopy(tmp_path, 10_000, URL), record(1), Fetcher().of(1))
+    assert held == [True]
+    assert not path.exists()
+
+
+def test_a_temporary_that_took_the_name_of_another_stays(tmp_path, monkeypatch):
+    path, flock = left_behind(tmp_path), fcntl.flock
+
+    def late(handle, operation):
+        if operation & fcntl.LOCK_NB:  # what was opened has got its final name by now
+            path.rename(tmp_path / "renamed")
+            path.write_bytes(b"another")
+        flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    read(LocalCopy(tmp_path, 10_000, URL), record(1), Fetcher().of(1))
+    assert path.read_bytes() == b"another"
+
+
 @pytest.mark.slow
 def test_processes_that_are_killed_at_random_harm_nobody(tmp_path):
     script = """

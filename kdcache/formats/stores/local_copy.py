@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, Self, cast
 
 import xxhash
 
@@ -163,8 +163,7 @@ class LocalCopy:
         folder.mkdir(parents=True, exist_ok=True)
         key = xxhash.xxh3_128_hexdigest(f"{self.root.name}/{file.path}".encode())
         while True:
-            incoming = _Incoming(folder / key)
-            try:
+            with _Incoming(folder / key) as incoming:
                 fcntl.flock(incoming.fileno(), fcntl.LOCK_EX)
                 if not incoming.stands():
                     continue  # renamed or removed while we waited
@@ -174,8 +173,6 @@ class LocalCopy:
                     if incoming.stands():
                         incoming.path.unlink(missing_ok=True)
                 return
-            finally:
-                incoming.close()
 
     def _fetched(
         self, file: FileRecord, incoming: _Incoming, fetch: Callable[[BinaryIO], None]
@@ -244,10 +241,17 @@ class LocalCopy:
 class _Incoming:
     """The temporary of a file that is being fetched."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> None:
         self.path = path
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o644)
         self.stream = cast(BinaryIO, os.fdopen(descriptor, "rb+", buffering=0))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of it and of its lock."""
+        self.stream.close()
 
     def fileno(self) -> int:
         """Its descriptor, which holds the lock."""
@@ -259,10 +263,6 @@ class _Incoming:
             return os.path.samestat(os.fstat(self.fileno()), self.path.stat())
         except FileNotFoundError:
             return False
-
-    def close(self) -> None:
-        """Let go of it and of its lock."""
-        self.stream.close()
 
 
 class _OverlongError(Exception):
@@ -328,8 +328,7 @@ def _entries(folder: Path) -> list[_Entry]:
         for name in names:
             path = at / name
             with contextlib.suppress(FileNotFoundError):
-                if incoming and _abandoned(path):
-                    path.unlink()
+                if incoming and _swept(path):
                     continue
                 state = path.stat(follow_symlinks=False)
                 evictable = not incoming and not pinned
@@ -337,16 +336,21 @@ def _entries(folder: Path) -> list[_Entry]:
     return found
 
 
-def _abandoned(path: Path) -> bool:
-    """Whether nobody holds the lock of a temporary."""
-    handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(handle)
-    return True
+def _swept(path: Path) -> bool:
+    """Remove a temporary if nobody holds its lock; return whether it is gone.
+
+    It is removed under its lock: who opened it a moment ago and waits for the lock must find it
+    gone, and a temporary that has taken its name since is not ours to remove.
+    """
+    with _Incoming(path, os.O_RDWR) as incoming:
+        try:
+            fcntl.flock(incoming.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        if not incoming.stands():
+            return False
+        path.unlink()
+        return True
 
 
 def _evict(path: Path) -> None:
