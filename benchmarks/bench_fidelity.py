@@ -79,12 +79,12 @@ def train_one(args: argparse.Namespace, method: str, seed: int, setting: Setting
     from kdcache.labels import CodedLabels, decode
     from kdcache.models import load_tokenizer
     from kdcache.recipe import StudentSection, TeacherSection
-    from kdcache.train.batch import Batch
-    from kdcache.train.losses import LossTerm, fused_loss
-    from kdcache.train.stream import BatchStream
-    from kdcache.train.student import build_student, student_logits
-    from kdcache.train.translate import translate
-    from kdcache.train.validate import score
+    from kdcache.train.batches.batch import Batch
+    from kdcache.train.batches.stream import BatchStream
+    from kdcache.train.evaluation.translate import translate
+    from kdcache.train.losses.fused_loss import LossTerm, fused_loss
+    from kdcache.train.runs.validate import score
+    from kdcache.train.students.student import build_student, student_logits
 
     torch.set_num_threads(1)
     cache = open_cache(args.work / "cache")

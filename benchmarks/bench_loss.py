@@ -35,7 +35,7 @@ from setting import log, report
 from torch import Tensor
 
 from kdcache.labels import SparseTarget
-from kdcache.train.losses import LossTerm, fused_loss, hard_target
+from kdcache.train.losses.fused_loss import LossTerm, fused_loss, hard_target
 
 SHAPES = {8_000: 4096, 32_000: 1024, 152_000: 256}  # V -> N: logits of 125 to 148 MiB
 ENTRIES = 6

@@ -49,7 +49,7 @@ _WAYS = {
     ),
     "trainer": _OPEN.format(
         imports="from kdcache.formats.cache import open_cache\n"
-        "from kdcache.train.stream import BatchStream",
+        "from kdcache.train.batches.stream import BatchStream",
         body="cache = open_cache(sys.argv[1])\n"
         "next(iter(BatchStream(cache, ['src', 'tgt'], ['logits'], 4096, 0, 1)))",
     ),
@@ -88,8 +88,8 @@ _MODULES = {
     "open_store": "kdcache.formats.stores.store",
     "list_commits": "kdcache.formats.listing",
     "committed": "kdcache.report.commits",
-    "BatchStream": "kdcache.train.stream",
-    "epoch_windows": "kdcache.train.order",
+    "BatchStream": "kdcache.train.batches.stream",
+    "epoch_windows": "kdcache.train.batches.order",
     "CacheWriter": "kdcache.formats.writer",
     "verify_cache": "kdcache.formats.checks.verify",
 }

@@ -32,7 +32,7 @@ from scale_caches import make_cache
 from setting import log, report
 
 from kdcache.formats.cache import open_cache
-from kdcache.train.stream import BatchStream
+from kdcache.train.batches.stream import BatchStream
 
 BATCH_TOKENS = 16_384
 EPOCHS = 3

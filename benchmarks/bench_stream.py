@@ -41,8 +41,8 @@ from stream_ways import OURS, PEERS, Ways
 from kdcache.formats.cache import Cache, open_cache
 from kdcache.formats.codec import ThresholdCodec, TopKCodec
 from kdcache.formats.window import WindowReader
-from kdcache.train.gather import Gatherer
-from kdcache.train.stream import BatchStream
+from kdcache.train.batches.gather import Gatherer
+from kdcache.train.batches.stream import BatchStream
 
 STREAMS = ["src", "tgt"]
 CODECS: dict[str, DrawnCodec] = {

@@ -58,7 +58,7 @@ def _generated(work: Path) -> Setting:
     from kdcache.dump.runner import dump
     from kdcache.quickstart.grammar import corpus
     from kdcache.recipe import parse_recipe
-    from kdcache.train.loop import train
+    from kdcache.train.runs.loop import train
 
     work.mkdir(parents=True, exist_ok=True)
     pairs: dict[str, Pair] = {}

@@ -105,7 +105,7 @@ def make_trainer(size: Size, cache_path: Path, device: str = "cpu") -> Any:
     """A trainer of the recipe `word-level` with this size's student and batches."""
     from kdcache.formats.cache import open_cache
     from kdcache.recipe import load_recipe
-    from kdcache.train.trainer import Trainer
+    from kdcache.train.runs.trainer import Trainer
 
     keys = {
         "batch_tokens": size.batch_tokens,

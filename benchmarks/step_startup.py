@@ -23,7 +23,7 @@ import sys
 from contextlib import suppress
 from kdcache.cli import main
 from kdcache.errors import TrainingError
-from kdcache.train import loop
+from kdcache.train.runs import loop
 look = loop.check_batch
 def check_batch(*arguments):
     with suppress(TrainingError):

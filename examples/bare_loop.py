@@ -23,8 +23,8 @@ from torch import Tensor
 import kdcache
 from kdcache.errors import KDCacheError
 from kdcache.losses import LossTerm, decode, hard_target, linear_losses
-from kdcache.train.batch import Batch
-from kdcache.train.batches import Batches
+from kdcache.train.batches.batch import Batch
+from kdcache.train.batches.batches import Batches
 
 
 def loss_share(

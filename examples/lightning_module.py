@@ -26,7 +26,7 @@ import kdcache
 from kdcache.errors import KDCacheError
 from kdcache.formats.cache import Cache
 from kdcache.losses import LossTerm, decode, fused_loss, hard_target
-from kdcache.train.stream import GlobalBatch
+from kdcache.train.batches.stream import GlobalBatch
 
 
 class CacheData(lightning.LightningDataModule):

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from kdcache import hf as hf
     from kdcache import losses as losses
     from kdcache.formats.cache import open_cache as open_cache
-    from kdcache.train.batches import batches as batches
+    from kdcache.train.batches.batches import batches as batches
 
 __all__ = ["__version__", "batches", "hf", "losses", "open_cache"]
 
 __version__ = "0.1.0"
 
 #: Where each name of the package is kept.
-_HOMES = {"open_cache": "kdcache.formats.cache", "batches": "kdcache.train.batches"}
+_HOMES = {"open_cache": "kdcache.formats.cache", "batches": "kdcache.train.batches.batches"}
 
 
 def __getattr__(name: str) -> Any:

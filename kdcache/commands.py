@@ -101,8 +101,8 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
         return _print_recipe(arguments, recipe)
     cache = arguments.cache if recipe.train.caches else _needs(arguments, "cache")
     out = _needs(arguments, "out")
-    from kdcache.train.loop import train as run
-    from kdcache.train.parallel import is_main
+    from kdcache.train.runs.loop import train as run
+    from kdcache.train.runs.parallel import is_main
 
     summary = run(recipe, cache, out)
     return _print_summary(arguments, summary) if is_main() else 0
@@ -122,7 +122,7 @@ def evaluate(arguments: argparse.Namespace, overrides: Overrides) -> int:
         for dotted, text in overrides:
             override(tree, dotted, text)
         section = parse_recipe(tree, where="overrides").evaluate
-    from kdcache.train.evaluate import evaluate as run
+    from kdcache.train.evaluation.evaluate import evaluate as run
 
     result = run(arguments.run_path, section=section, against=arguments.against, out=arguments.out)
     return _print_summary(arguments, result)

@@ -3,6 +3,6 @@
 Training with it needs accelerate, as transformers' Trainer does: `pip install "kdcache[trainer]"`.
 """
 
-from kdcache.train.trainer_mixin import DistillationCollator, DistillationMixin, OrderCallback
+from kdcache.train.runs.trainer_mixin import DistillationCollator, DistillationMixin, OrderCallback
 
 __all__ = ["DistillationCollator", "DistillationMixin", "OrderCallback"]

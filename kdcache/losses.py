@@ -5,7 +5,7 @@ in one pass, the second without ever holding [N, V] logits.
 """
 
 from kdcache.labels import decode
-from kdcache.train.divergences import (
+from kdcache.train.losses.divergences import (
     jensen_shannon,
     jensen_shannon_rows,
     logit_mse,
@@ -15,9 +15,15 @@ from kdcache.train.divergences import (
     total_variation,
     total_variation_rows,
 )
-from kdcache.train.feature_losses import attention_mse, hidden_cosine, hidden_mse, score_mse
-from kdcache.train.linear_loss import DivergenceTerm, linear_losses
-from kdcache.train.losses import LossTerm, cross_entropy, forward_kl, fused_loss, hard_target
+from kdcache.train.losses.feature_losses import attention_mse, hidden_cosine, hidden_mse, score_mse
+from kdcache.train.losses.fused_loss import (
+    LossTerm,
+    cross_entropy,
+    forward_kl,
+    fused_loss,
+    hard_target,
+)
+from kdcache.train.losses.linear_loss import DivergenceTerm, linear_losses
 
 __all__ = [
     "DivergenceTerm",

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from kdcache.formats.cache import open_cache
 from kdcache.recipe import parse_recipe
-from kdcache.train.trainer import Trainer
+from kdcache.train.runs.trainer import Trainer
 from tests.formats.labels import SENTENCES, make_cache
 
 FOLDER = Path(__file__).parent.parent / "examples"

@@ -7,7 +7,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from kdcache.train.batch import Batch
+from kdcache.train.batches.batch import Batch
 
 SIGNAL = "logits"
 

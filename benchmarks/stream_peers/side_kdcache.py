@@ -10,7 +10,7 @@ from peer_loop import serve
 from torch import Tensor
 
 import kdcache
-from kdcache.train.stream import GlobalBatch
+from kdcache.train.batches.stream import GlobalBatch
 
 
 class Side:

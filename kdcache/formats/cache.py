@@ -46,7 +46,7 @@ from kdcache.formats.units import label_counts
 from kdcache.formats.vocabulary import decode_tokens
 
 if TYPE_CHECKING:
-    from kdcache.train.batches import Batches
+    from kdcache.train.batches.batches import Batches
 
 #: Commits that are held; a window of shards needs some for each of its shards.
 MOST_COMMITS = 4096
@@ -166,7 +166,7 @@ class Cache:
         Raises:
             FormatError: the cache lacks a stream or a signal, or its dump is unfinished.
         """
-        from kdcache.train.batches import batches  # torch is needed from here on
+        from kdcache.train.batches.batches import batches  # torch is needed from here on
 
         return batches(self, streams, signals, **options)
 

@@ -25,8 +25,8 @@ from kdcache.quickstart.plan import (
     teacher_recipe,
 )
 from kdcache.recipe import Recipe, dump_recipe
-from kdcache.train.evaluate import RESULT, evaluate, read_evaluation
-from kdcache.train.loop import train
+from kdcache.train.evaluation.evaluate import RESULT, evaluate, read_evaluation
+from kdcache.train.runs.loop import train
 
 logger = logging.getLogger(__name__)
 

@@ -22,10 +22,10 @@ from kdcache.formats.schema import join_ids
 from kdcache.labels import LogitsSpec, coded_labels, decode, densify
 from kdcache.models import shift_right
 from kdcache.recipe import parse_recipe
-from kdcache.train.loop import train
-from kdcache.train.schedule import learning_rate
-from kdcache.train.stream import BatchStream
-from kdcache.train.student import build_student
+from kdcache.train.batches.stream import BatchStream
+from kdcache.train.losses.schedule import learning_rate
+from kdcache.train.runs.loop import train
+from kdcache.train.students.student import build_student
 from tests.train.conftest import STUDENT, make_lines, make_teacher
 
 STEPS, SIGNALS = 12, ("threshold", "full")

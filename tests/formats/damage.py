@@ -30,7 +30,7 @@ from kdcache.formats.codec import Codec, SampledCodec, ThresholdCodec
 from kdcache.formats.ragged import Ragged
 from kdcache.formats.signals import AttentionRecord, HiddenRecord
 from kdcache.formats.window import WindowReader
-from kdcache.train.stream import BatchStream
+from kdcache.train.batches.stream import BatchStream
 from tests.formats.kinds import make_kinds
 from tests.formats.labels import SENTENCES
 

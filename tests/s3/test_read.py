@@ -12,7 +12,7 @@ from kdcache.cli import main
 from kdcache.dump.runner import dump
 from kdcache.formats.checks.verify import verify_cache
 from kdcache.recipe import parse_recipe
-from kdcache.train.loop import train
+from kdcache.train.runs.loop import train
 from tests.s3.conftest import folder_tree, local_copy_variables, remote_tree
 from tests.s3.proxy import Proxy, seeded
 from tests.train.conftest import STUDENT

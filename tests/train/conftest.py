@@ -10,7 +10,7 @@ from transformers import MarianConfig, MarianMTModel
 from kdcache.dump.runner import dump
 from kdcache.dump.tokenize import train_sentencepiece
 from kdcache.recipe import SentencePieceTokenizer, parse_recipe
-from kdcache.train.growth import Growth
+from kdcache.train.batches.growth import Growth
 from tests.train.growing import Growing
 
 STUDENT = {

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from kdcache.formats.cache import open_cache
-from kdcache.train.stream import BatchStream
+from kdcache.train.batches.stream import BatchStream
 
 SIGNALS = ("threshold", "full")
 

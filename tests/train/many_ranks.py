@@ -22,10 +22,10 @@ from torch import Tensor
 
 from kdcache.formats.cache import open_cache
 from kdcache.recipe import parse_recipe
-from kdcache.train import checkpoint, loop, trainer
-from kdcache.train.checkpoint import tied_weights
-from kdcache.train.distillation import Distillation
-from kdcache.train.parallel import Ranks, joined, whole
+from kdcache.train.runs import checkpoint, loop, trainer
+from kdcache.train.runs.checkpoint import tied_weights
+from kdcache.train.runs.parallel import Ranks, joined, whole
+from kdcache.train.students.distillation import Distillation
 
 
 class Double(Distillation):

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 import kdcache
 from kdcache.errors import FormatError, IdentityError, TrainingError
 from kdcache.formats.cache import open_cache
-from kdcache.train.batches import Batches
+from kdcache.train.batches.batches import Batches
 from tests.formats.labels import SENTENCES, make_cache
 from tests.report.kinds import make_kinds
 

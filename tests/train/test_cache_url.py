@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 from kdcache.cli import main
 from kdcache.formats.cache import open_cache
 from kdcache.recipe import dump_recipe
-from kdcache.train.growth import Growth
-from kdcache.train.loop import train
+from kdcache.train.batches.growth import Growth
+from kdcache.train.runs.loop import train
 from tests.train.test_loop import metrics, weights
 
 

@@ -9,8 +9,9 @@ from torch import nn
 
 from kdcache.errors import StorageError, TrainingError
 from kdcache.recipe import OptimizerSection
-from kdcache.train import checkpoint
-from kdcache.train.checkpoint import (
+from kdcache.train.batches.order import ORDER_VERSION, OrderState
+from kdcache.train.runs import checkpoint
+from kdcache.train.runs.checkpoint import (
     RunState,
     average_weights,
     checkpoints,
@@ -21,8 +22,7 @@ from kdcache.train.checkpoint import (
     save_checkpoint,
     weights_of,
 )
-from kdcache.train.optimizer import build_optimizer
-from kdcache.train.order import ORDER_VERSION, OrderState
+from kdcache.train.runs.optimizer import build_optimizer
 
 ORDER = OrderState("0f" * 8, ORDER_VERSION, 1, 2, 3, 4)
 
@@ -111,7 +111,7 @@ def test_a_fault_in_mid_save_loses_nothing(tmp_path, monkeypatch, fault, error):
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"kdcache.train.checkpoint.{fault}", broken)
+        patch.setattr(f"kdcache.train.runs.checkpoint.{fault}", broken)
         with pytest.raises((StorageError, KeyboardInterrupt)):
             save_checkpoint(tmp_path, state_at(2), model, optimizer, keep=1)
     recover(tmp_path)

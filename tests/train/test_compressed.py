@@ -3,7 +3,7 @@
 import json
 
 from kdcache.formats.stores.transfer import compress_cache
-from kdcache.train.loop import train
+from kdcache.train.runs.loop import train
 
 
 def test_a_run_equals_one_from_the_cache_itself(world, make_recipe, tmp_path, monkeypatch):

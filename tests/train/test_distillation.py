@@ -22,10 +22,10 @@ from kdcache.losses import (
 )
 from kdcache.models import shift_right
 from kdcache.recipe import parse_recipe
-from kdcache.train.distillation import Distillation
-from kdcache.train.narrowing import narrowed
-from kdcache.train.objective import Objective
-from kdcache.train.stream import BatchStream
+from kdcache.train.batches.stream import BatchStream
+from kdcache.train.losses.narrowing import narrowed
+from kdcache.train.losses.objective import Objective
+from kdcache.train.students.distillation import Distillation
 from tests.report.kinds import VOCAB, make_kinds
 
 SIZES = {

@@ -13,7 +13,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, T5Con
 
 from kdcache.errors import CorpusError, IdentityError, ModelError, RecipeError
 from kdcache.recipe import EvaluateSection
-from kdcache.train.evaluate import (
+from kdcache.train.evaluation.evaluate import (
     HYPOTHESES,
     RESULT,
     corpus_scores,
@@ -23,9 +23,9 @@ from kdcache.train.evaluate import (
     paired_test,
     read_evaluation,
 )
-from kdcache.train.loop import train
-from kdcache.train.translate import translate
-from kdcache.train.validate import score, score_shuffled
+from kdcache.train.evaluation.translate import translate
+from kdcache.train.runs.loop import train
+from kdcache.train.runs.validate import score, score_shuffled
 
 REFERENCES = [f"the {noun} is here and {noun}s are there ." for noun in "abcdefghijklmnop"]
 BETTER = REFERENCES[:12] + ["no idea at all ."] * 4

@@ -12,8 +12,8 @@ from kdcache.formats.dense import SCALE, VALUES
 from kdcache.formats.mapped_array import MappedArray
 from kdcache.formats.ragged import offsets_of
 from kdcache.labels import decode, densify
-from kdcache.train.batch import Batch, CodedLabels, DenseRows, Hypotheses, Masked, Scores
-from kdcache.train.stream import BatchStream
+from kdcache.train.batches.batch import Batch, CodedLabels, DenseRows, Hypotheses, Masked, Scores
+from kdcache.train.batches.stream import BatchStream
 from tests.formats import kinds as plain
 from tests.formats.labels import VOCAB, teacher_log_probs
 from tests.report import kinds as varied

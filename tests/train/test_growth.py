@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from kdcache.errors import IntegrityError, TrainingError
 from kdcache.formats.cache import open_cache
-from kdcache.train import growth
-from kdcache.train.growth import Growth
-from kdcache.train.order import ORDER_VERSION, OrderState
+from kdcache.train.batches import growth
+from kdcache.train.batches.growth import Growth
+from kdcache.train.batches.order import ORDER_VERSION, OrderState
 from tests.train.growing import SIGNALS, make_stream, rows_of_prefix
 from tests.train.test_stream import rows_of
 
@@ -75,7 +75,7 @@ def test_a_complete_cache_gives_the_plain_order(world, signals):
 
 def test_an_epoch_of_a_prefix_is_the_plain_order_of_its_shards(by_epoch):
     """Not by the code under test: the windows, made again from the numbers of the prefix."""
-    from kdcache.train.order import epoch_windows
+    from kdcache.train.batches.order import epoch_windows
 
     growing = by_epoch([3])
     stream = make_stream(growing.path, max_epochs=1)

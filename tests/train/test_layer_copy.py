@@ -6,8 +6,8 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from kdcache.errors import ModelError, RecipeError
 from kdcache.recipe import StudentSection, parse_recipe
-from kdcache.train.layer_copy import with_layers
-from kdcache.train.student import build_student
+from kdcache.train.students.layer_copy import with_layers
+from kdcache.train.students.student import build_student
 
 SIDES = {"encoder_layers": 4, "decoder_layers": 3, "d_model": 8, "vocab_size": 20}
 SIDES |= {f"{s}_attention_heads": 2 for s in ("encoder", "decoder")}

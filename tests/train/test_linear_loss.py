@@ -26,7 +26,7 @@ from kdcache.losses import (
     reverse_kl_rows,
     total_variation_rows,
 )
-from kdcache.train import linear_loss
+from kdcache.train.losses import linear_loss
 from tests.train.test_losses import N, V, dense_total, make_target, mixed_terms
 
 D = 8

@@ -14,9 +14,9 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from kdcache.errors import IdentityError, ModelError, RecipeError, StorageError, TrainingError
 from kdcache.formats.cache import open_cache
 from kdcache.recipe import dump_recipe
-from kdcache.train.loop import train
-from kdcache.train.trainer import Trainer
-from kdcache.train.validate import score, score_shuffled
+from kdcache.train.runs.loop import train
+from kdcache.train.runs.trainer import Trainer
+from kdcache.train.runs.validate import score, score_shuffled
 
 
 def metrics(run: Path) -> list[dict]:
@@ -146,8 +146,8 @@ KILLED = """
 import os, signal, sys, torch
 torch.set_num_threads(1)
 from kdcache.recipe import load_recipe
-from kdcache.train import trainer
-from kdcache.train.loop import train
+from kdcache.train.runs import trainer
+from kdcache.train.runs.loop import train
 real = trainer.Trainer.step
 def step(self, batch):
     if self.state.step == 7:
@@ -290,7 +290,7 @@ def test_what_cannot_be_trained_says_why(world, make_recipe, tmp_path, change, e
 
 
 def test_shifted_labels_stop_the_run(world, make_recipe, tmp_path, monkeypatch):
-    from kdcache.train import gather
+    from kdcache.train.batches import gather
 
     real = gather.coded_labels
 

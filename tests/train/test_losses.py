@@ -13,7 +13,13 @@ from torch import Tensor
 
 from kdcache.errors import TrainingError
 from kdcache.labels import SparseTarget
-from kdcache.train.losses import LossTerm, cross_entropy, forward_kl, fused_loss, hard_target
+from kdcache.train.losses.fused_loss import (
+    LossTerm,
+    cross_entropy,
+    forward_kl,
+    fused_loss,
+    hard_target,
+)
 
 N, V = 23, 37
 KINDS = ["repeats", "uniform", "bucket"]

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from kdcache.recipe import dump_recipe
-from kdcache.train.loop import train
-from kdcache.train.trainer import Trainer
+from kdcache.train.runs.loop import train
+from kdcache.train.runs.trainer import Trainer
 
 #: Runs a recipe over and over from the same half, in forks that are killed at their first, second,
 #: third, ... change of a file; then goes on. A new interpreter, so that forks hold no threads.
@@ -19,9 +19,9 @@ import torch
 torch.set_num_threads(1)
 from kdcache.formats.cache import open_cache
 from kdcache.recipe import load_recipe
-from kdcache.train import checkpoint
-from kdcache.train.loop import train
-from kdcache.train.trainer import Trainer
+from kdcache.train.runs import checkpoint
+from kdcache.train.runs.loop import train
+from kdcache.train.runs.trainer import Trainer
 from tests.train.test_loop import metrics, weights
 
 recipe, cache, root = load_recipe(sys.argv[1]), sys.argv[2], sys.argv[3]

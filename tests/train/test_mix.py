@@ -17,11 +17,11 @@ from kdcache.formats.cache import open_cache
 from kdcache.formats.codec import FullCodec, ThresholdCodec
 from kdcache.formats.manifest import Manifest
 from kdcache.formats.signals import LogitsRecord
-from kdcache.train.loop import train
-from kdcache.train.mix import MixedStream, batch_stream, next_cache, shares
-from kdcache.train.mix_state import MixState, state_from_dict
-from kdcache.train.stream import BatchStream
-from kdcache.train.trainer import Trainer
+from kdcache.train.batches.mix import MixedStream, batch_stream, next_cache, shares
+from kdcache.train.batches.mix_state import MixState, state_from_dict
+from kdcache.train.batches.stream import BatchStream
+from kdcache.train.runs.loop import train
+from kdcache.train.runs.trainer import Trainer
 from tests.formats.kinds import make_kinds
 from tests.formats.labels import SENTENCES, make_cache
 from tests.formats.test_cache import rewrite

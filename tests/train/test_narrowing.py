@@ -11,8 +11,8 @@ import torch
 
 from kdcache.formats.codec import FullCodec, NucleusCodec, SampledCodec, ThresholdCodec, TopKCodec
 from kdcache.labels import CodedLabels, SparseTarget, decode, densify
-from kdcache.train.losses import LossTerm, fused_loss
-from kdcache.train.narrowing import narrowed
+from kdcache.train.losses.fused_loss import LossTerm, fused_loss
+from kdcache.train.losses.narrowing import narrowed
 from tests.test_labels import N, V, head_mask, round_trip, teacher
 
 S = 450

@@ -12,11 +12,11 @@ import torch
 from kdcache.errors import IdentityError, RecipeError, TrainingError
 from kdcache.formats.cache import open_cache
 from kdcache.recipe import CrossEntropyTerm, ForwardKLTerm
-from kdcache.train.canary import Alignment, alignment, check_batch
-from kdcache.train.losses import LossTerm, fused_loss
-from kdcache.train.objective import Objective
-from kdcache.train.soft_terms import soft_target
-from kdcache.train.stream import BatchStream
+from kdcache.train.batches.stream import BatchStream
+from kdcache.train.losses.fused_loss import LossTerm, fused_loss
+from kdcache.train.losses.objective import Objective
+from kdcache.train.losses.soft_terms import soft_target
+from kdcache.train.runs.canary import Alignment, alignment, check_batch
 from tests.report.kinds import make_kinds
 
 SIGNALS = ["threshold", "sampled", "full"]

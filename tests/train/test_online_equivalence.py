@@ -12,10 +12,10 @@ from transformers import AutoModelForSeq2SeqLM
 from kdcache.formats.cache import open_cache
 from kdcache.formats.keyed import text_key
 from kdcache.models import shift_right
-from kdcache.train.loop import train
-from kdcache.train.schedule import learning_rate
-from kdcache.train.stream import BatchStream
-from kdcache.train.student import build_student
+from kdcache.train.batches.stream import BatchStream
+from kdcache.train.losses.schedule import learning_rate
+from kdcache.train.runs.loop import train
+from kdcache.train.students.student import build_student
 
 STEPS = 50
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcache.errors import IdentityError, TrainingError
-from kdcache.train.order import (
+from kdcache.train.batches.order import (
     ORDER_VERSION,
     OrderState,
     batching_digest,

@@ -12,7 +12,7 @@ import math
 import numpy as np
 import pytest
 
-from kdcache.train.order import epoch_windows, plan_digest, window_batches
+from kdcache.train.batches.order import epoch_windows, plan_digest, window_batches
 
 CRITICAL = 4.0
 SHARDS, SAMPLES, WINDOW_SHARDS, BATCH_TOKENS = 60, 200, 4, 300

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from kdcache.errors import ModelError, RecipeError, TrainingError
 from kdcache.formats.cache import open_cache
 from kdcache.recipe import dump_recipe, parse_recipe
-from kdcache.train.parallel import Ranks, joined
-from kdcache.train.trainer import Trainer
+from kdcache.train.runs.parallel import Ranks, joined
+from kdcache.train.runs.trainer import Trainer
 from tests.report.kinds import make_kinds
 from tests.train.conftest import STUDENT
 from tests.train.many_ranks import environment, free_port, run_ranks, steps, train
@@ -273,7 +273,7 @@ KILLED = """
 import os, signal, sys, torch
 torch.set_num_threads(1)
 from kdcache.cli import main
-from kdcache.train import trainer
+from kdcache.train.runs import trainer
 real = trainer.Trainer.step
 def step(self, batch):
     if self.state.step == 5 and self.ranks.rank == 1:

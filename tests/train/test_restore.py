@@ -16,9 +16,9 @@ import pytest
 from kdcache.formats.cache import open_cache
 from kdcache.formats.codec import SampledCodec, ThresholdCodec
 from kdcache.labels import decode
-from kdcache.train.batch import Batch
-from kdcache.train.order import OrderState
-from kdcache.train.stream import BatchStream
+from kdcache.train.batches.batch import Batch
+from kdcache.train.batches.order import OrderState
+from kdcache.train.batches.stream import BatchStream
 from tests.formats.labels import make_cache
 
 CODECS = {"exact": ThresholdCodec(c=1 / 8), "drawn": SampledCodec(n=5)}

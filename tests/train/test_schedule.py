@@ -3,7 +3,7 @@
 import pytest
 
 from kdcache.recipe import ScheduleSection
-from kdcache.train.schedule import learning_rate
+from kdcache.train.losses.schedule import learning_rate
 
 
 @pytest.mark.parametrize(

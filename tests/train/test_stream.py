@@ -12,8 +12,8 @@ import torch
 from kdcache.errors import FormatError, IdentityError
 from kdcache.formats.cache import open_cache
 from kdcache.labels import decode
-from kdcache.train import stream
-from kdcache.train.stream import BatchStream
+from kdcache.train.batches import stream
+from kdcache.train.batches.stream import BatchStream
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_an_error_of_the_thread_is_raised_here(cache, monkeypatch):
     def broken(*_):
         raise RuntimeError("disk on fire")
 
-    monkeypatch.setattr("kdcache.train.gather.coded_labels", broken)
+    monkeypatch.setattr("kdcache.train.batches.gather.coded_labels", broken)
     with pytest.raises(RuntimeError, match="disk on fire"):
         next(iter(make_stream(cache)))
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from kdcache.errors import ModelError
 from kdcache.formats.cache import open_cache
 from kdcache.recipe import StudentSection
-from kdcache.train.student import build_student, output_rows, save_student, student_logits
+from kdcache.train.students.student import build_student, output_rows, save_student, student_logits
 
 ROWS = 40
 SMALL = {

@@ -11,7 +11,7 @@ from transformers import MarianConfig, MarianMTModel
 
 import kdcache
 from kdcache.errors import KDCacheError, ModelError, RecipeError, TrainingError
-from kdcache.train.trainer_mixin import STEP, DistillationCollator
+from kdcache.train.runs.trainer_mixin import STEP, DistillationCollator
 from tests.formats.labels import SENTENCES, VOCAB, make_cache
 from tests.report.kinds import make_kinds
 

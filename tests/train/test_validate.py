@@ -8,7 +8,14 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from kdcache.errors import CorpusError
-from kdcache.train.validate import Score, TokenPairs, encode, score, score_shuffled, score_tokens
+from kdcache.train.runs.validate import (
+    Score,
+    TokenPairs,
+    encode,
+    score,
+    score_shuffled,
+    score_tokens,
+)
 
 CPU = torch.device("cpu")
 

@@ -30,13 +30,13 @@ from kdcache.formats.cache import open_cache
 from kdcache.models import load_tokenizer
 from kdcache.recipe import StudentSection, parse_recipe
 from kdcache.tokenizers import directory_files, tokenizer_digest
-from kdcache.train.evaluate import evaluate
-from kdcache.train.loop import train
-from kdcache.train.stream import BatchStream
-from kdcache.train.student import embedding_rows
-from kdcache.train.translate import translate
-from kdcache.train.validate import score
-from kdcache.train.vocabulary import KnownIds, check_tokenizer
+from kdcache.train.batches.stream import BatchStream
+from kdcache.train.evaluation.evaluate import evaluate
+from kdcache.train.evaluation.translate import translate
+from kdcache.train.runs.loop import train
+from kdcache.train.runs.validate import score
+from kdcache.train.students.student import embedding_rows
+from kdcache.train.students.vocabulary import KnownIds, check_tokenizer
 from tests.train.conftest import make_lines
 
 SPECIAL = ["<pad>", "</s>", "<unk>"]
@@ -221,7 +221,7 @@ def test_two_vocabularies_must_be_equal(world, cache, tmp_path, monkeypatch):
     section = make_student(tmp_path / "student", world.size, world.words, added=[])
     backend = load_tokenizer(section.path)
     backend.separate_vocabs = True  # as a Marian tokenizer may have
-    monkeypatch.setattr("kdcache.train.vocabulary.load_tokenizer", lambda path: backend)
+    monkeypatch.setattr("kdcache.train.students.vocabulary.load_tokenizer", lambda path: backend)
     with pytest.raises(IdentityError, match="two vocabularies"):
         check_tokenizer(section, cache, "teacher")
 

@@ -11,10 +11,10 @@ from kdcache.errors import FormatError, RecipeError
 from kdcache.formats.cache import open_cache
 from kdcache.formats.writer import CacheWriter
 from kdcache.recipe import parse_recipe
-from kdcache.train import growth
-from kdcache.train.growth import Growth
-from kdcache.train.loop import train
-from kdcache.train.trainer import Trainer
+from kdcache.train.batches import growth
+from kdcache.train.batches.growth import Growth
+from kdcache.train.runs.loop import train
+from kdcache.train.runs.trainer import Trainer
 from tests.train.growing import make_stream, rows_of_prefix
 from tests.train.test_loop import metrics, weights
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kdcache.errors import TrainingError
 from kdcache.labels import SparseTarget, densify
-from kdcache.train.loss_plan import LossTerm, check_term, compute_dtype
+from kdcache.train.losses.loss_plan import LossTerm, check_term, compute_dtype
 
 #: [N] losses of the positions of some logits [N, V] at a temperature.
 RowLosses = Callable[[Tensor, SparseTarget, float], Tensor]

@@ -27,9 +27,9 @@ from torch.optim import Optimizer
 
 from kdcache.errors import StorageError, TrainingError
 from kdcache.formats.stores.commit import storage_errors, sync
-from kdcache.train.mix_state import MixState, state_from_dict
-from kdcache.train.order import OrderState
-from kdcache.train.parallel import Ranks, spread_like, whole
+from kdcache.train.batches.mix_state import MixState, state_from_dict
+from kdcache.train.batches.order import OrderState
+from kdcache.train.runs.parallel import Ranks, spread_like, whole
 
 FOLDER = "checkpoint"
 _TEMPORARY, _OLD = ".tmp-", ".old-"

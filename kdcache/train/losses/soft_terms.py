@@ -15,14 +15,14 @@ from kdcache.formats.codes import code_log_probs
 from kdcache.formats.signals import LogitsRecord, SignalRecord
 from kdcache.labels import CodedLabels, SparseTarget, decode, entropy_nats, resolve_tail
 from kdcache.recipe import SampleWeight, SoftTerm
-from kdcache.train.divergences import (
+from kdcache.train.losses.divergences import (
     RowLosses,
     jensen_shannon_rows,
     logit_mse_rows,
     reverse_kl_rows,
     total_variation_rows,
 )
-from kdcache.train.narrowing import narrowed
+from kdcache.train.losses.narrowing import narrowed
 
 #: Losses that are no sum over entries, by name.
 DIVERGENCES: Mapping[str, RowLosses] = {

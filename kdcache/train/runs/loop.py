@@ -16,8 +16,10 @@ from kdcache.formats.cache import open_cache
 from kdcache.models import resolve_device
 from kdcache.progress import progress
 from kdcache.recipe import Recipe
-from kdcache.train.canary import check_batch
-from kdcache.train.checkpoint import (
+from kdcache.train.batches.stream import GlobalBatch
+from kdcache.train.losses.schedule import learning_rate
+from kdcache.train.runs.canary import check_batch
+from kdcache.train.runs.checkpoint import (
     average_weights,
     checkpoints,
     drop_checkpoints,
@@ -26,11 +28,9 @@ from kdcache.train.checkpoint import (
     recover,
     save_checkpoint,
 )
-from kdcache.train.parallel import joined
-from kdcache.train.run import RunDirectory, locked
-from kdcache.train.schedule import learning_rate
-from kdcache.train.stream import GlobalBatch
-from kdcache.train.trainer import Trainer
+from kdcache.train.runs.parallel import joined
+from kdcache.train.runs.run import RunDirectory, locked
+from kdcache.train.runs.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ import torch
 
 from kdcache.errors import CorpusError
 from kdcache.progress import progress
-from kdcache.train.student import embedding_rows, max_positions
+from kdcache.train.students.student import embedding_rows, max_positions
 
 
 def translate(

@@ -22,15 +22,16 @@ from kdcache.formats.cache import Cache
 from kdcache.formats.keyed import text_key
 from kdcache.models import load_tokenizer, resolve_device
 from kdcache.recipe import StudentSection, TrainSection
-from kdcache.train.batch import Batch
-from kdcache.train.checkpoint import RunState, publish, tied_weights
-from kdcache.train.distillation import Distillation
-from kdcache.train.memory import memory_errors
-from kdcache.train.mix import MixedStream, batch_stream
-from kdcache.train.objective import Moment, Objective
-from kdcache.train.optimizer import build_optimizer
-from kdcache.train.order import ORDER_VERSION
-from kdcache.train.parallel import (
+from kdcache.train.batches.batch import Batch
+from kdcache.train.batches.mix import MixedStream, batch_stream
+from kdcache.train.batches.order import ORDER_VERSION
+from kdcache.train.batches.stream import BatchStream, GlobalBatch
+from kdcache.train.losses.objective import Moment, Objective
+from kdcache.train.losses.schedule import learning_rate
+from kdcache.train.runs.checkpoint import RunState, publish, tied_weights
+from kdcache.train.runs.memory import memory_errors
+from kdcache.train.runs.optimizer import build_optimizer
+from kdcache.train.runs.parallel import (
     Ranks,
     is_sharded,
     readable,
@@ -39,16 +40,15 @@ from kdcache.train.parallel import (
     without_exchange,
     wrapped,
 )
-from kdcache.train.schedule import learning_rate
-from kdcache.train.stream import BatchStream, GlobalBatch
-from kdcache.train.student import (
+from kdcache.train.runs.validate import TokenPairs, encode, score_tokens
+from kdcache.train.students.distillation import Distillation
+from kdcache.train.students.student import (
     build_student,
     checkpoint_activations,
     max_positions,
     save_student,
 )
-from kdcache.train.validate import TokenPairs, encode, score_tokens
-from kdcache.train.vocabulary import KnownIds, check_tokenizer, tokenizer_files
+from kdcache.train.students.vocabulary import KnownIds, check_tokenizer, tokenizer_files
 
 #: Below this loss scale gradients that are not finite are no matter of float16.
 MIN_SCALE = 1.0

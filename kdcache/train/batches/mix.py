@@ -21,9 +21,9 @@ from kdcache.errors import IdentityError, TrainingError
 from kdcache.formats.cache import Cache
 from kdcache.formats.identity import differences
 from kdcache.formats.keyed import text_key
-from kdcache.train.mix_state import MixState
-from kdcache.train.order import OrderState
-from kdcache.train.stream import BatchStream, GlobalBatch
+from kdcache.train.batches.mix_state import MixState
+from kdcache.train.batches.order import OrderState
+from kdcache.train.batches.stream import BatchStream, GlobalBatch
 
 #: What of two records of one signal may differ: a batch carries it along, or nothing depends on it.
 _MAY_DIFFER = {

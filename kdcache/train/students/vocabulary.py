@@ -28,8 +28,8 @@ from kdcache.tokenizers import (
     token_strings,
     tokenizer_digest,
 )
-from kdcache.train.batch import Batch
-from kdcache.train.student import embedding_rows
+from kdcache.train.batches.batch import Batch
+from kdcache.train.students.student import embedding_rows
 
 logger = logging.getLogger(__name__)
 

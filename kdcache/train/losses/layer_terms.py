@@ -18,9 +18,9 @@ from kdcache.errors import IdentityError, RecipeError
 from kdcache.formats.keyed import text_key
 from kdcache.formats.signals import AttentionRecord, ClassesRecord, HiddenRecord, SignalRecord
 from kdcache.recipe import AttentionMSETerm, HiddenCosineTerm, LayersTerm, ScoreMSETerm
-from kdcache.train.batch import Batch, DenseRows, Scores
-from kdcache.train.feature_losses import attention_mse, hidden_cosine, hidden_mse, score_mse
-from kdcache.train.student_outputs import Layers, StudentOutputs, attention_rows
+from kdcache.train.batches.batch import Batch, DenseRows, Scores
+from kdcache.train.losses.feature_losses import attention_mse, hidden_cosine, hidden_mse, score_mse
+from kdcache.train.students.student_outputs import Layers, StudentOutputs, attention_rows
 
 
 class LayersLoss(nn.Module):

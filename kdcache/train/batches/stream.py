@@ -20,11 +20,11 @@ import torch
 from kdcache.errors import TrainingError
 from kdcache.formats.cache import Cache
 from kdcache.formats.window import WindowAhead, WindowReader
-from kdcache.train.batch import Batch
-from kdcache.train.gather import Gatherer
-from kdcache.train.growth import Growth
-from kdcache.train.mix_state import MixState
-from kdcache.train.order import (
+from kdcache.train.batches.batch import Batch
+from kdcache.train.batches.gather import Gatherer
+from kdcache.train.batches.growth import Growth
+from kdcache.train.batches.mix_state import MixState
+from kdcache.train.batches.order import (
     ORDER_VERSION,
     OrderState,
     batching_digest,

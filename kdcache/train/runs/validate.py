@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kdcache.errors import CorpusError
 from kdcache.formats.keyed import permutation, text_key
-from kdcache.train.parallel import Ranks
-from kdcache.train.student import embedding_rows, max_positions, student_logits
+from kdcache.train.runs.parallel import Ranks
+from kdcache.train.students.student import embedding_rows, max_positions, student_logits
 
 
 @dataclass(frozen=True)

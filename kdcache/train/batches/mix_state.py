@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kdcache.errors import IdentityError, TrainingError
-from kdcache.train.order import OrderState
+from kdcache.train.batches.order import OrderState
 
 
 @dataclass(frozen=True)

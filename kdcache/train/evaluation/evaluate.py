@@ -20,8 +20,8 @@ from kdcache.formats.identity import sample_id
 from kdcache.formats.stores.commit import storage_errors, write_data
 from kdcache.models import load_tokenizer, quiet_transformers, resolve_device
 from kdcache.recipe import CorpusSection, EvaluateSection, Recipe, load_recipe
-from kdcache.train.translate import translate
-from kdcache.train.validate import score, score_shuffled
+from kdcache.train.evaluation.translate import translate
+from kdcache.train.runs.validate import score, score_shuffled
 
 RESULT = "evaluation.json"
 HYPOTHESES = "hypotheses.txt"

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from kdcache.errors import TrainingError
 from kdcache.labels import SparseTarget
-from kdcache.train.loss_plan import LossPlan, LossTerm, TermPlan, compute_dtype, plan_terms
+from kdcache.train.losses.loss_plan import LossPlan, LossTerm, TermPlan, compute_dtype, plan_terms
 
 __all__ = ["LossTerm", "cross_entropy", "forward_kl", "fused_loss", "hard_target"]
 

@@ -9,7 +9,7 @@ import torch
 
 from kdcache.errors import TrainingError
 from kdcache.recipe import TrainSection
-from kdcache.train.stream import GlobalBatch
+from kdcache.train.batches.stream import GlobalBatch
 
 
 @contextmanager

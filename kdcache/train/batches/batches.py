@@ -12,10 +12,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from kdcache.errors import TrainingError
 from kdcache.formats.cache import Cache, open_cache
-from kdcache.train.mix import MixedStream, batch_stream
-from kdcache.train.mix_state import state_from_dict
-from kdcache.train.order import OrderState
-from kdcache.train.stream import BatchStream, GlobalBatch
+from kdcache.train.batches.mix import MixedStream, batch_stream
+from kdcache.train.batches.mix_state import state_from_dict
+from kdcache.train.batches.order import OrderState
+from kdcache.train.batches.stream import BatchStream, GlobalBatch
 
 
 class Batches(IterableDataset[GlobalBatch]):

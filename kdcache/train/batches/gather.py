@@ -25,7 +25,7 @@ from kdcache.formats.signals import (
 )
 from kdcache.formats.window import WindowReader
 from kdcache.labels import LogitsSpec, coded_labels
-from kdcache.train.batch import (
+from kdcache.train.batches.batch import (
     Batch,
     DenseRows,
     Hypotheses,

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdcache.models import output_projection, project_first, project_only, shift_right
-from kdcache.train.batch import Tokens
-from kdcache.train.student import decoder_start
+from kdcache.train.batches.batch import Tokens
+from kdcache.train.students.student import decoder_start
 
 Side = Literal["encoder", "decoder"]
 #: A side's states ("hidden"), of which the first is what its first layer reads, or its attentions.

@@ -16,14 +16,19 @@ from torch import Tensor, nn
 from kdcache.formats.signals import AttentionRecord, ClassesRecord, HiddenRecord
 from kdcache.labels import CodedLabels
 from kdcache.recipe import CrossEntropyTerm, LayersTerm, ScoreMSETerm, SoftTerm, Term
-from kdcache.train.batch import Batch, DenseRows, Scores
-from kdcache.train.layer_terms import LayersLoss, ScoresLoss
-from kdcache.train.linear_loss import DivergenceTerm, linear_losses
-from kdcache.train.losses import LossTerm, fused_loss, hard_target
-from kdcache.train.objective import Moment, Objective, weighing_signal
-from kdcache.train.soft_terms import DIVERGENCES, sample_factors, soft_target
-from kdcache.train.student import output_rows
-from kdcache.train.student_outputs import Layers, StudentOutputs, projects_linearly, run_student
+from kdcache.train.batches.batch import Batch, DenseRows, Scores
+from kdcache.train.losses.fused_loss import LossTerm, fused_loss, hard_target
+from kdcache.train.losses.layer_terms import LayersLoss, ScoresLoss
+from kdcache.train.losses.linear_loss import DivergenceTerm, linear_losses
+from kdcache.train.losses.objective import Moment, Objective, weighing_signal
+from kdcache.train.losses.soft_terms import DIVERGENCES, sample_factors, soft_target
+from kdcache.train.students.student import output_rows
+from kdcache.train.students.student_outputs import (
+    Layers,
+    StudentOutputs,
+    projects_linearly,
+    run_student,
+)
 
 
 class Distillation(nn.Module):

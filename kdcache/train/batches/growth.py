@@ -8,7 +8,7 @@ from threading import Event
 
 from kdcache.errors import FormatError, TrainingError
 from kdcache.formats.cache import Cache
-from kdcache.train.order import OrderState
+from kdcache.train.batches.order import OrderState
 
 logger = logging.getLogger(__name__)
 

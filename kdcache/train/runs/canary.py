@@ -18,7 +18,7 @@ from kdcache.errors import TrainingError
 from kdcache.formats.codec import WIDE_RANGE_NATS, Codec, SampledCodec, ThresholdCodec
 from kdcache.formats.codes import exact_log_probs, gold_log_probs
 from kdcache.labels import CodedLabels
-from kdcache.train.batch import Batch
+from kdcache.train.batches.batch import Batch
 
 #: Share of the positions that may disagree: none should, beyond the rounding of codes.
 MAX_DISAGREEING = 0.05

@@ -19,12 +19,12 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from kdcache.errors import ModelError, RecipeError, TrainingError
 from kdcache.recipe import CrossEntropyTerm, SoftTerm, Term, parse_recipe
-from kdcache.train.batches import Batches, MicroBatches
-from kdcache.train.distillation import Distillation
-from kdcache.train.objective import Objective
-from kdcache.train.stream import GlobalBatch
-from kdcache.train.student import max_positions
-from kdcache.train.vocabulary import KnownIds
+from kdcache.train.batches.batches import Batches, MicroBatches
+from kdcache.train.batches.stream import GlobalBatch
+from kdcache.train.losses.objective import Objective
+from kdcache.train.students.distillation import Distillation
+from kdcache.train.students.student import max_positions
+from kdcache.train.students.vocabulary import KnownIds
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer

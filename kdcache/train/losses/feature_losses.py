@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import TrainingError
-from kdcache.train.loss_plan import compute_dtype
+from kdcache.train.losses.loss_plan import compute_dtype
 
 
 def hidden_mse(

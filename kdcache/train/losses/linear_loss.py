@@ -23,9 +23,9 @@ from torch.autograd.function import once_differentiable
 
 from kdcache.errors import TrainingError
 from kdcache.labels import SparseTarget
-from kdcache.train.divergences import RowLosses
-from kdcache.train.loss_plan import LossTerm, check_term, compute_dtype
-from kdcache.train.losses import fused_walk
+from kdcache.train.losses.divergences import RowLosses
+from kdcache.train.losses.fused_loss import fused_walk
+from kdcache.train.losses.loss_plan import LossTerm, check_term, compute_dtype
 
 #: Floats of a chunk's logits: enough rows for a matrix product to run at its full speed.
 CHUNK_ENTRIES = 1 << 24

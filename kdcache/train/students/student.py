@@ -18,7 +18,7 @@ from kdcache.formats.keyed import text_key
 from kdcache.formats.manifest import TokenizerRecord
 from kdcache.models import project_only, quiet_transformers, shift_right
 from kdcache.recipe import StudentSection
-from kdcache.train.layer_copy import with_layers
+from kdcache.train.students.layer_copy import with_layers
 
 
 def build_student(

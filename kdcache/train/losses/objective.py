@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from kdcache.errors import RecipeError
 from kdcache.formats.signals import LogitsRecord, SignalRecord
 from kdcache.recipe import LayersTerm, ScoreMSETerm, SoftTerm, Term
-from kdcache.train.layer_terms import check_layers_signal, check_scores_signal
-from kdcache.train.schedule import value_at
-from kdcache.train.soft_terms import check_reference_signal, check_soft_signal
+from kdcache.train.losses.layer_terms import check_layers_signal, check_scores_signal
+from kdcache.train.losses.schedule import value_at
+from kdcache.train.losses.soft_terms import check_reference_signal, check_soft_signal
 
 
 @dataclass(frozen=True)

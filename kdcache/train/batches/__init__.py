@@ -1,0 +1,1 @@
+"""Order, gathering and batches: what a student reads of a cache, and when."""
