@@ -29,6 +29,7 @@ from kdcache.train.batches.stream import BatchStream, GlobalBatch
 from kdcache.train.losses.objective import Moment, Objective
 from kdcache.train.losses.schedule import learning_rate
 from kdcache.train.runs.checkpoint import RunState, publish, tied_weights
+from kdcache.train.runs.gate import Gate
 from kdcache.train.runs.memory import memory_errors
 from kdcache.train.runs.optimizer import build_optimizer
 from kdcache.train.runs.parallel import (
@@ -100,6 +101,8 @@ class Trainer:
         if section.parallel == "fsdp" and ranks.world > 1:
             shard(self.distillation, self.model, self.device)  # may not fit the device before
         self._module = wrapped(self.distillation.to(self.device), ranks)
+        parts = (self.objective, self.distillation, self.model, ranks)
+        self.gate = None if section.gate is None else Gate(section, *parts)
         self.optimizer = build_optimizer(section.optimizer, self.distillation, self.device)
         self.parameters = [p for p in self.distillation.parameters() if p.requires_grad]
         self.scaler = GradScaler(self.device.type, enabled=section.precision == "float16")
@@ -176,7 +179,9 @@ class Trainer:
             norm, skipped = self._move(number)
         self.state.step, self.state.order = number, batch.state
         self.state.tokens += batch.num_tokens
-        numbers = torch.cat([values, norm.detach().to(values.dtype).reshape(1)])
+        beside = [norm] if self.gate is None else [self.gate.share, norm]
+        beside = [one.detach().to(values).reshape(1) for one in beside]
+        numbers = torch.cat([values, *beside])
         self._pending.append(_Measured(number, batch.rows, batch.sample_ids, numbers, skipped))
         if self.device.type == "cpu" or len(self._pending) >= MAX_PENDING:
             self.settle()
@@ -220,12 +225,18 @@ class Trainer:
             counts = number < len(batch.micro)
             last = number + 1 == len(batches)
             with nullcontext() if last else without_exchange(self._module):
-                total, parts = self._losses(micro, batch.counts, moments)
+                totals, parts = self._losses(micro, batch.counts, moments)
                 # What exchanges gradients takes their mean.
-                scaled = self.scaler.scale(total) * (self.ranks.world if counts else 0)
-                scaled.backward()  # type: ignore[no-untyped-call]
-            values = torch.cat([total.detach().reshape(1), parts])
+                factor = self.ranks.world if counts else 0
+                scaled = [self.scaler.scale(total) * factor for total in totals]
+                if self.gate is None:
+                    scaled[0].backward()
+                else:
+                    self.gate.backward(*scaled)
+            values = torch.cat([torch.stack(totals).detach().sum(0, keepdim=True), parts])
             found.append(values if counts else torch.zeros_like(values))
+        if self.gate is not None:
+            self.gate.close()
         return self.ranks.summed(torch.stack(found).sum(0) if len(found) > 1 else found[0])
 
     def validate(self) -> dict[str, float]:
@@ -243,8 +254,8 @@ class Trainer:
 
     def _losses(
         self, micro: Batch, counts: Mapping[str, int], moments: Sequence[Moment]
-    ) -> tuple[Tensor, Tensor]:
-        """Weighted total and unweighted terms of one micro-batch."""
+    ) -> tuple[list[Tensor], Tensor]:
+        """Weighted total, with a gate two of them, and unweighted terms of one micro-batch."""
         longest = max(tokens.ids.shape[1] for tokens in micro.streams.values())
         if self.max_positions is not None and longest > self.max_positions:
             raise ModelError(
@@ -254,8 +265,10 @@ class Trainer:
             )
         micro = self.ids.checked(micro).to(self.device)
         with self._autocast():
+            if self.gate is not None:  # exchanges gradients by itself
+                return self.distillation.split(micro, counts, self.gate.groups(moments))
             total, parts = self._module(micro, counts, moments)
-        return total, parts
+        return [total], parts
 
     def _autocast(self) -> Any:
         """Half precision where the recipe says so."""
@@ -329,7 +342,10 @@ class Trainer:
 
 @dataclass(frozen=True)
 class _Measured:
-    """A step whose numbers may still be on the device: [loss, terms, gradient norm]."""
+    """A step whose numbers may still be on the device.
+
+    They are the loss, the terms, with a gate its share, and the gradient norm.
+    """
 
     step: int
     rows: np.ndarray

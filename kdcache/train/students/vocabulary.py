@@ -28,7 +28,7 @@ from kdcache.tokenizers import (
     token_strings,
     tokenizer_digest,
 )
-from kdcache.train.batches.batch import Batch
+from kdcache.train.batches.batch import Batch, Masked
 from kdcache.train.students.student import embedding_rows
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,20 @@ class KnownIds:
         for name, rows in ((self.source, self.source_rows), (self.target, self.target_rows)):
             if rows is not None:
                 streams[name] = replace(streams[name], ids=self._fitted(batch, name, rows))
+        if self.source_rows is not None:
+            self._check_masked(batch, self.source_rows)
         return replace(batch, streams=streams)
+
+    def _check_masked(self, batch: Batch, rows: int) -> None:
+        """Refuse ids that masks put into the source and that have no row."""
+        for name, masked in batch.signals.items():
+            largest = int(masked.ids.max()) if isinstance(masked, Masked) and len(masked.ids) else 0
+            if largest >= rows:
+                raise ModelError(
+                    f"student: has {rows} ids, and masks signal {name!r} puts id {largest} into "
+                    f"stream {self.source!r}; use a student with more ids "
+                    f"({self.cache.stream(self.source).vocab_size} are in the tokenizer)"
+                )
 
     def _fitted(self, batch: Batch, stream: str, rows: int) -> Tensor:
         """The [B, L] ids of a stream, with id 0 outside the mask."""
