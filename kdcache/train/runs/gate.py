@@ -134,14 +134,14 @@ class Gate:
         has = torch.tensor([float(one is not None) for one in found], device=device)
         used = (self._ranks.summed(has) > 0).tolist()
         chosen = [number for number, some in enumerate(used) if some]
-        parts = [
-            torch.zeros_like(owners[n]) if found[n] is None else found[n]  # type: ignore[misc]
-            for n in chosen
-        ]
-        if not parts:
+        if not chosen:
             return
+        parts = []
+        for number in chosen:
+            own = found[number]
+            parts.append(torch.zeros_like(owners[number]) if own is None else own)
         flat = self._ranks.summed(torch.cat([one.flatten() for one in parts])) / self._ranks.world
-        pieces = flat.split([one.numel() for one in parts])
+        pieces = torch.split(flat, [one.numel() for one in parts])
         for number, piece in zip(chosen, pieces, strict=True):
             mean = piece.view_as(owners[number])
             if number < len(self._learned):

@@ -49,6 +49,7 @@ from kdcache.train.students.student import (
     max_positions,
     save_student,
 )
+from kdcache.train.students.two_tokenizers import save_source_tokenizer, source_files
 from kdcache.train.students.vocabulary import KnownIds, check_tokenizer, tokenizer_files
 
 #: Below this loss scale gradients that are not finite are no matter of float16.
@@ -96,6 +97,7 @@ class Trainer:
         unknown = section.student.path is not None and not own
         self.ids = KnownIds.of(self.model, cache, section.source, section.target, unknown)
         self.tokenizer_files = tokenizer_files(cache, self.ids, own)
+        self.source_files = source_files(cache, section.source, section.target)
         self.max_positions = max_positions(self.model)
         self.distillation = Distillation(self.model, self.objective, section.seed)
         if section.parallel == "fsdp" and ranks.world > 1:
@@ -230,7 +232,7 @@ class Trainer:
                 factor = self.ranks.world if counts else 0
                 scaled = [self.scaler.scale(total) * factor for total in totals]
                 if self.gate is None:
-                    scaled[0].backward()
+                    scaled[0].backward()  # type: ignore[no-untyped-call]
                 else:
                     self.gate.backward(*scaled)
             values = torch.cat([torch.stack(totals).detach().sum(0, keepdim=True), parts])
@@ -334,10 +336,12 @@ class Trainer:
             weights = tied_weights(self.model, self.ranks.main)
         with self.ranks.together():
             if self.ranks.main:
-                publish(
-                    out,
-                    lambda folder: save_student(self.model, self.tokenizer_files, folder, weights),
-                )
+                publish(out, lambda folder: self._write_model(folder, weights))
+
+    def _write_model(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
+        """Student and tokenizers into an empty folder."""
+        save_student(self.model, self.tokenizer_files, folder, weights)
+        save_source_tokenizer(self.source_files, folder)
 
 
 @dataclass(frozen=True)

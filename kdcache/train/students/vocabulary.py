@@ -210,7 +210,16 @@ def tokenizer_files(cache: Cache, ids: KnownIds, own: Sequence[Path]) -> list[Pa
     """
     if own and not ids.all_known:
         return list(own)
-    name = cache.stream(ids.target).tokenizer
+    return cache_tokenizer_files(cache, cache.stream(ids.target).tokenizer)
+
+
+def cache_tokenizer_files(cache: Cache, name: str) -> list[Path]:
+    """Files of a tokenizer of a cache, as transformers loads it.
+
+    Args:
+        cache: an open cache.
+        name: of the tokenizer.
+    """
     folder, record = cache.tokenizer_dir(name), cache.tokenizer(name)
     names = sorted(file.path.rsplit("/", 1)[-1] for file in record.files)
     return [folder / name for name in names if name != TOKENS_FILE]
