@@ -179,7 +179,9 @@ def check_layers_signal(where: str, term: LayersTerm, record: SignalRecord | Non
     kind = AttentionRecord if isinstance(term, AttentionMSETerm) else HiddenRecord
     name = "attention" if kind is AttentionRecord else "hidden"
     if not isinstance(record, kind):
-        raise RecipeError(f"{where}.signal: {_found(term.signal, record)}; expected kind {name}")
+        found = f"{where}.signal: {_found(term.signal, record)}; expected kind {name}"
+        advice = f": dump {term.signal}: {{kind: {name}, stream: ...}}" if record is None else ""
+        raise RecipeError(found + advice)
     if isinstance(record, HiddenRecord) and record.pool != "none":
         raise RecipeError(
             f"{where}.signal: {term.signal!r} is pooled ({record.pool}); {term.loss} needs the "
