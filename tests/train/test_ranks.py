@@ -73,7 +73,7 @@ GATED = [*TERMS[:2], {"loss": "masked_kl", "weight": 0.4, "signal": "mlm"}, TERM
 
 def gate_tree() -> dict:
     tree = step_tree("ddp", 3, 40)
-    gate = {"terms": ["masked_kl", 1, "hidden_mse"], "module": "parameter"}
+    gate = {"terms": ["masked_kl", 1, "hidden_mse"], "module": "sublayer"}
     return tree | {"train": tree["train"] | {"objective": GATED, "gate": gate}}
 
 
