@@ -218,7 +218,9 @@ class Loop:
             "steps": state.step,
             "epochs": last.pop("epoch", -1) + 1,
             "tokens": state.tokens,
-            "parameters": sum(p.numel() for p in self.trainer.model.parameters()),
+            "parameters": sum(
+                p.numel() for p in self.trainer.model.parameters() if p.requires_grad
+            ),
             "loss": last.get("loss"),
             "best_step": state.step if state.best_step is None else state.best_step,
             "best_dev_loss": state.best_loss,

@@ -63,6 +63,12 @@ def output_rows(model: Any) -> int:
     return 0 if projection is None else int(projection.weight.shape[0])
 
 
+def fixed_tables(model: Any) -> list[nn.Parameter]:
+    """Parameters that follow from the config and are never learned: sinusoidal positions."""
+    names = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    return [one for name, one in model.named_parameters() if name in names]
+
+
 def embedding_rows(model: Any) -> tuple[int, int]:
     """Ids that a student's encoder can read, and that its decoder can both read and write."""
     encoder = int(model.get_input_embeddings().weight.shape[0])
@@ -182,11 +188,14 @@ def _load(path: Path) -> Any:
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no transformers model there; train.student.path needs one")
     try:
-        return transformers.AutoModelForSeq2SeqLM.from_pretrained(
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{path}: {_first_line(error)}") from None
+    for table in fixed_tables(model):
+        table.requires_grad_(False)  # transformers forgets it when it loads
+    return model
 
 
 def _from_config(keys: dict[str, Any], tokenizer: TokenizerRecord, vocab_size: int) -> Any:
