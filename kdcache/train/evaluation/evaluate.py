@@ -18,11 +18,12 @@ from kdcache.corpus import read_corpus
 from kdcache.errors import CorpusError, IdentityError, ModelError, RecipeError
 from kdcache.formats.identity import sample_id
 from kdcache.formats.stores.commit import storage_errors, write_data
-from kdcache.models import load_tokenizer, quiet_transformers, resolve_device
+from kdcache.models import quiet_transformers, resolve_device
 from kdcache.recipe import CorpusSection, EvaluateSection, Recipe, load_recipe
 from kdcache.train.evaluation.translate import translate
 from kdcache.train.runs.validate import score, score_shuffled
 from kdcache.train.students.student import fixed_tables
+from kdcache.train.students.two_tokenizers import load_tokenizers
 
 RESULT = "evaluation.json"
 HYPOTHESES = "hypotheses.txt"
@@ -187,7 +188,7 @@ def count_parameters(model: Any) -> dict[str, int]:
 
 
 def load_model(path: Path, section: EvaluateSection) -> tuple[Any, Any, Path]:
-    """Model on its device in float32, its tokenizer, and the directory both came from.
+    """Model on its device in float32, its tokenizer (or both), and the directory they came from.
 
     Raises:
         ModelError: the directory holds no model, or the run no such checkpoint.
@@ -211,7 +212,7 @@ def load_model(path: Path, section: EvaluateSection) -> tuple[Any, Any, Path]:
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"{directory}: {str(error).splitlines()[0]}") from None
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizers(directory)
     return model.to(resolve_device(section.device)).eval(), tokenizer, directory
 
 

@@ -164,6 +164,8 @@ class Loop:
         trainer.settle()
         now, (then, tokens) = time.perf_counter(), self._since
         means = [total / state.num_summed for total in state.sums[:-1]]
+        names = trainer.objective.names
+        gated = {} if trainer.gate is None else {"gated": means.pop()}
         moved = state.num_summed - state.num_skipped
         peak, total_steps = section.optimizer.lr, trainer.total_steps
         self.run.log(
@@ -173,7 +175,8 @@ class Loop:
                 **({"cache": batch.cache} if len(trainer.caches) > 1 else {}),
                 **({"shards": batch.shards} if section.while_dumping else {}),
                 "loss": means[0],
-                "terms": dict(zip(trainer.objective.names, means[1:], strict=True)),
+                "terms": dict(zip(names, means[1:], strict=True)),
+                **gated,
                 "lr": learning_rate(section.schedule, peak, state.step, total_steps),
                 "grad_norm": state.sums[-1] / moved if moved else None,
                 **({"skipped": state.num_skipped} if trainer.scaler.is_enabled() else {}),
