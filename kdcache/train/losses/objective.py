@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from kdcache.errors import RecipeError
 from kdcache.formats.signals import LogitsRecord, SignalRecord
-from kdcache.recipe import LayersTerm, ScoreMSETerm, SoftTerm, Term
+from kdcache.recipe import LayersTerm, MaskedKLTerm, ScoreMSETerm, SoftTerm, Term
 from kdcache.train.losses.layer_terms import check_layers_signal, check_scores_signal
+from kdcache.train.losses.masked_terms import check_masked_signal
 from kdcache.train.losses.schedule import value_at
 from kdcache.train.losses.soft_terms import check_reference_signal, check_soft_signal
 
@@ -64,7 +65,9 @@ class Objective:
         self.terms = [term for _, term in used]
         self.records: dict[str, SignalRecord] = {}
         for where, term in used:
-            if isinstance(term, SoftTerm):
+            if isinstance(term, MaskedKLTerm):
+                check_masked_signal(where, term, signals, source)
+            elif isinstance(term, SoftTerm):
                 check_soft_signal(where, term, signals, source, target)
             elif isinstance(term, LayersTerm):
                 check_layers_signal(where, term, signals.get(term.signal))
@@ -76,6 +79,9 @@ class Objective:
                 path = f"{where}.sample_weight"
                 check_reference_signal(path, weighing, "it", signals, source, target)
                 named.append(weighing)
+            # Where the teacher read masked tokens the student is to read them too.
+            masks = [signals[name].masks for name in named]
+            named += [name for name in masks if name is not None]
             self.records |= {name: signals[name] for name in named}
         kinds = [term.loss for term in self.terms]
         self.names = [
@@ -91,8 +97,8 @@ class Objective:
     @property
     def soft_labels(self) -> dict[str, LogitsRecord]:
         """Those of them that label the target's tokens."""
-        found = self.records.items()
-        return {name: one for name, one in found if isinstance(one, LogitsRecord)}
+        found = {n: one for n, one in self.records.items() if isinstance(one, LogitsRecord)}
+        return {name: one for name, one in found.items() if one.masks is None}
 
     def vocab_size(self, student_rows: int) -> int:
         """Ids the losses are over: the student's, without rows that no teacher knows of.
@@ -134,8 +140,9 @@ def weighing_signal(where: str, term: Term) -> str | None:
     """
     if term.sample_weight is None:
         return None
-    if term.sample_weight.signal is None and not isinstance(term, SoftTerm):
+    own = isinstance(term, SoftTerm) and not isinstance(term, MaskedKLTerm)
+    if term.sample_weight.signal is None and not own:
         raise RecipeError(
-            f"{where}.sample_weight.signal: is missing; {term.loss} has no logits signal of its own"
+            f"{where}.sample_weight.signal: is missing; {term.loss} has no labels of the target"
         )
     return term.sample_weight.signal or term.signal  # type: ignore[union-attr]

@@ -88,6 +88,16 @@ def check_soft_signal(
         IdentityError: it labels other streams than the student reads.
     """
     record = check_reference_signal(where, term.signal, term.loss, signals, source, target)
+    check_tails(where, term, record)
+    return record
+
+
+def check_tails(where: str, term: SoftTerm, record: LogitsRecord) -> None:
+    """Refuse a signal that cannot serve a term at all of its temperatures.
+
+    Raises:
+        RecipeError: it cannot.
+    """
     try:
         tails = [
             resolve_tail(record.codec, record.temperatures, temperature, term.tail)
@@ -111,7 +121,6 @@ def check_soft_signal(
             f"{where}: signal {term.signal!r}: {term.loss} needs a density outside the entries, "
             f"which tail {tails[0]!r} has not; set tail uniform or bucket"
         )
-    return record
 
 
 def check_reference_signal(

@@ -13,15 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcache.formats.signals import AttentionRecord, ClassesRecord, HiddenRecord
+from kdcache.formats.signals import (
+    AttentionRecord,
+    ClassesRecord,
+    HiddenRecord,
+    LogitsRecord,
+    MasksRecord,
+)
 from kdcache.labels import CodedLabels
-from kdcache.recipe import CrossEntropyTerm, LayersTerm, ScoreMSETerm, SoftTerm, Term
-from kdcache.train.batches.batch import Batch, DenseRows, Scores
+from kdcache.recipe import CrossEntropyTerm, LayersTerm, MaskedKLTerm, ScoreMSETerm, SoftTerm, Term
+from kdcache.train.batches.batch import Batch, DenseRows, Masked, Scores
 from kdcache.train.losses.fused_loss import LossTerm, fused_loss, hard_target
 from kdcache.train.losses.layer_terms import LayersLoss, ScoresLoss
 from kdcache.train.losses.linear_loss import DivergenceTerm, linear_losses
+from kdcache.train.losses.masked_terms import MaskedLoss
 from kdcache.train.losses.objective import Moment, Objective, weighing_signal
 from kdcache.train.losses.soft_terms import DIVERGENCES, sample_factors, soft_target
+from kdcache.train.students.masked_pass import (
+    MaskedPass,
+    changes_nothing,
+    plain_as_masked,
+    run_masked,
+)
 from kdcache.train.students.student import output_rows
 from kdcache.train.students.student_outputs import (
     Layers,
@@ -41,7 +54,7 @@ class Distillation(nn.Module):
 
     Attributes:
         student: as given.
-        beside: what terms over layers learn, by the term's number.
+        beside: what terms over layers and masked tokens learn, by the term's number.
         layers: dense signal to the teacher's numbers of the layers that are read.
 
     Raises:
@@ -57,9 +70,18 @@ class Distillation(nn.Module):
         self.beside = nn.ModuleDict()
         self.layers: dict[str, list[int]] = {}
         self._wanted: dict[int, Layers] = {}
+        self._masks: dict[int, str] = {}  # the masks signal of terms over masked inputs
         sides = {"encoder": objective.source, "decoder": objective.target}
+        width = int(getattr(student.config, "d_model", None) or student.config.hidden_size)
         for number, (where, term) in enumerate(zip(objective.paths, objective.terms, strict=True)):
-            if isinstance(term, LayersTerm):
+            if isinstance(term, LayersTerm | MaskedKLTerm):
+                masks = objective.records[term.signal].masks
+                self._masks |= {} if masks is None else {number: masks}
+            if isinstance(term, MaskedKLTerm):
+                labels = objective.records[term.signal]
+                assert isinstance(labels, LogitsRecord)
+                self.beside[str(number)] = MaskedLoss(term, labels, width, seed)
+            elif isinstance(term, LayersTerm):
                 record = objective.records[term.signal]
                 assert isinstance(record, HiddenRecord | AttentionRecord)
                 loss = LayersLoss(where, term, record, sides, student.config, seed)
@@ -70,7 +92,6 @@ class Distillation(nn.Module):
             elif isinstance(term, ScoreMSETerm):
                 classes = objective.records[term.signal]
                 assert isinstance(classes, ClassesRecord)
-                width = int(getattr(student.config, "d_model", None) or student.config.hidden_size)
                 self.beside[str(number)] = ScoresLoss(term, classes, objective.source, width, seed)
         if any(kind == "attention" for _, kind in self._wanted.values()):
             student.set_attn_implementation("eager")  # the others keep no probabilities
@@ -92,33 +113,94 @@ class Distillation(nn.Module):
             The weighted total, a scalar, and [terms] detached values before their weights, 0 for
             those that do not count now.
         """
+        (total,), values = self.split(micro, counts, [moments])
+        return total, values
+
+    def split(
+        self, micro: Batch, counts: Mapping[str, int], groups: Sequence[Sequence[Moment]]
+    ) -> tuple[list[Tensor], Tensor]:
+        """`forward` with a total for each of several groups of terms, of one pass of the student.
+
+        Args:
+            micro: on the student's device.
+            counts: units of the global batch.
+            groups: the terms that count now, each in one of them. The graphs of their totals
+                share what the student computed.
+        """
         target = micro.streams[self.objective.target]
-        read = [self._wanted[one.number] for one in moments if one.number in self._wanted]
-        wanted = list(dict.fromkeys(read))
+        moments = [one for group in groups for one in group]
         outputs = run_student(
             self.student,
             micro.streams[self.objective.source],
             target,
-            list(dict.fromkeys(wanted)),
+            self._layers_of(moments, plain=True),
             self._linear,
         )
-        total = torch.zeros((), device=target.flat.device)
+        passes = self._masked_passes(micro, moments, outputs)
+        totals: list[Tensor] = []
         values: dict[int, Tensor] = {}
-        over_ids = [one for one in moments if str(one.number) not in self.beside]
-        if over_ids:
-            total, found = self._over_ids(micro, counts, over_ids, outputs)
-            values |= {one.number: value for one, value in zip(over_ids, found, strict=True)}
+        alone = len(groups) == 1
+        for group in groups:
+            total = torch.zeros((), device=target.flat.device)
+            over_ids = [one for one in group if str(one.number) not in self.beside]
+            if over_ids:
+                total, found = self._over_ids(micro, counts, over_ids, outputs, alone)
+                values |= {one.number: value for one, value in zip(over_ids, found, strict=True)}
+            for one in group:
+                if str(one.number) in self.beside:
+                    read = passes.get(self._masks.get(one.number, ""), outputs)
+                    value = self._beside(micro, counts, one, read)
+                    total = total + one.weight * value
+                    values[one.number] = value.detach()
+            totals.append(total)
+        none = totals[0].detach().new_zeros(())
+        return totals, torch.stack([values.get(n, none) for n in range(len(self.objective.terms))])
+
+    def _layers_of(self, moments: Sequence[Moment], plain: bool, masks: str = "") -> list[Layers]:
+        """Layers that terms want of the pass over the source, or of one over masked inputs."""
+        found = []
         for one in moments:
-            if str(one.number) not in self.beside:
+            of = self._masks.get(one.number, "")
+            here = (not of or self._unchanged(of)) if plain else of == masks
+            if here and one.number in self._wanted:
+                found.append(self._wanted[one.number])
+        return list(dict.fromkeys(found))
+
+    def _unchanged(self, masks: str) -> bool:
+        """Whether masked inputs are the source itself."""
+        record = self.objective.records[masks]
+        assert isinstance(record, MasksRecord)
+        return changes_nothing(record)
+
+    def _masked_passes(
+        self, micro: Batch, moments: Sequence[Moment], outputs: StudentOutputs
+    ) -> dict[str, MaskedPass]:
+        """The encoder over the masked inputs that terms need, by masks signal."""
+        source, passes = micro.streams[self.objective.source], {}
+        for masks in dict.fromkeys(self._masks.get(one.number, "") for one in moments):
+            if not masks:
                 continue
-            term = self.objective.terms[one.number]
-            count = counts[term.signal]  # type: ignore[union-attr]
-            factors = self._factors(term, micro)
-            value = self.beside[str(one.number)](outputs, micro, factors, count)
-            total = total + one.weight * value
-            values[one.number] = value.detach()
-        none = total.detach().new_zeros(())
-        return total, torch.stack([values.get(n, none) for n in range(len(self.objective.terms))])
+            masked, wanted = micro.signals[masks], self._layers_of(moments, False, masks)
+            assert isinstance(masked, Masked)
+            if self._unchanged(masks):
+                passes[masks] = plain_as_masked(outputs, source, masked, wanted)
+            else:
+                passes[masks] = run_masked(self.student, source, masked, wanted)
+        return passes
+
+    def _beside(
+        self,
+        micro: Batch,
+        counts: Mapping[str, int],
+        moment: Moment,
+        outputs: StudentOutputs | MaskedPass,
+    ) -> Tensor:
+        """The loss of a term that may learn something beside the student."""
+        term, module = self.objective.terms[moment.number], self.beside[str(moment.number)]
+        count = counts[term.signal]  # type: ignore[union-attr]
+        more = (moment.temperature,) if isinstance(module, MaskedLoss) else ()
+        loss: Tensor = module(outputs, micro, self._factors(term, micro), count, *more)
+        return loss
 
     def _over_ids(
         self,
@@ -126,8 +208,12 @@ class Distillation(nn.Module):
         counts: Mapping[str, int],
         moments: Sequence[Moment],
         outputs: StudentOutputs,
+        alone: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Total and values of the terms over the vocabulary, in the order of the moments."""
+        """Total and values of the terms over the vocabulary, in the order of the moments.
+
+        `alone` says that nothing else needs the logits afterwards.
+        """
         labels = micro.streams[self.objective.target].flat
         share = 1 / max(1, counts[self.objective.target])
         sums: list[LossTerm] = []
@@ -152,12 +238,16 @@ class Distillation(nn.Module):
                 sums.append(made)
             else:
                 others.append(DivergenceTerm(rows, made))
-        total, found = self._mixed(outputs, sums, others)
+        total, found = self._mixed(outputs, sums, others, alone)
         order = [number + len(sums) * late for late, number in places]
         return total, found[order]
 
     def _mixed(
-        self, outputs: StudentOutputs, sums: list[LossTerm], others: list[DivergenceTerm]
+        self,
+        outputs: StudentOutputs,
+        sums: list[LossTerm],
+        others: list[DivergenceTerm],
+        alone: bool,
     ) -> tuple[Tensor, Tensor]:
         """The losses over logits that are made piece by piece, where the student allows that."""
         if outputs.projected is not None:
@@ -169,7 +259,7 @@ class Distillation(nn.Module):
         if logits.shape[1] > self.vocab_size:
             logits = logits[:, : self.vocab_size].contiguous()
         if not others:
-            return fused_loss(logits, sums, inplace=True)
+            return fused_loss(logits, sums, inplace=alone)
         total, values = logits.new_zeros((), dtype=torch.float32), []
         if sums:
             total, found = fused_loss(logits, sums)
@@ -192,7 +282,11 @@ class Distillation(nn.Module):
         assert isinstance(coded, CodedLabels)
         mask = micro.streams[self.objective.target].mask
         factors = sample_factors(term.sample_weight, coded, mask)  # [B]
-        if isinstance(term, CrossEntropyTerm | SoftTerm):
+        if isinstance(term, MaskedKLTerm):
+            masked = micro.signals[self._masks[self.objective.terms.index(term)]]
+            assert isinstance(masked, Masked)
+            counts = masked.counts.sum(1)
+        elif isinstance(term, CrossEntropyTerm | SoftTerm):
             counts = mask.sum(1)
         else:
             described = micro.signals[term.signal]
