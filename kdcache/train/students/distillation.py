@@ -20,8 +20,9 @@ from kdcache.train.batches.batch import Batch, DenseRows, Scores
 from kdcache.train.losses.fused_loss import LossTerm, fused_loss, hard_target
 from kdcache.train.losses.layer_terms import LayersLoss, ScoresLoss
 from kdcache.train.losses.linear_loss import DivergenceTerm, linear_losses
-from kdcache.train.losses.objective import Moment, Objective, weighing_signal
+from kdcache.train.losses.objective import Moment, Objective, Part
 from kdcache.train.losses.soft_terms import DIVERGENCES, sample_factors, soft_target
+from kdcache.train.students.hypothesis_pass import decode_again
 from kdcache.train.students.student import output_rows
 from kdcache.train.students.student_outputs import (
     Layers,
@@ -84,7 +85,7 @@ class Distillation(nn.Module):
         up to the mean, however it was cut.
 
         Args:
-            micro: on the student's device.
+            micro: on the student's device, with the hypotheses that are predicted as streams.
             counts: units of the global batch, see `GlobalBatch`.
             moments: the terms that count now.
 
@@ -92,58 +93,80 @@ class Distillation(nn.Module):
             The weighted total, a scalar, and [terms] detached values before their weights, 0 for
             those that do not count now.
         """
-        target = micro.streams[self.objective.target]
         read = [self._wanted[one.number] for one in moments if one.number in self._wanted]
         wanted = list(dict.fromkeys(read))
-        outputs = run_student(
-            self.student,
-            micro.streams[self.objective.source],
-            target,
-            list(dict.fromkeys(wanted)),
-            self._linear,
-        )
-        total = torch.zeros((), device=target.flat.device)
+        predicted = self._predicted(moments, wanted)
+        source, first = micro.streams[self.objective.source], next(iter(predicted))
+        outputs = run_student(self.student, source, micro.streams[first], wanted, self._linear)
+        total = torch.zeros((), device=source.flat.device)
         values: dict[int, Tensor] = {}
-        over_ids = [one for one in moments if str(one.number) not in self.beside]
-        if over_ids:
-            total, found = self._over_ids(micro, counts, over_ids, outputs)
-            values |= {one.number: value for one, value in zip(over_ids, found, strict=True)}
+        for stream, terms in predicted.items():
+            decoded = outputs
+            if stream != first:
+                target = micro.streams[stream]
+                decoded = decode_again(self.student, source, outputs, target, self._linear)
+            if terms:
+                part, found = self._over_ids(micro, counts, stream, terms, decoded)
+                total = total + part
+                for (one, _), value in zip(terms, found, strict=True):
+                    values[one.number] = values.get(one.number, 0) + value
         for one in moments:
             if str(one.number) not in self.beside:
                 continue
             term = self.objective.terms[one.number]
-            count = counts[term.signal]  # type: ignore[union-attr]
-            factors = self._factors(term, micro)
+            count = self.objective.count(one.number, counts)
+            factors = self._factors(term, micro, None)
             value = self.beside[str(one.number)](outputs, micro, factors, count)
             total = total + one.weight * value
             values[one.number] = value.detach()
         none = total.detach().new_zeros(())
         return total, torch.stack([values.get(n, none) for n in range(len(self.objective.terms))])
 
+    def _predicted(
+        self, moments: Sequence[Moment], wanted: Sequence[Layers]
+    ) -> dict[str, list[tuple[Moment, Part]]]:
+        """What the decoder predicts now, stream by stream, to the terms over its vocabulary.
+
+        The reference comes first, where anything is over it. What a decoder does on its way is
+        looked at there.
+        """
+        found: dict[str, list[tuple[Moment, Part]]] = {}
+        parts = [(one, part) for one in moments for part in self.objective.parts[one.number]]
+        streams = [part.stream for _, part in parts]
+        sides = [side for side, _ in wanted]
+        target = self.objective.target
+        if not streams or target in streams or "decoder" in sides:
+            found[target] = []
+        for one, part in parts:
+            found.setdefault(part.stream, []).append((one, part))
+        return found
+
     def _over_ids(
         self,
         micro: Batch,
         counts: Mapping[str, int],
-        moments: Sequence[Moment],
+        stream: str,
+        parts: Sequence[tuple[Moment, Part]],
         outputs: StudentOutputs,
     ) -> tuple[Tensor, Tensor]:
-        """Total and values of the terms over the vocabulary, in the order of the moments."""
-        labels = micro.streams[self.objective.target].flat
-        share = 1 / max(1, counts[self.objective.target])
+        """Total and values of the terms over the tokens of a stream, in their order."""
+        labels = micro.streams[stream].flat
         sums: list[LossTerm] = []
         others: list[DivergenceTerm] = []
         places: list[tuple[bool, int]] = []  # whether among the others, and which of them
-        for one in moments:
+        for one, part in parts:
             term = self.objective.terms[one.number]
+            share = 1 / self.objective.count(one.number, counts)
             if isinstance(term, CrossEntropyTerm):
                 target = hard_target(labels, self.vocab_size, term.label_smoothing)
             else:
                 assert isinstance(term, SoftTerm)
-                coded = micro.signals[term.signal]
+                assert part.signal is not None
+                coded = micro.signals[part.signal]
                 assert isinstance(coded, CodedLabels)
                 target = soft_target(coded, term, one.temperature, self.vocab_size)
             row_weight = torch.full((len(labels),), share, device=labels.device)
-            factors = self._factors(term, micro)
+            factors = self._factors(term, micro, part)
             row_weight = row_weight if factors is None else row_weight * factors
             made = LossTerm(target, one.temperature, one.weight, row_weight)
             rows = DIVERGENCES.get(term.loss)
@@ -183,18 +206,20 @@ class Distillation(nn.Module):
             values.append(value.detach())
         return total, torch.stack(values)
 
-    def _factors(self, term: Term, micro: Batch) -> Tensor | None:
-        """[R] factors of the units of a term; None where all count alike."""
-        weighing = weighing_signal("", term)
-        if weighing is None or term.sample_weight is None:
+    def _factors(self, term: Term, micro: Batch, part: Part | None) -> Tensor | None:
+        """[R] factors of the units of a term, or of its part; None where all count alike."""
+        if term.sample_weight is None:
             return None
+        weighing = term.sample_weight.signal or (None if part is None else part.signal)
+        assert weighing is not None  # or the objective is refused
         coded = micro.signals[weighing]
         assert isinstance(coded, CodedLabels)
-        mask = micro.streams[self.objective.target].mask
+        mask = micro.streams[self.objective.stream_of(weighing)].mask
         factors = sample_factors(term.sample_weight, coded, mask)  # [B]
-        if isinstance(term, CrossEntropyTerm | SoftTerm):
-            counts = mask.sum(1)
+        if part is not None:
+            counts = micro.streams[part.stream].mask.sum(1)
         else:
+            assert isinstance(term, LayersTerm | ScoreMSETerm)
             described = micro.signals[term.signal]
             assert isinstance(described, DenseRows | Scores)
             counts = described.counts
