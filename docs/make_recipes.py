@@ -34,6 +34,13 @@ kdcache dump word-level --out CACHE --dump.signals.logits.codec '{name: topk, k:
 
 Paths of files are relative to the directory that the command runs in.
 
+A recipe may begin with `extends: OTHER`, a built-in recipe or a path beside the file, and then says
+only what differs: mappings are merged key by key, lists and plain values take the place of what was
+there.
+
+Built-in recipes come at two scales: `-paper` has the sizes and the schedule that were published,
+`-small` trains on a laptop. A name without an ending, as `word-level`, is the small one.
+
 ## Built in
 
 """

@@ -226,9 +226,51 @@ def test_bad_files_name_file_and_line(content: bytes, expected: str, tmp_path: P
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_recipe_lists_the_built_in_ones(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="built in: no-kd, word-level"):
+def test_a_missing_recipe_says_where_there_are_some(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"no such file .* `kdcache recipes` lists them"):
         load_recipe(str(tmp_path / "word-level"))
+
+
+def test_a_name_without_a_scale_is_the_small_one() -> None:
+    assert load_recipe("word-level") == load_recipe("word-level-small")
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_recipe_extends_another(tmp_path: Path) -> None:
+    (tmp_path / "deeper").mkdir()
+    written(tmp_path / "base.yaml", "extends: no-kd\nname: base\ntrain: {seed: 7, max_steps: 5}\n")
+    own = written(
+        tmp_path / "deeper" / "own.yaml",
+        "extends: ../base.yaml\nname: own\ntrain:\n  max_steps: 9\n  student:\n"
+        "    config: {d_model: 64}\n  objective: [{loss: cross_entropy, weight: 0.5}]\n",
+    )
+    found, base = load_recipe(str(own)), load_recipe("no-kd-small")
+    assert (found.name, found.description) == ("own", base.description)
+    assert (found.train.seed, found.train.max_steps) == (7, 9)
+    assert [term.weight for term in found.train.objective] == [0.5]
+    assert found.train.student is not None
+    assert base.train.student is not None
+    assert found.train.student.config == base.train.student.config | {"d_model": 64}
+    assert found.dump == base.dump
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("extends: there.yaml\n", r"own.yaml: extends there.yaml: no such file .* lists them"),
+        ("extends: [no-kd]\n", r"extends is \['no-kd'\]; expected a built-in recipe or a path"),
+        ("extends: own.yaml\n", r"own.yaml: extends itself"),
+        ("extends: list.yaml\n", r"own.yaml: extends list.yaml: a recipe is a mapping"),
+    ],
+)
+def test_what_cannot_be_extended(text: str, expected: str, tmp_path: Path) -> None:
+    written(tmp_path / "list.yaml", "[1]\n")
+    with pytest.raises(RecipeError, match=expected):
+        load_recipe(str(written(tmp_path / "own.yaml", text)))
 
 
 def test_a_file_wins_over_a_built_in_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

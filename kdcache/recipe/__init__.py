@@ -8,7 +8,6 @@ edit the YAML tree before it is validated, so an override is checked like the fi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
@@ -24,6 +23,7 @@ from kdcache.recipe.dump import (
     signal_streams,
 )
 from kdcache.recipe.faults import describe
+from kdcache.recipe.files import builtin_names, read_file
 from kdcache.recipe.objective import (
     AttentionMSETerm,
     CrossEntropyTerm,
@@ -65,10 +65,9 @@ from kdcache.recipe.train import (
     TrainSection,
     ValidationSection,
 )
-from kdcache.recipe.tree import override, read_yaml, write_yaml
+from kdcache.recipe.tree import override, write_yaml
 
 __all__ = [
-    "RECIPES",
     "AttentionMSETerm",
     "AttentionSignal",
     "BeamsSignal",
@@ -137,40 +136,17 @@ class Recipe(Section):
     )
 
 
-RECIPES = Path(__file__).parent.parent / "recipes"
-
-
-def builtin_names() -> list[str]:
-    """Names of the recipes shipped with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
 def load_recipe(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
     """Read a recipe file, or a built-in recipe by name, and apply overrides.
 
     Args:
-        name_or_path: a YAML file, or a name from `builtin_names`.
+        name_or_path: a YAML file, or a name from `builtin_names`, whose `-small` may be left out.
         overrides: (dotted path, YAML text) pairs, applied in order.
 
     Raises:
         RecipeError: with file and path of every fault.
     """
-    path = Path(name_or_path)
-    if name_or_path in builtin_names() and not path.is_file():
-        path = RECIPES / f"{name_or_path}.yaml"
-    if not path.is_file():
-        raise RecipeError(
-            f"{name_or_path}: no such file and no built-in recipe of that name; "
-            f"built in: {', '.join(builtin_names())}"
-        )
-    try:
-        tree = read_yaml(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{name_or_path}: not UTF-8 at byte {error.start}") from None
-    except RecipeError as error:
-        raise RecipeError(f"{name_or_path}: {error}") from None
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{name_or_path}: a recipe is a mapping, found {type(tree).__name__}")
+    tree = read_file(name_or_path)
     for dotted, text in overrides:
         override(tree, dotted, text)
     return parse_recipe(tree, where=name_or_path)

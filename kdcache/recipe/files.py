@@ -1,0 +1,91 @@
+"""Recipe files: the built-in ones by name, and those that extend another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kdcache.errors import RecipeError
+from kdcache.recipe.tree import read_yaml
+
+_BUILTIN = Path(__file__).parent.parent / "recipes"
+#: Ending of the recipes that a name without a scale means.
+_DEFAULT_SCALE = "-small"
+
+
+def builtin_names() -> list[str]:
+    """Names of the recipes shipped with the package."""
+    return sorted(path.stem for path in _BUILTIN.glob("*.yaml"))
+
+
+def read_file(name_or_path: str) -> dict[str, Any]:
+    """Plain values of a recipe file, on top of those of the recipe that it extends.
+
+    Mappings are merged key by key; lists and plain values take the place of what was there.
+
+    Args:
+        name_or_path: a YAML file, or the name of a built-in recipe.
+
+    Raises:
+        RecipeError: there is no such file, it is no mapping in YAML, or it extends itself.
+    """
+    return _read(name_or_path, Path(), ())
+
+
+def _read(name_or_path: str, folder: Path, below: tuple[Path, ...]) -> dict[str, Any]:
+    """A recipe file.
+
+    Args:
+        name_or_path: what `extends` says, or the user.
+        folder: that a path is relative to.
+        below: files that extend this one.
+    """
+    path, shown = _find(name_or_path, folder), name_or_path
+    if path in below:
+        raise RecipeError(f"{below[0]}: extends itself, by way of {path}; take one `extends` out")
+    if below:
+        shown = f"{below[-1]}: extends {name_or_path}"
+    if not path.is_file():
+        raise RecipeError(
+            f"{shown}: no such file and no built-in recipe of that name; "
+            "`kdcache recipes` lists them"
+        )
+    try:
+        tree = read_yaml(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{shown}: not UTF-8 at byte {error.start}") from None
+    except RecipeError as error:
+        raise RecipeError(f"{shown}: {error}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{shown}: a recipe is a mapping, found {type(tree).__name__}")
+    if "extends" not in tree:
+        return tree
+    base = tree.pop("extends")
+    if not isinstance(base, str):
+        raise RecipeError(
+            f"{shown}: extends is {base!r}; expected a built-in recipe or a path beside the file"
+        )
+    return _merged(_read(base, path.parent, (*below, path)), tree)
+
+
+def _find(name_or_path: str, folder: Path) -> Path:
+    """The file that a name or a path means; what is there comes before what is built in."""
+    path = folder / name_or_path
+    if not path.is_file():
+        for name in (name_or_path, name_or_path + _DEFAULT_SCALE):
+            if name in builtin_names():
+                return _BUILTIN / f"{name}.yaml"
+    return path
+
+
+def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree with another laid over it."""
+    found = dict(base)
+    for key, value in own.items():
+        under = found.get(key)
+        if isinstance(under, dict) and isinstance(value, dict):
+            found[key] = _merged(under, value)
+        else:
+            found[key] = value
+    return found
