@@ -23,7 +23,8 @@ STEPS = 4
 JUMPS = [{"step": 2, "value": 0.0}, {"step": 4, "value": 0.1}]
 TERMS = [
     {"loss": "cross_entropy", "weight": 0.5},
-    {"loss": "forward_kl", "weight": 0.7, "signal": "targets"},
+    {"loss": "forward_kl", "weight": 0.7, "signal": ["targets", "best"]},
+    {"loss": "cross_entropy", "weight": 0.3, "hypotheses": "beams"},
     {"loss": "jensen_shannon", "weight": 0.3, "signal": "targets"},
     {
         "loss": "hidden_mse",
