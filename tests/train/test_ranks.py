@@ -23,7 +23,7 @@ STEPS = 4
 JUMPS = [{"step": 2, "value": 0.0}, {"step": 4, "value": 0.1}]
 TERMS = [
     {"loss": "cross_entropy", "weight": 0.5},
-    {"loss": "forward_kl", "weight": 0.7, "signal": "targets"},
+    {"loss": "forward_kl", "weight": 0.7, "signal": ["targets", "best"]},
     {"loss": "jensen_shannon", "weight": 0.3, "signal": "targets"},
     {
         "loss": "hidden_mse",
@@ -33,6 +33,7 @@ TERMS = [
         "weight_schedule": {"shape": "steps", "jumps": JUMPS},
     },
     {"loss": "attention_mse", "weight": 3.0, "signal": "attention"},
+    {"loss": "cross_entropy", "weight": 0.3, "hypotheses": "beams"},
 ]
 #: Over pairs of texts, some of which have scores.
 SCORED = [{"loss": "cross_entropy"}, {"loss": "score_mse", "weight": 0.4, "signal": "nli"}]

@@ -179,9 +179,7 @@ def check_layers_signal(where: str, term: LayersTerm, record: SignalRecord | Non
     kind = AttentionRecord if isinstance(term, AttentionMSETerm) else HiddenRecord
     name = "attention" if kind is AttentionRecord else "hidden"
     if not isinstance(record, kind):
-        found = f"{where}.signal: {_found(term.signal, record)}; expected kind {name}"
-        advice = f": dump {term.signal}: {{kind: {name}, stream: ...}}" if record is None else ""
-        raise RecipeError(found + advice)
+        raise RecipeError(f"{where}.signal: {_unfit(term.signal, record, name)}")
     if isinstance(record, HiddenRecord) and record.pool != "none":
         raise RecipeError(
             f"{where}.signal: {term.signal!r} is pooled ({record.pool}); {term.loss} needs the "
@@ -199,7 +197,7 @@ def check_scores_signal(
         IdentityError: it describes another stream.
     """
     if not isinstance(record, ClassesRecord):
-        raise RecipeError(f"{where}.signal: {_found(term.signal, record)}; expected kind classes")
+        raise RecipeError(f"{where}.signal: {_unfit(term.signal, record, 'classes')}")
     if record.masks:
         raise RecipeError(
             f"{where}.signal: {term.signal!r} is of masked inputs; score_mse needs plain ones"
@@ -211,8 +209,11 @@ def check_scores_signal(
         )
 
 
-def _found(name: str, record: SignalRecord | None) -> str:
-    return f"cache has no signal {name!r}" if record is None else f"{name!r} is {record.kind}"
+def _unfit(name: str, record: SignalRecord | None, kind: str) -> str:
+    """What is wrong with a signal that is not of a kind, and what to dump."""
+    if record is not None:
+        return f"{name!r} is {record.kind}; expected kind {kind}"
+    return f"cache has no signal {name!r}; dump one of kind {kind} (dump.signals.{name})"
 
 
 def _pairs(
@@ -234,7 +235,7 @@ def _pairs(
         if missing:
             raise RecipeError(
                 f"{where}.layers: teacher layer {missing[0]}; signal {term.signal!r} has {have}; "
-                "dump it with that layer"
+                f"dump it with that layer (dump.signals.{term.signal}.layers)"
             )
     return [(pair.student, pair.teacher) for pair in term.layers]
 

@@ -16,6 +16,7 @@ from kdcache.formats.cache import open_cache
 from kdcache.models import resolve_device
 from kdcache.progress import progress
 from kdcache.recipe import Recipe
+from kdcache.train.batches.hypotheses import with_hypotheses
 from kdcache.train.batches.stream import GlobalBatch
 from kdcache.train.losses.schedule import learning_rate
 from kdcache.train.runs.canary import check_batch
@@ -119,8 +120,9 @@ class Loop:
                 if seen < CANARY_BATCHES:
                     with trainer.ranks.together():
                         for micro in batch.micro:
-                            names = list(trainer.objective.soft_labels)
-                            check_batch(micro, self.section.target, names)
+                            whole = with_hypotheses(micro, trainer.objective.hypotheses, None)
+                            for stream, names in trainer.objective.labelled.items():
+                                check_batch(whole, stream, names)
                 trainer.step(batch)
                 seen += 1
                 self._after(batch)
@@ -221,7 +223,9 @@ class Loop:
             "steps": state.step,
             "epochs": last.pop("epoch", -1) + 1,
             "tokens": state.tokens,
-            "parameters": sum(p.numel() for p in self.trainer.model.parameters()),
+            "parameters": sum(
+                p.numel() for p in self.trainer.model.parameters() if p.requires_grad
+            ),
             "loss": last.get("loss"),
             "best_step": state.step if state.best_step is None else state.best_step,
             "best_dev_loss": state.best_loss,

@@ -23,6 +23,7 @@ from kdcache.formats.keyed import text_key
 from kdcache.models import load_tokenizer, resolve_device
 from kdcache.recipe import StudentSection, TrainSection
 from kdcache.train.batches.batch import Batch
+from kdcache.train.batches.hypotheses import with_hypotheses
 from kdcache.train.batches.mix import MixedStream, batch_stream
 from kdcache.train.batches.order import ORDER_VERSION
 from kdcache.train.batches.stream import BatchStream, GlobalBatch
@@ -49,7 +50,11 @@ from kdcache.train.students.student import (
     max_positions,
     save_student,
 )
-from kdcache.train.students.two_tokenizers import save_source_tokenizer, source_files
+from kdcache.train.students.two_tokenizers import (
+    check_source_tokenizer,
+    save_source_tokenizer,
+    source_files,
+)
 from kdcache.train.students.vocabulary import KnownIds, check_tokenizer, tokenizer_files
 
 #: Below this loss scale gradients that are not finite are no matter of float16.
@@ -93,11 +98,13 @@ class Trainer:
             Objective(section.objective, other.signals, section.source, section.target)
         self.tokenizer = cache.stream(section.target).tokenizer
         own = check_tokenizer(section.student, cache, self.tokenizer)
+        sides = (section.source, section.target)
+        own_source = check_source_tokenizer(section.student, cache, *sides)
         self.model = self._build(section.student)
         unknown = section.student.path is not None and not own
-        self.ids = KnownIds.of(self.model, cache, section.source, section.target, unknown)
+        self.ids = KnownIds.of(self.model, cache, *sides, unknown)
         self.tokenizer_files = tokenizer_files(cache, self.ids, own)
-        self.source_files = source_files(cache, section.source, section.target)
+        self.source_files = source_files(cache, self.ids, own_source)
         self.max_positions = max_positions(self.model)
         self.distillation = Distillation(self.model, self.objective, section.seed)
         if section.parallel == "fsdp" and ranks.world > 1:
@@ -121,9 +128,11 @@ class Trainer:
         """The student, over all ids that the streams and teachers have."""
         section, cache = self.section, self.cache
         streams = [cache.stream(section.source), cache.stream(section.target)]
+        source, target = (cache.tokenizer(stream.tokenizer) for stream in streams)
         teachers = [record.vocab_size for record in self.objective.soft_labels.values()]
-        vocab_size = max([*(stream.vocab_size for stream in streams), *teachers])
-        model = build_student(student, cache.tokenizer(self.tokenizer), vocab_size, section.seed)
+        vocab_size = max([streams[1].vocab_size, *teachers])
+        other = None if source.digest == target.digest else source
+        model = build_student(student, target, vocab_size, section.seed, other)
         if section.activation_checkpointing:
             checkpoint_activations(model)
         return model
@@ -258,6 +267,7 @@ class Trainer:
         self, micro: Batch, counts: Mapping[str, int], moments: Sequence[Moment]
     ) -> tuple[list[Tensor], Tensor]:
         """Weighted total, with a gate two of them, and unweighted terms of one micro-batch."""
+        micro = with_hypotheses(micro, self.objective.hypotheses, self.max_positions)
         longest = max(tokens.ids.shape[1] for tokens in micro.streams.values())
         if self.max_positions is not None and longest > self.max_positions:
             raise ModelError(
@@ -316,11 +326,9 @@ class Trainer:
                 f"streams read {', '.join(missing)} too"
             )
         batches = list(read_corpus(section.corpus))
-        for stream in streams:
-            directory = self.cache.tokenizer_dir(stream.tokenizer)
-            if stream.tokenizer == self.tokenizer:
-                directory = self.tokenizer_files[0].parent
-            tokenizer = load_tokenizer(directory)
+        files = [self.source_files or self.tokenizer_files, self.tokenizer_files]
+        for stream, own in zip(streams, files, strict=True):
+            tokenizer = load_tokenizer(own[0].parent)
             texts = [text for batch in batches for text in batch.fields[stream.field]]
             sides.append(encode(tokenizer, texts, stream.target))
         pairs = TokenPairs(*sides).within(self.max_positions)

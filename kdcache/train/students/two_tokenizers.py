@@ -13,7 +13,9 @@ from typing import Any
 
 from kdcache.formats.cache import Cache
 from kdcache.models import load_tokenizer
-from kdcache.train.students.vocabulary import cache_tokenizer_files
+from kdcache.recipe import StudentSection
+from kdcache.tokenizers import has_tokenizer
+from kdcache.train.students.vocabulary import KnownIds, cache_tokenizer_files, check_tokenizer
 
 #: Folder of a student's directory with the tokenizer of what it reads.
 SOURCE_FOLDER = "source_tokenizer"
@@ -48,17 +50,52 @@ class TwoTokenizers:
         return found
 
 
-def source_files(cache: Cache, source: str, target: str) -> list[Path]:
+def check_source_tokenizer(
+    section: StudentSection, cache: Cache, source: str, target: str
+) -> list[Path]:
+    """Refuse a student whose own tokenizer gives the ids that it reads other meanings.
+
+    Args:
+        section: the recipe's student.
+        cache: an open cache.
+        source: name of the stream that is read.
+        target: name of the stream that is written; its tokenizer is checked elsewhere.
+
+    Returns:
+        Files of the student's own source tokenizer; none where that is no other than its target's.
+
+    Raises:
+        IdentityError: its tokenizer is neither the cache's, nor a prefix or a padding of it.
+        ModelError: transformers cannot load its tokenizer.
+    """
+    if section.path is None:
+        return []
+    has_own = has_tokenizer(Path(section.path).expanduser() / SOURCE_FOLDER)
+    if not has_own and _same_tokenizer(cache, source, target):
+        return []
+    name = cache.stream(source).tokenizer
+    return check_tokenizer(section, cache, name, SOURCE_FOLDER if has_own else "")
+
+
+def source_files(cache: Cache, ids: KnownIds, own: Sequence[Path]) -> list[Path]:
     """Files of the tokenizer of what is read; none where it is that of what is written.
 
     Args:
         cache: an open cache.
-        source: name of the stream that is read.
-        target: name of the stream that is written.
+        ids: that the student has.
+        own: from `check_source_tokenizer`.
     """
+    if own and ids.source_rows is not None:
+        return list(own)
+    if _same_tokenizer(cache, ids.source, ids.target):
+        return []
+    return cache_tokenizer_files(cache, cache.stream(ids.source).tokenizer)
+
+
+def _same_tokenizer(cache: Cache, source: str, target: str) -> bool:
+    """Whether two streams have one tokenizer, under whatever names."""
     names = [cache.stream(stream).tokenizer for stream in (source, target)]
-    digests = {cache.tokenizer(name).digest for name in names}
-    return [] if len(digests) == 1 else cache_tokenizer_files(cache, names[0])
+    return len({cache.tokenizer(name).digest for name in names}) == 1
 
 
 def save_source_tokenizer(files: Sequence[Path], out: Path) -> None:
