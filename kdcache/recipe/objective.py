@@ -219,6 +219,20 @@ class LogitMSETerm(SoftTerm):
     )
 
 
+class MaskedKLTerm(SoftTerm):
+    """Mean KL(teacher || classifier) at masked source tokens (the mask task).
+
+    The student's encoder reads what the teacher read: a second pass over the masked source, or
+    none where the masks change no token. A linear classifier over the teacher's vocabulary stands
+    on its last states and is learned beside the student.
+    """
+
+    loss: Literal["masked_kl"] = Field("masked_kl", description="Which term this is.")
+    signal: Identifier = Field(
+        description="Name of a logits signal at masked tokens of the stream that the encoder reads."
+    )
+
+
 def _listed(value: object) -> object:
     """One layer is a list of one."""
     return [value] if isinstance(value, int) and not isinstance(value, bool) else value
@@ -252,13 +266,16 @@ class LayersTerm(TermSection):
 
 
 class HiddenMSETerm(LayersTerm):
-    """Mean squared difference of hidden states, over tokens and features."""
+    """Mean squared difference of hidden states, over tokens and features.
+
+    Where the signal is of masked inputs, the student's encoder reads them too.
+    """
 
     loss: Literal["hidden_mse"] = Field("hidden_mse", description="Which term this is.")
 
 
 class HiddenCosineTerm(LayersTerm):
-    """Mean of 1 - cosine similarity of hidden states, over tokens."""
+    """Mean of 1 - cosine similarity of hidden states, over tokens; masked inputs as hidden_mse."""
 
     loss: Literal["hidden_cosine"] = Field("hidden_cosine", description="Which term this is.")
 
@@ -286,6 +303,7 @@ Term = Annotated[
     | JensenShannonTerm
     | TotalVariationTerm
     | LogitMSETerm
+    | MaskedKLTerm
     | HiddenMSETerm
     | HiddenCosineTerm
     | AttentionMSETerm

@@ -111,6 +111,28 @@ class CacheShare(Section):
     )
 
 
+class GateSection(Section):
+    """Where distillation works against the rest of the objective, it is left out.
+
+    For every module of the encoder by itself: the gradient of the gated terms counts where its
+    inner product with that of all other terms is above 0 (the gradient optimisation mechanism).
+    Decoder, output projection, what is shared with them and what terms learn beside the student
+    take all gradients.
+    """
+
+    terms: list[StrictInt | Identifier] = Field(
+        min_length=1,
+        description="The gated terms, by number in train.objective, from 0, or by the name of "
+        "their loss, which is all of that name.",
+    )
+    module: Literal["parameter", "sublayer", "layer"] = Field(
+        "sublayer",
+        description="What is tested by itself: every tensor, every attention and feed-forward "
+        "block with its norm, or every layer. What lies outside the layers and is the encoder's "
+        "own (embeddings, a last norm) is a module each.",
+    )
+
+
 class TrainSection(Section):
     """What `kdcache train` does."""
 
@@ -125,6 +147,9 @@ class TrainSection(Section):
     target: Identifier = Field("tgt", description="Stream the student predicts.")
     objective: list[Term] = Field(
         default_factory=list, description="Terms of the loss, which is their weighted sum."
+    )
+    gate: GateSection | None = Field(
+        None, description="Keep distillation where it does not work against the rest; null: always."
     )
     max_steps: PositiveInt = Field(10_000, description="Optimiser steps.")
     max_epochs: PositiveInt | None = Field(

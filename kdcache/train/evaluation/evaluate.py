@@ -18,10 +18,12 @@ from kdcache.corpus import read_corpus
 from kdcache.errors import CorpusError, IdentityError, ModelError, RecipeError
 from kdcache.formats.identity import sample_id
 from kdcache.formats.stores.commit import storage_errors, write_data
-from kdcache.models import load_tokenizer, quiet_transformers, resolve_device
+from kdcache.models import quiet_transformers, resolve_device
 from kdcache.recipe import CorpusSection, EvaluateSection, Recipe, load_recipe
 from kdcache.train.evaluation.translate import translate
 from kdcache.train.runs.validate import score, score_shuffled
+from kdcache.train.students.student import fixed_tables
+from kdcache.train.students.two_tokenizers import load_tokenizers
 
 RESULT = "evaluation.json"
 HYPOTHESES = "hypotheses.txt"
@@ -169,20 +171,24 @@ def paired_test(
 
 
 def count_parameters(model: Any) -> dict[str, int]:
-    """Parameters in all, shared ones once, and those that are no embedding or output matrix."""
+    """Learned parameters, shared ones once, and those of them in no embedding or output matrix.
+
+    Fixed tables, such as Marian's sinusoidal positions, are not counted: papers do not.
+    """
     embeddings = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
     }
     output = model.get_output_embeddings()
     if output is not None:
         embeddings.add(id(output.weight))
-    sizes = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    fixed = {id(table) for table in fixed_tables(model)}
+    sizes = {id(one): one.numel() for one in model.parameters() if id(one) not in fixed}
     rest = sum(size for key, size in sizes.items() if key not in embeddings)
     return {"total": sum(sizes.values()), "without_embeddings": rest}
 
 
 def load_model(path: Path, section: EvaluateSection) -> tuple[Any, Any, Path]:
-    """Model on its device in float32, its tokenizer, and the directory both came from.
+    """Model on its device in float32, its tokenizer (or both), and the directory they came from.
 
     Raises:
         ModelError: the directory holds no model, or the run no such checkpoint.
@@ -206,7 +212,7 @@ def load_model(path: Path, section: EvaluateSection) -> tuple[Any, Any, Path]:
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"{directory}: {str(error).splitlines()[0]}") from None
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizers(directory)
     return model.to(resolve_device(section.device)).eval(), tokenizer, directory
 
 

@@ -20,6 +20,7 @@ from kdcache.formats.signals import AttentionRecord, ClassesRecord, HiddenRecord
 from kdcache.recipe import AttentionMSETerm, HiddenCosineTerm, LayersTerm, ScoreMSETerm
 from kdcache.train.batches.batch import Batch, DenseRows, Scores
 from kdcache.train.losses.feature_losses import attention_mse, hidden_cosine, hidden_mse, score_mse
+from kdcache.train.students.masked_pass import MaskedPass
 from kdcache.train.students.student_outputs import Layers, StudentOutputs, attention_rows
 
 
@@ -81,27 +82,33 @@ class LayersLoss(nn.Module):
                         f"{where}.layers.{number}: fuses the attentions of {layers}; give one layer"
                     )
             elif len(layers) > 1:
-                fusion = _linear(len(layers) * record.width, width, seed, *key, bias=True)
+                fusion = linear(len(layers) * record.width, width, seed, *key, bias=True)
                 self.fusions[str(number)] = fusion
             elif record.width != width:
-                self.projections[str(number)] = _linear(width, record.width, seed, *key)
+                self.projections[str(number)] = linear(width, record.width, seed, *key)
         if isinstance(record, AttentionRecord) and not record.averaged:
             _check_heads(where, record, config)
 
     def forward(
-        self, outputs: StudentOutputs, batch: Batch, row_weight: Tensor | None, count: int
+        self,
+        outputs: StudentOutputs | MaskedPass,
+        batch: Batch,
+        row_weight: Tensor | None,
+        count: int,
     ) -> Tensor:
         """The loss of a micro-batch, over the rows of the whole global batch.
 
         Args:
-            outputs: of the student.
+            outputs: of the student, over masked inputs where the signal is of such.
             batch: what it read.
             row_weight: [R] factors of the rows; None: 1.
             count: rows of the global batch.
         """
         rows = batch.signals[self.term.signal]
         assert isinstance(rows, DenseRows)
-        teacher, mask = rows.decode(), batch.streams[self._stream].mask
+        teacher = rows.decode()
+        read = batch.streams[self._stream]
+        mask = outputs.mask if isinstance(outputs, MaskedPass) else read.mask
         layers = outputs.layers[self.wanted]
         share = 1 / (max(1, count) * (len(self._pairs) if self.term.over_layers == "mean" else 1))
         weight = teacher.new_full((len(teacher),), share)
@@ -140,7 +147,7 @@ class ScoresLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.term, self._source = term, source
-        self.head = _linear(width, len(record.labels), seed, term.signal, 0, bias=True)
+        self.head = linear(width, len(record.labels), seed, term.signal, 0, bias=True)
 
     def forward(
         self, outputs: StudentOutputs, batch: Batch, row_weight: Tensor | None, count: int
@@ -172,12 +179,11 @@ def check_layers_signal(where: str, term: LayersTerm, record: SignalRecord | Non
     kind = AttentionRecord if isinstance(term, AttentionMSETerm) else HiddenRecord
     name = "attention" if kind is AttentionRecord else "hidden"
     if not isinstance(record, kind):
-        raise RecipeError(f"{where}.signal: {_found(term.signal, record)}; expected kind {name}")
-    if isinstance(record, HiddenRecord) and (record.pool != "none" or record.masks):
-        shown = f"pooled ({record.pool})" if record.pool != "none" else "of masked inputs"
+        raise RecipeError(f"{where}.signal: {_unfit(term.signal, record, name)}")
+    if isinstance(record, HiddenRecord) and record.pool != "none":
         raise RecipeError(
-            f"{where}.signal: {term.signal!r} is {shown}; {term.loss} needs the states of every "
-            "token of plain inputs"
+            f"{where}.signal: {term.signal!r} is pooled ({record.pool}); {term.loss} needs the "
+            "states of every token"
         )
 
 
@@ -191,7 +197,7 @@ def check_scores_signal(
         IdentityError: it describes another stream.
     """
     if not isinstance(record, ClassesRecord):
-        raise RecipeError(f"{where}.signal: {_found(term.signal, record)}; expected kind classes")
+        raise RecipeError(f"{where}.signal: {_unfit(term.signal, record, 'classes')}")
     if record.masks:
         raise RecipeError(
             f"{where}.signal: {term.signal!r} is of masked inputs; score_mse needs plain ones"
@@ -203,8 +209,11 @@ def check_scores_signal(
         )
 
 
-def _found(name: str, record: SignalRecord | None) -> str:
-    return f"cache has no signal {name!r}" if record is None else f"{name!r} is {record.kind}"
+def _unfit(name: str, record: SignalRecord | None, kind: str) -> str:
+    """What is wrong with a signal that is not of a kind, and what to dump."""
+    if record is not None:
+        return f"{name!r} is {record.kind}; expected kind {kind}"
+    return f"cache has no signal {name!r}; dump one of kind {kind} (dump.signals.{name})"
 
 
 def _pairs(
@@ -226,7 +235,7 @@ def _pairs(
         if missing:
             raise RecipeError(
                 f"{where}.layers: teacher layer {missing[0]}; signal {term.signal!r} has {have}; "
-                "dump it with that layer"
+                f"dump it with that layer (dump.signals.{term.signal}.layers)"
             )
     return [(pair.student, pair.teacher) for pair in term.layers]
 
@@ -251,8 +260,16 @@ def _check_heads(where: str, record: AttentionRecord, config: Any) -> None:
         )
 
 
-def _linear(width: int, out: int, seed: int, *key: object, bias: bool = False) -> nn.Linear:
-    """A linear layer with Glorot-uniform weights that are a function of the seed."""
+def linear(width: int, out: int, seed: int, *key: object, bias: bool = False) -> nn.Linear:
+    """A linear layer with Glorot-uniform weights that are a function of the seed.
+
+    Args:
+        width: features that it reads.
+        out: features that it makes.
+        seed: recipe seed.
+        key: what tells it from others of that seed.
+        bias: whether it has one; zeros.
+    """
     layer = nn.Linear(width, out, bias=bias)
     generator = torch.Generator().manual_seed(text_key(seed, "projection", *key) >> 1)
     with torch.no_grad():

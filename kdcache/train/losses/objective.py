@@ -7,10 +7,18 @@ from dataclasses import dataclass
 
 from kdcache.errors import RecipeError
 from kdcache.formats.signals import LogitsRecord, SignalRecord
-from kdcache.recipe import CrossEntropyTerm, LayersTerm, ScoreMSETerm, SoftTerm, Term
+from kdcache.recipe import (
+    CrossEntropyTerm,
+    LayersTerm,
+    MaskedKLTerm,
+    ScoreMSETerm,
+    SoftTerm,
+    Term,
+)
 from kdcache.train.batches.hypotheses import hypothesis_stream
 from kdcache.train.losses.label_signals import check_beams_signal, check_label_signal
 from kdcache.train.losses.layer_terms import check_layers_signal, check_scores_signal
+from kdcache.train.losses.masked_terms import check_masked_signal
 from kdcache.train.losses.schedule import value_at
 from kdcache.train.losses.soft_terms import check_soft_signals
 
@@ -105,14 +113,18 @@ class Objective:
             named = term.hypotheses, term.hypothesis
             check_beams_signal(f"{where}.hypotheses", *named, signals, *streams)
             return [Part(self._read_hypotheses(named, signals), None)]
-        if isinstance(term, SoftTerm):
+        if isinstance(term, MaskedKLTerm):
+            check_masked_signal(where, term, signals, self.source)
+        elif isinstance(term, SoftTerm):
             records = check_soft_signals(where, term, signals, *streams)
             return [Part(self._read_labels(one, signals), one.name) for one in records]
-        if isinstance(term, LayersTerm):
+        elif isinstance(term, LayersTerm):
             check_layers_signal(where, term, signals.get(term.signal))
         else:
             check_scores_signal(where, term, signals.get(term.signal), self.source)
-        self.records[term.signal] = signals[term.signal]
+        # Where the teacher read masked tokens the student is to read them too.
+        masks = signals[term.signal].masks
+        self.records |= {name: signals[name] for name in (term.signal, masks) if name is not None}
         return []
 
     def _read_labels(self, record: LogitsRecord, signals: Mapping[str, SignalRecord]) -> str:
@@ -146,10 +158,11 @@ class Objective:
             number: of the term.
             counts: of a global batch, see `GlobalBatch`.
         """
-        term = self.terms[number]
-        if isinstance(term, LayersTerm | ScoreMSETerm):
-            return max(1, counts[term.signal])
-        return max(1, sum(counts[part.stream] for part in self.parts[number]))
+        term, names = self.terms[number], [part.stream for part in self.parts[number]]
+        if not names:
+            assert isinstance(term, LayersTerm | ScoreMSETerm | MaskedKLTerm)
+            names = [term.signal]
+        return max(1, sum(counts[name] for name in names))
 
     @property
     def signals(self) -> list[str]:
@@ -159,8 +172,8 @@ class Objective:
     @property
     def soft_labels(self) -> dict[str, LogitsRecord]:
         """Those of them that label the target's tokens, or those of a hypothesis."""
-        found = self.records.items()
-        return {name: one for name, one in found if isinstance(one, LogitsRecord)}
+        found = {n: one for n, one in self.records.items() if isinstance(one, LogitsRecord)}
+        return {name: one for name, one in found.items() if one.masks is None}
 
     @property
     def labelled(self) -> dict[str, list[str]]:
@@ -212,8 +225,9 @@ def weighing_signal(where: str, term: Term) -> str | None:
     """
     if term.sample_weight is None:
         return None
-    if term.sample_weight.signal is None and not isinstance(term, SoftTerm):
+    own = isinstance(term, SoftTerm) and not isinstance(term, MaskedKLTerm)
+    if term.sample_weight.signal is None and not own:
         raise RecipeError(
-            f"{where}.sample_weight.signal: is missing; {term.loss} has no logits signal of its own"
+            f"{where}.sample_weight.signal: is missing; {term.loss} has no labels of the target"
         )
     return term.sample_weight.signal

@@ -92,12 +92,16 @@ def check_soft_signals(
         check_label_signal(where, name, term.loss, signals, source, target) for name in term.signals
     ]
     for record in found:
-        _check_served(where, term, record)
+        check_tails(where, term, record)
     return found
 
 
-def _check_served(where: str, term: SoftTerm, record: LogitsRecord) -> None:
-    """Refuse labels that do not reach to what the term asks of them."""
+def check_tails(where: str, term: SoftTerm, record: LogitsRecord) -> None:
+    """Refuse a signal that cannot serve a term at all of its temperatures.
+
+    Raises:
+        RecipeError: it cannot.
+    """
     try:
         tails = [
             resolve_tail(record.codec, record.temperatures, temperature, term.tail)

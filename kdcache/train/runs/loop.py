@@ -166,6 +166,8 @@ class Loop:
         trainer.settle()
         now, (then, tokens) = time.perf_counter(), self._since
         means = [total / state.num_summed for total in state.sums[:-1]]
+        names = trainer.objective.names
+        gated = {} if trainer.gate is None else {"gated": means.pop()}
         moved = state.num_summed - state.num_skipped
         peak, total_steps = section.optimizer.lr, trainer.total_steps
         self.run.log(
@@ -175,7 +177,8 @@ class Loop:
                 **({"cache": batch.cache} if len(trainer.caches) > 1 else {}),
                 **({"shards": batch.shards} if section.while_dumping else {}),
                 "loss": means[0],
-                "terms": dict(zip(trainer.objective.names, means[1:], strict=True)),
+                "terms": dict(zip(names, means[1:], strict=True)),
+                **gated,
                 "lr": learning_rate(section.schedule, peak, state.step, total_steps),
                 "grad_norm": state.sums[-1] / moved if moved else None,
                 **({"skipped": state.num_skipped} if trainer.scaler.is_enabled() else {}),
@@ -220,7 +223,9 @@ class Loop:
             "steps": state.step,
             "epochs": last.pop("epoch", -1) + 1,
             "tokens": state.tokens,
-            "parameters": sum(p.numel() for p in self.trainer.model.parameters()),
+            "parameters": sum(
+                p.numel() for p in self.trainer.model.parameters() if p.requires_grad
+            ),
             "loss": last.get("loss"),
             "best_step": state.step if state.best_step is None else state.best_step,
             "best_dev_loss": state.best_loss,

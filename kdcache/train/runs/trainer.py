@@ -30,6 +30,7 @@ from kdcache.train.batches.stream import BatchStream, GlobalBatch
 from kdcache.train.losses.objective import Moment, Objective
 from kdcache.train.losses.schedule import learning_rate
 from kdcache.train.runs.checkpoint import RunState, publish, tied_weights
+from kdcache.train.runs.gate import Gate
 from kdcache.train.runs.memory import memory_errors
 from kdcache.train.runs.optimizer import build_optimizer
 from kdcache.train.runs.parallel import (
@@ -48,6 +49,11 @@ from kdcache.train.students.student import (
     checkpoint_activations,
     max_positions,
     save_student,
+)
+from kdcache.train.students.two_tokenizers import (
+    check_source_tokenizer,
+    save_source_tokenizer,
+    source_files,
 )
 from kdcache.train.students.vocabulary import KnownIds, check_tokenizer, tokenizer_files
 
@@ -92,15 +98,20 @@ class Trainer:
             Objective(section.objective, other.signals, section.source, section.target)
         self.tokenizer = cache.stream(section.target).tokenizer
         own = check_tokenizer(section.student, cache, self.tokenizer)
+        sides = (section.source, section.target)
+        own_source = check_source_tokenizer(section.student, cache, *sides)
         self.model = self._build(section.student)
         unknown = section.student.path is not None and not own
-        self.ids = KnownIds.of(self.model, cache, section.source, section.target, unknown)
+        self.ids = KnownIds.of(self.model, cache, *sides, unknown)
         self.tokenizer_files = tokenizer_files(cache, self.ids, own)
+        self.source_files = source_files(cache, self.ids, own_source)
         self.max_positions = max_positions(self.model)
         self.distillation = Distillation(self.model, self.objective, section.seed)
         if section.parallel == "fsdp" and ranks.world > 1:
             shard(self.distillation, self.model, self.device)  # may not fit the device before
         self._module = wrapped(self.distillation.to(self.device), ranks)
+        parts = (self.objective, self.distillation, self.model, ranks)
+        self.gate = None if section.gate is None else Gate(section, *parts)
         self.optimizer = build_optimizer(section.optimizer, self.distillation, self.device)
         self.parameters = [p for p in self.distillation.parameters() if p.requires_grad]
         self.scaler = GradScaler(self.device.type, enabled=section.precision == "float16")
@@ -117,9 +128,11 @@ class Trainer:
         """The student, over all ids that the streams and teachers have."""
         section, cache = self.section, self.cache
         streams = [cache.stream(section.source), cache.stream(section.target)]
+        source, target = (cache.tokenizer(stream.tokenizer) for stream in streams)
         teachers = [record.vocab_size for record in self.objective.soft_labels.values()]
-        vocab_size = max([*(stream.vocab_size for stream in streams), *teachers])
-        model = build_student(student, cache.tokenizer(self.tokenizer), vocab_size, section.seed)
+        vocab_size = max([streams[1].vocab_size, *teachers])
+        other = None if source.digest == target.digest else source
+        model = build_student(student, target, vocab_size, section.seed, other)
         if section.activation_checkpointing:
             checkpoint_activations(model)
         return model
@@ -177,7 +190,9 @@ class Trainer:
             norm, skipped = self._move(number)
         self.state.step, self.state.order = number, batch.state
         self.state.tokens += batch.num_tokens
-        numbers = torch.cat([values, norm.detach().to(values.dtype).reshape(1)])
+        beside = [norm] if self.gate is None else [self.gate.share, norm]
+        beside = [one.detach().to(values).reshape(1) for one in beside]
+        numbers = torch.cat([values, *beside])
         self._pending.append(_Measured(number, batch.rows, batch.sample_ids, numbers, skipped))
         if self.device.type == "cpu" or len(self._pending) >= MAX_PENDING:
             self.settle()
@@ -221,12 +236,18 @@ class Trainer:
             counts = number < len(batch.micro)
             last = number + 1 == len(batches)
             with nullcontext() if last else without_exchange(self._module):
-                total, parts = self._losses(micro, batch.counts, moments)
+                totals, parts = self._losses(micro, batch.counts, moments)
                 # What exchanges gradients takes their mean.
-                scaled = self.scaler.scale(total) * (self.ranks.world if counts else 0)
-                scaled.backward()  # type: ignore[no-untyped-call]
-            values = torch.cat([total.detach().reshape(1), parts])
+                factor = self.ranks.world if counts else 0
+                scaled = [self.scaler.scale(total) * factor for total in totals]
+                if self.gate is None:
+                    scaled[0].backward()  # type: ignore[no-untyped-call]
+                else:
+                    self.gate.backward(*scaled)
+            values = torch.cat([torch.stack(totals).detach().sum(0, keepdim=True), parts])
             found.append(values if counts else torch.zeros_like(values))
+        if self.gate is not None:
+            self.gate.close()
         return self.ranks.summed(torch.stack(found).sum(0) if len(found) > 1 else found[0])
 
     def validate(self) -> dict[str, float]:
@@ -244,8 +265,8 @@ class Trainer:
 
     def _losses(
         self, micro: Batch, counts: Mapping[str, int], moments: Sequence[Moment]
-    ) -> tuple[Tensor, Tensor]:
-        """Weighted total and unweighted terms of one micro-batch."""
+    ) -> tuple[list[Tensor], Tensor]:
+        """Weighted total, with a gate two of them, and unweighted terms of one micro-batch."""
         micro = with_hypotheses(micro, self.objective.hypotheses, self.max_positions)
         longest = max(tokens.ids.shape[1] for tokens in micro.streams.values())
         if self.max_positions is not None and longest > self.max_positions:
@@ -256,8 +277,10 @@ class Trainer:
             )
         micro = self.ids.checked(micro).to(self.device)
         with self._autocast():
+            if self.gate is not None:  # exchanges gradients by itself
+                return self.distillation.split(micro, counts, self.gate.groups(moments))
             total, parts = self._module(micro, counts, moments)
-        return total, parts
+        return [total], parts
 
     def _autocast(self) -> Any:
         """Half precision where the recipe says so."""
@@ -303,11 +326,9 @@ class Trainer:
                 f"streams read {', '.join(missing)} too"
             )
         batches = list(read_corpus(section.corpus))
-        for stream in streams:
-            directory = self.cache.tokenizer_dir(stream.tokenizer)
-            if stream.tokenizer == self.tokenizer:
-                directory = self.tokenizer_files[0].parent
-            tokenizer = load_tokenizer(directory)
+        files = [self.source_files or self.tokenizer_files, self.tokenizer_files]
+        for stream, own in zip(streams, files, strict=True):
+            tokenizer = load_tokenizer(own[0].parent)
             texts = [text for batch in batches for text in batch.fields[stream.field]]
             sides.append(encode(tokenizer, texts, stream.target))
         pairs = TokenPairs(*sides).within(self.max_positions)
@@ -323,15 +344,20 @@ class Trainer:
             weights = tied_weights(self.model, self.ranks.main)
         with self.ranks.together():
             if self.ranks.main:
-                publish(
-                    out,
-                    lambda folder: save_student(self.model, self.tokenizer_files, folder, weights),
-                )
+                publish(out, lambda folder: self._write_model(folder, weights))
+
+    def _write_model(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
+        """Student and tokenizers into an empty folder."""
+        save_student(self.model, self.tokenizer_files, folder, weights)
+        save_source_tokenizer(self.source_files, folder)
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """A step whose numbers may still be on the device: [loss, terms, gradient norm]."""
+    """A step whose numbers may still be on the device.
+
+    They are the loss, the terms, with a gate its share, and the gradient norm.
+    """
 
     step: int
     rows: np.ndarray

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from kdcache.errors import ModelError, RecipeError, TrainingError
-from kdcache.recipe import CrossEntropyTerm, SoftTerm, Term, parse_recipe
+from kdcache.recipe import CrossEntropyTerm, MaskedKLTerm, SoftTerm, Term, parse_recipe
 from kdcache.train.batches.batches import Batches, MicroBatches
 from kdcache.train.batches.hypotheses import with_hypotheses
 from kdcache.train.batches.stream import GlobalBatch
@@ -279,7 +279,7 @@ def _objective(terms: Sequence[Mapping[str, Any] | Term], batches: Batches) -> O
     made = [Objective(section.objective, one.signals, source, target) for one in batches.caches]
     first = made[0]
     for path, term in zip(first.paths, first.terms, strict=True):
-        if not isinstance(term, CrossEntropyTerm | SoftTerm):
+        if isinstance(term, MaskedKLTerm) or not isinstance(term, CrossEntropyTerm | SoftTerm):
             raise RecipeError(
                 f"{path}: {term.loss} learns parameters beside the student, which a Trainer would "
                 "neither save nor load; train it with `kdcache train`"

@@ -13,16 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcache.formats.signals import AttentionRecord, ClassesRecord, HiddenRecord
+from kdcache.formats.signals import (
+    AttentionRecord,
+    ClassesRecord,
+    HiddenRecord,
+    LogitsRecord,
+    MasksRecord,
+)
 from kdcache.labels import CodedLabels
-from kdcache.recipe import CrossEntropyTerm, LayersTerm, ScoreMSETerm, SoftTerm, Term
-from kdcache.train.batches.batch import Batch, DenseRows, Scores
+from kdcache.recipe import CrossEntropyTerm, LayersTerm, MaskedKLTerm, ScoreMSETerm, SoftTerm, Term
+from kdcache.train.batches.batch import Batch, DenseRows, Masked, Scores
 from kdcache.train.losses.fused_loss import LossTerm, fused_loss, hard_target
 from kdcache.train.losses.layer_terms import LayersLoss, ScoresLoss
 from kdcache.train.losses.linear_loss import DivergenceTerm, linear_losses
+from kdcache.train.losses.masked_terms import MaskedLoss
 from kdcache.train.losses.objective import Moment, Objective, Part
 from kdcache.train.losses.soft_terms import DIVERGENCES, sample_factors, soft_target
 from kdcache.train.students.hypothesis_pass import decode_again
+from kdcache.train.students.masked_pass import (
+    MaskedPass,
+    changes_nothing,
+    plain_as_masked,
+    run_masked,
+)
 from kdcache.train.students.student import output_rows
 from kdcache.train.students.student_outputs import (
     Layers,
@@ -42,7 +55,7 @@ class Distillation(nn.Module):
 
     Attributes:
         student: as given.
-        beside: what terms over layers learn, by the term's number.
+        beside: what terms over layers and masked tokens learn, by the term's number.
         layers: dense signal to the teacher's numbers of the layers that are read.
 
     Raises:
@@ -58,9 +71,18 @@ class Distillation(nn.Module):
         self.beside = nn.ModuleDict()
         self.layers: dict[str, list[int]] = {}
         self._wanted: dict[int, Layers] = {}
+        self._masks: dict[int, str] = {}  # the masks signal of terms over masked inputs
         sides = {"encoder": objective.source, "decoder": objective.target}
+        width = int(getattr(student.config, "d_model", None) or student.config.hidden_size)
         for number, (where, term) in enumerate(zip(objective.paths, objective.terms, strict=True)):
-            if isinstance(term, LayersTerm):
+            if isinstance(term, LayersTerm | MaskedKLTerm):
+                masks = objective.records[term.signal].masks
+                self._masks |= {} if masks is None else {number: masks}
+            if isinstance(term, MaskedKLTerm):
+                labels = objective.records[term.signal]
+                assert isinstance(labels, LogitsRecord)
+                self.beside[str(number)] = MaskedLoss(term, labels, width, seed)
+            elif isinstance(term, LayersTerm):
                 record = objective.records[term.signal]
                 assert isinstance(record, HiddenRecord | AttentionRecord)
                 loss = LayersLoss(where, term, record, sides, student.config, seed)
@@ -71,7 +93,6 @@ class Distillation(nn.Module):
             elif isinstance(term, ScoreMSETerm):
                 classes = objective.records[term.signal]
                 assert isinstance(classes, ClassesRecord)
-                width = int(getattr(student.config, "d_model", None) or student.config.hidden_size)
                 self.beside[str(number)] = ScoresLoss(term, classes, objective.source, width, seed)
         if any(kind == "attention" for _, kind in self._wanted.values()):
             student.set_attn_implementation("eager")  # the others keep no probabilities
@@ -93,64 +114,127 @@ class Distillation(nn.Module):
             The weighted total, a scalar, and [terms] detached values before their weights, 0 for
             those that do not count now.
         """
-        read = [self._wanted[one.number] for one in moments if one.number in self._wanted]
-        wanted = list(dict.fromkeys(read))
-        predicted = self._predicted(moments, wanted)
-        source, first = micro.streams[self.objective.source], next(iter(predicted))
-        outputs = run_student(self.student, source, micro.streams[first], wanted, self._linear)
-        total = torch.zeros((), device=source.flat.device)
-        values: dict[int, Tensor] = {}
-        for stream, terms in predicted.items():
-            decoded = outputs
-            if stream != first:
-                target = micro.streams[stream]
-                decoded = decode_again(self.student, source, outputs, target, self._linear)
-            if terms:
-                part, found = self._over_ids(micro, counts, stream, terms, decoded)
-                total = total + part
-                for (one, _), value in zip(terms, found, strict=True):
-                    values[one.number] = values.get(one.number, 0) + value
-        for one in moments:
-            if str(one.number) not in self.beside:
-                continue
-            term = self.objective.terms[one.number]
-            count = self.objective.count(one.number, counts)
-            factors = self._factors(term, micro, None)
-            value = self.beside[str(one.number)](outputs, micro, factors, count)
-            total = total + one.weight * value
-            values[one.number] = value.detach()
-        none = total.detach().new_zeros(())
-        return total, torch.stack([values.get(n, none) for n in range(len(self.objective.terms))])
+        (total,), values = self.split(micro, counts, [moments])
+        return total, values
 
-    def _predicted(
-        self, moments: Sequence[Moment], wanted: Sequence[Layers]
-    ) -> dict[str, list[tuple[Moment, Part]]]:
-        """What the decoder predicts now, stream by stream, to the terms over its vocabulary.
+    def split(
+        self, micro: Batch, counts: Mapping[str, int], groups: Sequence[Sequence[Moment]]
+    ) -> tuple[list[Tensor], Tensor]:
+        """`forward` with a total for each of several groups of terms, of one pass of the student.
+
+        Args:
+            micro: on the student's device, with the hypotheses that are predicted as streams.
+            counts: units of the global batch.
+            groups: the terms that count now, each in one of them. The graphs of their totals
+                share what the student computed.
+        """
+        moments = [one for group in groups for one in group]
+        wanted = self._layers_of(moments, plain=True)
+        predicted = self._predicted(moments, wanted)
+        source, first = micro.streams[self.objective.source], predicted[0]
+        outputs = run_student(self.student, source, micro.streams[first], wanted, self._linear)
+        decoded = {first: outputs}
+        for stream in predicted[1:]:
+            target = micro.streams[stream]
+            decoded[stream] = decode_again(self.student, source, outputs, target, self._linear)
+        passes = self._masked_passes(micro, moments, outputs)
+        totals: list[Tensor] = []
+        values: dict[int, Tensor] = {}
+        for group in groups:
+            total = torch.zeros((), device=source.flat.device)
+            for stream, read in decoded.items():
+                parts = [(one, part) for one, part in self._parts(group) if part.stream == stream]
+                if parts:
+                    alone = len(groups) == 1
+                    sums, found = self._over_ids(micro, counts, parts, read, alone)
+                    total = total + sums
+                    for (one, _), value in zip(parts, found, strict=True):
+                        values[one.number] = values.get(one.number, 0) + value
+            for one in group:
+                if str(one.number) in self.beside:
+                    states = passes.get(self._masks.get(one.number, ""), outputs)
+                    value = self._beside(micro, counts, one, states)
+                    total = total + one.weight * value
+                    values[one.number] = value.detach()
+            totals.append(total)
+        none = totals[0].detach().new_zeros(())
+        return totals, torch.stack([values.get(n, none) for n in range(len(self.objective.terms))])
+
+    def _layers_of(self, moments: Sequence[Moment], plain: bool, masks: str = "") -> list[Layers]:
+        """Layers that terms want of the pass over the source, or of one over masked inputs."""
+        found = []
+        for one in moments:
+            of = self._masks.get(one.number, "")
+            here = (not of or self._unchanged(of)) if plain else of == masks
+            if here and one.number in self._wanted:
+                found.append(self._wanted[one.number])
+        return list(dict.fromkeys(found))
+
+    def _unchanged(self, masks: str) -> bool:
+        """Whether masked inputs are the source itself."""
+        record = self.objective.records[masks]
+        assert isinstance(record, MasksRecord)
+        return changes_nothing(record)
+
+    def _masked_passes(
+        self, micro: Batch, moments: Sequence[Moment], outputs: StudentOutputs
+    ) -> dict[str, MaskedPass]:
+        """The encoder over the masked inputs that terms need, by masks signal."""
+        source, passes = micro.streams[self.objective.source], {}
+        for masks in dict.fromkeys(self._masks.get(one.number, "") for one in moments):
+            if not masks:
+                continue
+            masked, wanted = micro.signals[masks], self._layers_of(moments, False, masks)
+            assert isinstance(masked, Masked)
+            if self._unchanged(masks):
+                passes[masks] = plain_as_masked(outputs, source, masked, wanted)
+            else:
+                passes[masks] = run_masked(self.student, source, masked, wanted)
+        return passes
+
+    def _beside(
+        self,
+        micro: Batch,
+        counts: Mapping[str, int],
+        moment: Moment,
+        outputs: StudentOutputs | MaskedPass,
+    ) -> Tensor:
+        """The loss of a term that may learn something beside the student."""
+        term, module = self.objective.terms[moment.number], self.beside[str(moment.number)]
+        count = self.objective.count(moment.number, counts)
+        more = (moment.temperature,) if isinstance(module, MaskedLoss) else ()
+        loss: Tensor = module(outputs, micro, self._factors(term, micro, None), count, *more)
+        return loss
+
+    def _parts(self, moments: Sequence[Moment]) -> list[tuple[Moment, Part]]:
+        """What terms over the vocabulary are over."""
+        return [(one, part) for one in moments for part in self.objective.parts[one.number]]
+
+    def _predicted(self, moments: Sequence[Moment], wanted: Sequence[Layers]) -> list[str]:
+        """Streams that the decoder predicts now.
 
         The reference comes first, where anything is over it. What a decoder does on its way is
         looked at there.
         """
-        found: dict[str, list[tuple[Moment, Part]]] = {}
-        parts = [(one, part) for one in moments for part in self.objective.parts[one.number]]
-        streams = [part.stream for _, part in parts]
+        streams = [part.stream for _, part in self._parts(moments)]
         sides = [side for side, _ in wanted]
         target = self.objective.target
-        if not streams or target in streams or "decoder" in sides:
-            found[target] = []
-        for one, part in parts:
-            found.setdefault(part.stream, []).append((one, part))
-        return found
+        first = [target] if not streams or target in streams or "decoder" in sides else []
+        return list(dict.fromkeys([*first, *streams]))
 
     def _over_ids(
         self,
         micro: Batch,
         counts: Mapping[str, int],
-        stream: str,
         parts: Sequence[tuple[Moment, Part]],
         outputs: StudentOutputs,
+        alone: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Total and values of the terms over the tokens of a stream, in their order."""
-        labels = micro.streams[stream].flat
+        """Total and values of terms over the tokens of one stream, in their order.
+
+        `alone` says that nothing else needs the logits afterwards.
+        """
+        labels = micro.streams[parts[0][1].stream].flat
         sums: list[LossTerm] = []
         others: list[DivergenceTerm] = []
         places: list[tuple[bool, int]] = []  # whether among the others, and which of them
@@ -175,12 +259,16 @@ class Distillation(nn.Module):
                 sums.append(made)
             else:
                 others.append(DivergenceTerm(rows, made))
-        total, found = self._mixed(outputs, sums, others)
+        total, found = self._mixed(outputs, sums, others, alone)
         order = [number + len(sums) * late for late, number in places]
         return total, found[order]
 
     def _mixed(
-        self, outputs: StudentOutputs, sums: list[LossTerm], others: list[DivergenceTerm]
+        self,
+        outputs: StudentOutputs,
+        sums: list[LossTerm],
+        others: list[DivergenceTerm],
+        alone: bool,
     ) -> tuple[Tensor, Tensor]:
         """The losses over logits that are made piece by piece, where the student allows that."""
         if outputs.projected is not None:
@@ -192,7 +280,7 @@ class Distillation(nn.Module):
         if logits.shape[1] > self.vocab_size:
             logits = logits[:, : self.vocab_size].contiguous()
         if not others:
-            return fused_loss(logits, sums, inplace=True)
+            return fused_loss(logits, sums, inplace=alone)
         total, values = logits.new_zeros((), dtype=torch.float32), []
         if sums:
             total, found = fused_loss(logits, sums)
@@ -216,7 +304,11 @@ class Distillation(nn.Module):
         assert isinstance(coded, CodedLabels)
         mask = micro.streams[self.objective.stream_of(weighing)].mask
         factors = sample_factors(term.sample_weight, coded, mask)  # [B]
-        if part is not None:
+        if isinstance(term, MaskedKLTerm):
+            masked = micro.signals[self._masks[self.objective.terms.index(term)]]
+            assert isinstance(masked, Masked)
+            counts = masked.counts.sum(1)
+        elif part is not None:
             counts = micro.streams[part.stream].mask.sum(1)
         else:
             assert isinstance(term, LayersTerm | ScoreMSETerm)

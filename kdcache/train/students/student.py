@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,12 +21,15 @@ from kdcache.models import project_only, quiet_transformers, shift_right
 from kdcache.recipe import StudentSection
 from kdcache.train.students.layer_copy import with_layers
 
+logger = logging.getLogger(__name__)
+
 
 def build_student(
     section: StudentSection,
     tokenizer: TokenizerRecord,
     vocab_size: int,
     seed: int,
+    source: TokenizerRecord | None = None,
 ) -> Any:
     """The student of a recipe, in float32 on the CPU, in training mode.
 
@@ -35,6 +39,7 @@ def build_student(
         vocab_size: V, rows of a new student's output projection, unless its config says another
             number.
         seed: recipe seed; a student from a config is a function of it.
+        source: record of the tokenizer whose ids the student reads, where that is another.
 
     Raises:
         ModelError: the config or the directory gives no encoder-decoder that writes tokens.
@@ -44,9 +49,11 @@ def build_student(
         model = _load(Path(section.path).expanduser())
         if section.layers is not None:
             model = with_layers(model, section.layers.encoder, section.layers.decoder)
+        fit_padding(model, source)
     else:
         with _keyed_generator(text_key(seed, "student")):
-            model = _from_config(dict(section.config or {}), tokenizer, vocab_size)
+            model = _from_config(dict(section.config or {}), tokenizer, vocab_size, source)
+            fit_padding(model, source)
             if section.init == "glorot":
                 initialise(model)
     if not output_rows(model):
@@ -61,6 +68,12 @@ def output_rows(model: Any) -> int:
     """V, rows of a model's output projection; 0 without one."""
     projection = model.get_output_embeddings()
     return 0 if projection is None else int(projection.weight.shape[0])
+
+
+def fixed_tables(model: Any) -> list[nn.Parameter]:
+    """Parameters that follow from the config and are never learned: sinusoidal positions."""
+    names = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    return [one for name, one in model.named_parameters() if name in names]
 
 
 def embedding_rows(model: Any) -> tuple[int, int]:
@@ -107,6 +120,27 @@ def decoder_start(model: Any) -> int:
             if found is not None:
                 return int(found)
     raise ModelError(f"{type(model).__name__}: its config has no decoder_start_token_id")
+
+
+def fit_padding(model: Any, source: TokenizerRecord | None) -> None:
+    """Let an encoder that reads another tokenizer's ids learn all but that one's padding.
+
+    A transformers model takes the row of its config's padding id, which is the decoder's, for
+    padding on both sides, and gives it no gradient.
+
+    Args:
+        model: the student.
+        source: record of the tokenizer whose ids it reads; None where it writes the same.
+    """
+    if source is None:
+        return
+    encoder, decoder = model.get_input_embeddings(), model.get_decoder().get_input_embeddings()
+    if encoder.padding_idx == source.pad_id:
+        return
+    shared = encoder is decoder or encoder.weight is decoder.weight
+    encoder.padding_idx = None if shared else source.pad_id
+    if shared:
+        decoder.padding_idx = None
 
 
 def initialise(model: Any) -> None:
@@ -182,14 +216,22 @@ def _load(path: Path) -> Any:
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no transformers model there; train.student.path needs one")
     try:
-        return transformers.AutoModelForSeq2SeqLM.from_pretrained(
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{path}: {_first_line(error)}") from None
+    for table in fixed_tables(model):
+        table.requires_grad_(False)  # transformers forgets it when it loads
+    return model
 
 
-def _from_config(keys: dict[str, Any], tokenizer: TokenizerRecord, vocab_size: int) -> Any:
+def _from_config(
+    keys: dict[str, Any],
+    tokenizer: TokenizerRecord,
+    vocab_size: int,
+    source: TokenizerRecord | None,
+) -> Any:
     """A student with transformers' initialisation."""
     import transformers
 
@@ -205,6 +247,8 @@ def _from_config(keys: dict[str, Any], tokenizer: TokenizerRecord, vocab_size: i
     filled = _special_ids(default, tokenizer) | {"vocab_size": vocab_size}
     if hasattr(default, "decoder_vocab_size"):
         filled["decoder_vocab_size"] = vocab_size
+    if source is not None:
+        filled |= _table_sizes(source, vocab_size, filled, keys)
     unknown = sorted(set(keys) - set(default.to_dict()) - set(default.attribute_map) - set(filled))
     if unknown:
         raise ModelError(
@@ -217,6 +261,21 @@ def _from_config(keys: dict[str, Any], tokenizer: TokenizerRecord, vocab_size: i
     except (ValueError, TypeError, KeyError, AssertionError, RuntimeError) as error:
         raise ModelError(f"train.student.config: {model_type}: {_first_line(error)}") from None
     return model
+
+
+def _table_sizes(
+    source: TokenizerRecord, vocab_size: int, filled: Mapping[str, Any], keys: Mapping[str, Any]
+) -> dict[str, int]:
+    """Rows of the embeddings of a student that reads another tokenizer's ids than it writes."""
+    if keys.get("share_encoder_decoder_embeddings") is False and "decoder_vocab_size" in filled:
+        # The config has one padding id for both sides, which must have a row in either.
+        return {"vocab_size": max(source.vocab_size, (filled["pad_token_id"] or 0) + 1)}
+    logger.warning(
+        "train.student.config: one table of embeddings for the ids of two tokenizers; a marian "
+        "config with share_encoder_decoder_embeddings false has one for each"
+    )
+    names = ("vocab_size", "decoder_vocab_size")
+    return {name: max(vocab_size, source.vocab_size) for name in names if name in filled}
 
 
 def _special_ids(default: Any, tokenizer: TokenizerRecord) -> dict[str, int | None]:

@@ -28,7 +28,7 @@ from kdcache.tokenizers import (
     token_strings,
     tokenizer_digest,
 )
-from kdcache.train.batches.batch import Batch
+from kdcache.train.batches.batch import Batch, Masked
 from kdcache.train.batches.hypotheses import is_hypothesis
 from kdcache.train.students.student import embedding_rows
 
@@ -38,13 +38,16 @@ logger = logging.getLogger(__name__)
 TOKENS_FILE = "tokens.json"
 
 
-def check_tokenizer(section: StudentSection, cache: Cache, name: str) -> list[Path]:
+def check_tokenizer(
+    section: StudentSection, cache: Cache, name: str, folder: str = ""
+) -> list[Path]:
     """Refuse a student whose own tokenizer gives the cache's ids other meanings.
 
     Args:
         section: the recipe's student.
         cache: an open cache.
-        name: the tokenizer whose ids the student predicts.
+        name: the tokenizer whose ids the student predicts (or reads).
+        folder: of the student's directory that holds its tokenizer.
 
     Returns:
         Files of the student's own tokenizer; none where it is built from a config, or has none.
@@ -55,7 +58,7 @@ def check_tokenizer(section: StudentSection, cache: Cache, name: str) -> list[Pa
     """
     if section.path is None:
         return []
-    path = Path(section.path).expanduser()
+    path = Path(section.path).expanduser() / folder
     if not has_tokenizer(path):
         logger.info(
             "%s: no tokenizer beside the student; only the number of its ids is checked", path
@@ -168,7 +171,20 @@ class KnownIds:
         for name, rows in limits:
             if rows is not None:
                 streams[name] = replace(streams[name], ids=self._fitted(batch, name, rows))
+        if self.source_rows is not None:
+            self._check_masked(batch, self.source_rows)
         return replace(batch, streams=streams)
+
+    def _check_masked(self, batch: Batch, rows: int) -> None:
+        """Refuse ids that masks put into the source and that have no row."""
+        for name, masked in batch.signals.items():
+            largest = int(masked.ids.max()) if isinstance(masked, Masked) and len(masked.ids) else 0
+            if largest >= rows:
+                raise ModelError(
+                    f"student: has {rows} ids, and masks signal {name!r} puts id {largest} into "
+                    f"stream {self.source!r}; use a student with more ids "
+                    f"({self.cache.stream(self.source).vocab_size} are in the tokenizer)"
+                )
 
     def _fitted(self, batch: Batch, stream: str, rows: int) -> Tensor:
         """The [B, L] ids of a stream, with id 0 outside the mask."""
@@ -201,7 +217,16 @@ def tokenizer_files(cache: Cache, ids: KnownIds, own: Sequence[Path]) -> list[Pa
     """
     if own and not ids.all_known:
         return list(own)
-    name = cache.stream(ids.target).tokenizer
+    return cache_tokenizer_files(cache, cache.stream(ids.target).tokenizer)
+
+
+def cache_tokenizer_files(cache: Cache, name: str) -> list[Path]:
+    """Files of a tokenizer of a cache, as transformers loads it.
+
+    Args:
+        cache: an open cache.
+        name: of the tokenizer.
+    """
     folder, record = cache.tokenizer_dir(name), cache.tokenizer(name)
     names = sorted(file.path.rsplit("/", 1)[-1] for file in record.files)
     return [folder / name for name in names if name != TOKENS_FILE]
