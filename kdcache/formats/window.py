@@ -19,7 +19,7 @@ from kdcache.formats.dense_window import DenseWindow
 from kdcache.formats.joined import JoinedColumns
 from kdcache.formats.manifest import SAMPLES, FileRecord
 from kdcache.formats.ragged import Ragged
-from kdcache.formats.signals import AttentionRecord, HiddenRecord, SignalRecord
+from kdcache.formats.signals import AttentionRecord, HiddenRecord, MasksRecord, SignalRecord
 from kdcache.formats.stores.local import LocalStore
 from kdcache.formats.units import MAIN_COLUMN, label_counts
 
@@ -66,6 +66,7 @@ class WindowReader:
         self._columns: dict[str, JoinedColumns] = {}
         self._dense: dict[str, DenseWindow] = {}
         self._counts: dict[str, np.ndarray] = {}
+        self._masked: dict[str, np.ndarray] = {}
         for name in signals:
             record = cache.signal(name)
             if isinstance(record, HiddenRecord | AttentionRecord):
@@ -89,6 +90,9 @@ class WindowReader:
         self._counts[name] = np.concatenate(
             [part[main].lengths for part in parts] or [np.empty(0, np.int64)]
         )
+        if isinstance(record, MasksRecord):
+            lengths = [part["masked"].lengths for part in parts]
+            self._masked[name] = np.concatenate(lengths or [np.empty(0, np.int64)])
 
     @property
     def num_samples(self) -> int:
@@ -151,6 +155,10 @@ class WindowReader:
         if name in self._dense:
             return self._dense[name].counts
         return self._counts[name]
+
+    def masked_counts(self) -> dict[str, np.ndarray]:
+        """[M] int64 masked tokens of all replicas, of each masks signal."""
+        return self._masked
 
 
 def window_files(cache: Cache, shards: Sequence[int], signals: Sequence[str]) -> list[FileRecord]:

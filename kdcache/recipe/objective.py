@@ -114,6 +114,11 @@ class CrossEntropyTerm(TermSection):
     label_smoothing: Number = Field(
         0.0, ge=0, lt=1, description="Share of the target spread evenly over all ids."
     )
+    masks: Identifier | None = Field(
+        None,
+        description="For a student of kind masked_lm, which needs it: name of a masks signal. The "
+        "student reads the masked tokens, and the term is the mean over them.",
+    )
 
 
 class SoftTerm(TermSection):

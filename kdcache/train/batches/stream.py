@@ -50,7 +50,8 @@ class GlobalBatch:
         shards: the first so many shards of the cache are in that epoch.
         rows: [B] int64 corpus rows of all ranks.
         counts: units of all ranks: tokens of every stream, and of every signal the records of its
-            main column, by name; samples under "".
+            main column, by name; masked tokens of a masks signal under `NAME.masked`; samples
+            under "".
         num_tokens: tokens of the last stream, of all ranks.
         micro: micro-batches of this rank, each some of the samples.
         spare: stand-ins, the first sample of all ranks each time, that make up the number of the
@@ -279,6 +280,8 @@ class BatchStream:
         window, index = planned.window, planned.index
         counts = {name: int(window.lengths(name)[index].sum()) for name in self.streams}
         counts |= {name: int(window.counts(name)[index].sum()) for name in self.signals}
+        masked = window.masked_counts()
+        counts |= {f"{name}.masked": int(of[index].sum()) for name, of in masked.items()}
         return GlobalBatch(
             state=planned.state,
             epoch=planned.epoch,

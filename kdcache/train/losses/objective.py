@@ -55,16 +55,9 @@ class Objective:
         self, terms: Sequence[Term], signals: Mapping[str, SignalRecord], source: str, target: str
     ) -> None:
         self.source, self.target = source, target
-        used = [(f"train.objective.{n}", term) for n, term in enumerate(terms) if term.used]
-        if not used:
-            raise RecipeError(
-                "train.objective has no term with a weight; give at least "
-                "{loss: cross_entropy, weight: 1.0}"
-            )
-        self.paths = [path for path, _ in used]
-        self.terms = [term for _, term in used]
+        self.paths, self.terms, self.names = used_terms(terms)
         self.records: dict[str, SignalRecord] = {}
-        for where, term in used:
+        for where, term in zip(self.paths, self.terms, strict=True):
             if isinstance(term, MaskedKLTerm):
                 check_masked_signal(where, term, signals, source)
             elif isinstance(term, SoftTerm):
@@ -83,11 +76,6 @@ class Objective:
             masks = [signals[name].masks for name in named]
             named += [name for name in masks if name is not None]
             self.records |= {name: signals[name] for name in named}
-        kinds = [term.loss for term in self.terms]
-        self.names = [
-            kind if kinds.count(kind) == 1 else f"{kind}.{kinds[:number].count(kind)}"
-            for number, kind in enumerate(kinds)
-        ]
 
     @property
     def signals(self) -> list[str]:
@@ -126,6 +114,26 @@ class Objective:
             if weight > 0:
                 found.append(Moment(number, weight, temperature))
         return found
+
+
+def used_terms(terms: Sequence[Term]) -> tuple[list[str], list[Term], list[str]]:
+    """The terms that count at some time: their paths in the recipe, themselves, and their names.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    used = [(f"train.objective.{n}", term) for n, term in enumerate(terms) if term.used]
+    if not used:
+        raise RecipeError(
+            "train.objective has no term with a weight; give at least "
+            "{loss: cross_entropy, weight: 1.0}"
+        )
+    kinds = [term.loss for _, term in used]
+    names = [
+        kind if kinds.count(kind) == 1 else f"{kind}.{kinds[:number].count(kind)}"
+        for number, kind in enumerate(kinds)
+    ]
+    return [path for path, _ in used], [term for _, term in used], names
 
 
 def weighing_signal(where: str, term: Term) -> str | None:

@@ -18,7 +18,6 @@ from kdcache.progress import progress
 from kdcache.recipe import Recipe
 from kdcache.train.batches.stream import GlobalBatch
 from kdcache.train.losses.schedule import learning_rate
-from kdcache.train.runs.canary import check_batch
 from kdcache.train.runs.checkpoint import (
     average_weights,
     checkpoints,
@@ -119,8 +118,7 @@ class Loop:
                 if seen < CANARY_BATCHES:
                     with trainer.ranks.together():
                         for micro in batch.micro:
-                            names = list(trainer.objective.soft_labels)
-                            check_batch(micro, self.section.target, names)
+                            trainer.family.check_labels(micro, trainer.objective)
                 trainer.step(batch)
                 seen += 1
                 self._after(batch)

@@ -88,15 +88,20 @@ def run_student(
     projected = None
     if linear:
         assert kept is not None
-        weight = output_projection(model).weight
-        assert isinstance(weight, Tensor)
-        projected = Projected(kept[0], weight, _bias(model))
+        projected = as_projected(model, kept[0])
     return StudentOutputs(
         projected=projected,
         logits=None if linear else out.logits,
         layers={key: out[_FIELDS[key]] for key in wanted},
         encoded=out.encoder_last_hidden_state,
     )
+
+
+def as_projected(model: Any, hidden: Tensor) -> Projected:
+    """What a model's output projection makes of [N, D] states, not made yet."""
+    weight = output_projection(model).weight
+    assert isinstance(weight, Tensor)
+    return Projected(hidden, weight, _bias(model))
 
 
 _FIELDS: dict[Layers, str] = {
@@ -111,17 +116,19 @@ def projects_linearly(model: Any) -> bool:
     """Whether a model's logits are its output projection's product and nothing is done to them.
 
     Args:
-        model: a transformers encoder-decoder with an output projection; one token is tried.
+        model: a transformers model with an output projection; one token is tried.
     """
     projection = output_projection(model)
     if not isinstance(projection, nn.Linear):
         return False
     device = projection.weight.device
-    one = torch.full((1, 1), decoder_start(model), device=device)
+    writes = model.config.is_encoder_decoder
+    one = torch.full((1, 1), decoder_start(model) if writes else 0, device=device)
+    read = {"decoder_input_ids": one, "use_cache": False} if writes else {}
     was_training = model.training
     model.eval()
     with torch.no_grad(), project_first(model, one == one) as kept:
-        logits = model(input_ids=one, decoder_input_ids=one, use_cache=False).logits
+        logits = model(input_ids=one, **read).logits
         product = F.linear(kept[0], projection.weight, _bias(model))
     model.train(was_training)
     return torch.allclose(logits, product, rtol=1e-4, atol=1e-5)
