@@ -124,6 +124,11 @@ class CrossEntropyTerm(TermSection):
     label_smoothing: Number = Field(
         0.0, ge=0, lt=1, description="Share of the target spread evenly over all ids."
     )
+    masks: Identifier | None = Field(
+        None,
+        description="For a student of kind masked_lm, which needs it: name of a masks signal. The "
+        "student reads the masked tokens, and the term is the mean over them.",
+    )
 
     @model_validator(mode="after")
     def _hypothesis_of_some(self) -> Self:

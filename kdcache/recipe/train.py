@@ -25,6 +25,11 @@ class KeptLayers(Section):
 class StudentSection(Section):
     """The model that is trained."""
 
+    kind: Literal["encoder_decoder", "masked_lm"] = Field(
+        "encoder_decoder",
+        description="What the model is. masked_lm: it reads train.source, which is train.target "
+        "too, with tokens masked, and predicts what stood there (BERT).",
+    )
     path: str | None = Field(
         None,
         description="Start from this transformers directory. Its tokenizer must be the cache's, "

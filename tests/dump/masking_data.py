@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from kdcache.dump.signals.mask_choice import Scheme
-from kdcache.dump.signals.masking import MaskVocabulary, draw_masks, scheme_of
 from kdcache.formats.ragged import Ragged, offsets_of
 from kdcache.formats.schema import join_ids
+from kdcache.mask_choice import Scheme
+from kdcache.masking import MaskVocabulary, draw_masks, scheme_of
 from kdcache.recipe.signals import MasksSignal
 
 SCHEMES = ["bert", "whole_word", "span", "segment", "word"]

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from kdcache.dump.signals.mask_choice import Tokens, span_lengths
 from kdcache.formats.keyed import sample_keys
 from kdcache.formats.ragged import Ragged
+from kdcache.mask_choice import Tokens, span_lengths
 from tests.dump.chi_squared import assert_counts, assert_independent, assert_same_counts
 from tests.dump.masking_data import (
     CLS,

@@ -12,11 +12,11 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import kdcache.dump.signals.masking as masking
-from kdcache.dump.signals.mask_choice import Scheme
-from kdcache.dump.signals.masking import MaskVocabulary
+import kdcache.masking as masking
 from kdcache.errors import FormatError, ModelError
 from kdcache.formats.ragged import Ragged, offsets_of, segment_indices
+from kdcache.mask_choice import Scheme
+from kdcache.masking import MaskVocabulary
 from tests.dump.masking_data import (
     CLS,
     MASK,

@@ -5,12 +5,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from kdcache.dump.runner import dump
-from kdcache.dump.signals.masking import MaskVocabulary, draw_masks, scheme_of
 from kdcache.errors import IdentityError, ModelError
 from kdcache.formats.cache import open_cache
 from kdcache.formats.checks.verify import verify_cache
 from kdcache.formats.masks import masked_stream, masked_tokens
 from kdcache.formats.ragged import Ragged, concat, offsets_of
+from kdcache.masking import MaskVocabulary, draw_masks, scheme_of
 from kdcache.recipe import parse_recipe
 from kdcache.recipe.signals import MasksSignal
 from tests.dump.world import tree

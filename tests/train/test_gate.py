@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from kdcache.errors import RecipeError
 from kdcache.formats.cache import open_cache
 from kdcache.recipe import parse_recipe
-from kdcache.train.runs import trainer
+from kdcache.train.families import encoder_decoder
 from kdcache.train.runs.gate import Gate, encoder_modules
 from kdcache.train.runs.parallel import Ranks
 from kdcache.train.runs.trainer import Trainer
@@ -36,7 +36,7 @@ def cache(tmp_path_factory):
 
 def made(cache, monkeypatch, terms=TERMS, ranks=None, **more):
     """A trainer in float64, without dropout."""
-    monkeypatch.setattr(trainer, "Distillation", Double)
+    monkeypatch.setattr(encoder_decoder, "Distillation", Double)
     student = STUDENT | {"dropout": 0.0, "encoder_layers": 2} | more.pop("student", {})
     train = {
         "student": {"config": student},

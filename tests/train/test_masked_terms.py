@@ -293,7 +293,7 @@ def test_a_run_with_two_tokenizers_goes_on_bitwise_and_is_evaluated(mlm, tmp_pat
     section |= {"checkpoint": "averaged", "device": "cpu", "latency_sentences": 0, "num_beams": 1}
     result = evaluate(run, EvaluateSection.model_validate(section))
     dev = Trainer(recipe.train, mlm.cache)
-    assert result["num_tokens"] == sum(map(len, dev.dev.tgt))  # the target's own pieces
+    assert result["num_tokens"] == sum(map(len, dev.dev.pairs.tgt))  # the target's own pieces
     assert json.loads((run / "evaluation.json").read_text())["loss_nats"] == result["loss_nats"]
     hypotheses = (run / "hypotheses.txt").read_text()
     assert "[CLS]" not in hypotheses

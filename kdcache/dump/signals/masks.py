@@ -10,11 +10,11 @@ import numpy as np
 
 from kdcache.dump.signals.encoder import Columns, Request, SignalEncoder, common_fields
 from kdcache.dump.signals.items import Items, sample_items
-from kdcache.dump.signals.masking import MaskVocabulary, draw_masks, no_mask_token, scheme_of
 from kdcache.formats.cache import Cache
 from kdcache.formats.shard import SampleShard
 from kdcache.formats.signals import MasksRecord
 from kdcache.formats.units import MAIN_COLUMN
+from kdcache.masking import MaskVocabulary, draw_masks, no_mask_token, scheme_of
 from kdcache.recipe import MasksSignal
 
 

@@ -80,29 +80,17 @@ class Objective:
         self, terms: Sequence[Term], signals: Mapping[str, SignalRecord], source: str, target: str
     ) -> None:
         self.source, self.target = source, target
-        used = [(f"train.objective.{n}", term) for n, term in enumerate(terms) if term.used]
-        if not used:
-            raise RecipeError(
-                "train.objective has no term with a weight; give at least "
-                "{loss: cross_entropy, weight: 1.0}"
-            )
-        self.paths = [path for path, _ in used]
-        self.terms = [term for _, term in used]
+        self.paths, self.terms, self.names = used_terms(terms)
         self.records: dict[str, SignalRecord] = {}
         self.hypotheses: dict[str, tuple[str, int]] = {}
         self.parts: list[list[Part]] = []
-        for where, term in used:
+        for where, term in zip(self.paths, self.terms, strict=True):
             self.parts.append(self._built(where, term, signals))
             weighing = weighing_signal(where, term)
             if weighing is not None:
                 path = f"{where}.sample_weight"
                 record = check_label_signal(path, weighing, "it", signals, source, target)
                 self._read_labels(record, signals)
-        kinds = [term.loss for term in self.terms]
-        self.names = [
-            kind if kinds.count(kind) == 1 else f"{kind}.{kinds[:number].count(kind)}"
-            for number, kind in enumerate(kinds)
-        ]
 
     def _built(self, where: str, term: Term, signals: Mapping[str, SignalRecord]) -> list[Part]:
         """The parts of a term, after checking its signals and noting what is to be read."""
@@ -209,6 +197,26 @@ class Objective:
             if weight > 0:
                 found.append(Moment(number, weight, temperature))
         return found
+
+
+def used_terms(terms: Sequence[Term]) -> tuple[list[str], list[Term], list[str]]:
+    """The terms that count at some time: their paths in the recipe, themselves, and their names.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    used = [(f"train.objective.{n}", term) for n, term in enumerate(terms) if term.used]
+    if not used:
+        raise RecipeError(
+            "train.objective has no term with a weight; give at least "
+            "{loss: cross_entropy, weight: 1.0}"
+        )
+    kinds = [term.loss for _, term in used]
+    names = [
+        kind if kinds.count(kind) == 1 else f"{kind}.{kinds[:number].count(kind)}"
+        for number, kind in enumerate(kinds)
+    ]
+    return [path for path, _ in used], [term for _, term in used], names
 
 
 def weighing_signal(where: str, term: Term) -> str | None:

@@ -72,15 +72,30 @@ def check_batch(batch: Batch, target: str, signals: Sequence[str]) -> None:
     for name in signals:
         coded = batch.signals[name]
         assert isinstance(coded, CodedLabels)
-        found = alignment(coded, tokens.flat.numpy(), lengths)
-        if not found.aligned:
-            raise TrainingError(
-                f"signal {name!r}: labels are shifted against their targets, or in another order: "
-                f"the stored entries hold the target at {found.hits[0]} of {found.num_positions} "
-                f"positions (at shift -1: {found.hits[-1]}, at +1: {found.hits[1]}), and "
-                f"{found.disagreeing} of {found.checked} values differ from the stored log-prob "
-                "of the target; run `kdcache verify`, then dump the signal again"
-            )
+        check_labels(name, coded, tokens.flat.numpy(), lengths)
+
+
+def check_labels(name: str, coded: CodedLabels, targets: np.ndarray, lengths: np.ndarray) -> None:
+    """Check the labels of one signal.
+
+    Args:
+        name: of the signal.
+        coded: its labels of N positions, on the host.
+        targets: [N] int64 target ids.
+        lengths: [samples] int64 positions of each sample, N in all.
+
+    Raises:
+        TrainingError: they do not belong to the targets, with what was counted.
+    """
+    found = alignment(coded, targets, lengths)
+    if not found.aligned:
+        raise TrainingError(
+            f"signal {name!r}: labels are shifted against their targets, or in another order: "
+            f"the stored entries hold the target at {found.hits[0]} of {found.num_positions} "
+            f"positions (at shift -1: {found.hits[-1]}, at +1: {found.hits[1]}), and "
+            f"{found.disagreeing} of {found.checked} values differ from the stored log-prob "
+            "of the target; run `kdcache verify`, then dump the signal again"
+        )
 
 
 def alignment(coded: CodedLabels, targets: np.ndarray, lengths: np.ndarray) -> Alignment:

@@ -19,7 +19,6 @@ from kdcache.recipe import Recipe
 from kdcache.train.batches.hypotheses import with_hypotheses
 from kdcache.train.batches.stream import GlobalBatch
 from kdcache.train.losses.schedule import learning_rate
-from kdcache.train.runs.canary import check_batch
 from kdcache.train.runs.checkpoint import (
     average_weights,
     checkpoints,
@@ -121,8 +120,7 @@ class Loop:
                     with trainer.ranks.together():
                         for micro in batch.micro:
                             whole = with_hypotheses(micro, trainer.objective.hypotheses, None)
-                            for stream, names in trainer.objective.labelled.items():
-                                check_batch(whole, stream, names)
+                            trainer.family.check_labels(whole, trainer.objective)
                 trainer.step(batch)
                 seen += 1
                 self._after(batch)

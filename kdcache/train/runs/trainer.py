@@ -16,18 +16,19 @@ import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
-from kdcache.corpus import read_corpus
 from kdcache.errors import ModelError, RecipeError, TrainingError
 from kdcache.formats.cache import Cache
 from kdcache.formats.keyed import text_key
-from kdcache.models import load_tokenizer, resolve_device
+from kdcache.models import resolve_device
 from kdcache.recipe import StudentSection, TrainSection
 from kdcache.train.batches.batch import Batch
 from kdcache.train.batches.hypotheses import with_hypotheses
 from kdcache.train.batches.mix import MixedStream, batch_stream
 from kdcache.train.batches.order import ORDER_VERSION
 from kdcache.train.batches.stream import BatchStream, GlobalBatch
-from kdcache.train.losses.objective import Moment, Objective
+from kdcache.train.families import FAMILIES, Setting
+from kdcache.train.families.family import Development
+from kdcache.train.losses.objective import Moment
 from kdcache.train.losses.schedule import learning_rate
 from kdcache.train.runs.checkpoint import RunState, publish, tied_weights
 from kdcache.train.runs.gate import Gate
@@ -42,8 +43,6 @@ from kdcache.train.runs.parallel import (
     without_exchange,
     wrapped,
 )
-from kdcache.train.runs.validate import TokenPairs, encode, score_tokens
-from kdcache.train.students.distillation import Distillation
 from kdcache.train.students.student import (
     build_student,
     checkpoint_activations,
@@ -93,9 +92,12 @@ class Trainer:
         self.section, self.cache = section, self.caches[0]
         cache = self.cache
         self.device = resolve_device(section.device)
-        self.objective = Objective(section.objective, cache.signals, section.source, section.target)
+        self.family = FAMILIES[section.student.kind]
+        if section.gate is not None and section.student.kind != "encoder_decoder":
+            raise RecipeError("train.gate: goes with a student of kind encoder_decoder alone")
+        self.objective = self.family.objective(section, cache.signals)
         for other in self.caches[1:]:
-            Objective(section.objective, other.signals, section.source, section.target)
+            self.family.objective(section, other.signals)
         self.tokenizer = cache.stream(section.target).tokenizer
         own = check_tokenizer(section.student, cache, self.tokenizer)
         sides = (section.source, section.target)
@@ -106,7 +108,7 @@ class Trainer:
         self.tokenizer_files = tokenizer_files(cache, self.ids, own)
         self.source_files = source_files(cache, self.ids, own_source)
         self.max_positions = max_positions(self.model)
-        self.distillation = Distillation(self.model, self.objective, section.seed)
+        self.distillation = self.family.distillation(self.model, self.objective, section.seed)
         if section.parallel == "fsdp" and ranks.world > 1:
             shard(self.distillation, self.model, self.device)  # may not fit the device before
         self._module = wrapped(self.distillation.to(self.device), ranks)
@@ -121,7 +123,7 @@ class Trainer:
         if section.max_epochs is not None:
             assert isinstance(self.stream, BatchStream)  # or the recipe is refused
             self.total_steps = self.stream.count_batches(section.max_epochs, section.max_steps)
-        self.dev = self._dev_pairs()
+        self.dev = self._development()
         self._pending: list[_Measured] = []
 
     def _build(self, student: StudentSection) -> Any:
@@ -143,7 +145,7 @@ class Trainer:
         return batch_stream(
             self.caches,
             [share.weight for share in section.caches] or None,
-            [section.source, section.target],
+            list(dict.fromkeys([section.source, section.target])),
             self.objective.signals,
             section.batch_tokens,
             section.seed,
@@ -251,17 +253,11 @@ class Trainer:
         return self.ranks.summed(torch.stack(found).sum(0) if len(found) > 1 else found[0])
 
     def validate(self) -> dict[str, float]:
-        """Scores on the development set, sources right and shuffled."""
+        """Scores on the development set."""
         assert self.dev is not None
         args = (self.device, self.section.batch_tokens, self.ranks)
         with self._autocast(), readable(self.distillation):
-            plain = score_tokens(self.model, self.dev, *args)
-            other = score_tokens(self.model, self.dev.shuffled(), *args)
-        return {
-            "dev_loss": plain.loss_nats,
-            "dev_loss_shuffled": other.loss_nats,
-            "dev_accuracy": plain.accuracy,
-        }
+            return self.dev.scores(self.model, *args)
 
     def _losses(
         self, micro: Batch, counts: Mapping[str, int], moments: Sequence[Moment]
@@ -312,30 +308,14 @@ class Trainer:
         state.num_skipped += sum(one.skipped for one in self._pending)
         self._pending = []
 
-    def _dev_pairs(self) -> TokenPairs | None:
-        """The development set under the cache's tokenizers."""
-        section = self.section.validation
-        if section.corpus is None:
+    def _development(self) -> Development | None:
+        """The development set, if the recipe has one."""
+        if self.section.validation.corpus is None:
             return None
-        sides = []
-        streams = [self.cache.stream(self.section.source), self.cache.stream(self.section.target)]
-        missing = [s.field for s in streams if s.field not in section.corpus.fields]
-        if missing:
-            raise RecipeError(
-                f"train.validation.corpus.fields has {sorted(section.corpus.fields)}; the cache's "
-                f"streams read {', '.join(missing)} too"
-            )
-        batches = list(read_corpus(section.corpus))
-        files = [self.source_files or self.tokenizer_files, self.tokenizer_files]
-        for stream, own in zip(streams, files, strict=True):
-            tokenizer = load_tokenizer(own[0].parent)
-            texts = [text for batch in batches for text in batch.fields[stream.field]]
-            sides.append(encode(tokenizer, texts, stream.target))
-        pairs = TokenPairs(*sides).within(self.max_positions)
-        if not len(pairs):
-            raise RecipeError("train.validation.corpus: no row fits the student's positions")
-        pairs.check_ids(self.model)
-        return pairs.limited(section.limit_tokens)
+        source = self.source_files or self.tokenizer_files
+        folders = source[0].parent, self.tokenizer_files[0].parent
+        parts = (self.section, self.cache, self.objective, self.model)
+        return self.family.development(Setting(*parts, *folders, self.max_positions))
 
     def save_model(self, out: Path) -> None:
         """Write the student as it is now; all ranks must call, the main one writes."""

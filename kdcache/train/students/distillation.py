@@ -146,7 +146,8 @@ class Distillation(nn.Module):
                 parts = [(one, part) for one, part in self._parts(group) if part.stream == stream]
                 if parts:
                     alone = len(groups) == 1
-                    sums, found = self._over_ids(micro, counts, parts, read, alone)
+                    labels = micro.streams[stream].flat
+                    sums, found = self._over_ids(micro, counts, labels, parts, read, alone)
                     total = total + sums
                     for (one, _), value in zip(parts, found, strict=True):
                         values[one.number] = values.get(one.number, 0) + value
@@ -226,15 +227,21 @@ class Distillation(nn.Module):
         self,
         micro: Batch,
         counts: Mapping[str, int],
+        labels: Tensor,
         parts: Sequence[tuple[Moment, Part]],
         outputs: StudentOutputs,
         alone: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Total and values of terms over the tokens of one stream, in their order.
+        """Total and values of terms over the same tokens, in the order of the terms.
 
-        `alone` says that nothing else needs the logits afterwards.
+        Args:
+            micro: on the student's device.
+            counts: units of the global batch.
+            labels: [N] the tokens.
+            parts: the terms and what they are over.
+            outputs: what the student says of the tokens.
+            alone: whether nothing else needs its logits afterwards.
         """
-        labels = micro.streams[parts[0][1].stream].flat
         sums: list[LossTerm] = []
         others: list[DivergenceTerm] = []
         places: list[tuple[bool, int]] = []  # whether among the others, and which of them

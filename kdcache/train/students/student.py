@@ -23,6 +23,12 @@ from kdcache.train.students.layer_copy import with_layers
 
 logger = logging.getLogger(__name__)
 
+#: Kind of a student to transformers' class that builds or loads it, and what it is called.
+LOADERS = {
+    "encoder_decoder": ("AutoModelForSeq2SeqLM", "an encoder-decoder"),
+    "masked_lm": ("AutoModelForMaskedLM", "a masked LM"),
+}
+
 
 def build_student(
     section: StudentSection,
@@ -46,20 +52,21 @@ def build_student(
     """
     quiet_transformers()
     if section.path is not None:
-        model = _load(Path(section.path).expanduser())
+        model = _load(Path(section.path).expanduser(), section.kind)
         if section.layers is not None:
             model = with_layers(model, section.layers.encoder, section.layers.decoder)
         fit_padding(model, source)
     else:
         with _keyed_generator(text_key(seed, "student")):
-            model = _from_config(dict(section.config or {}), tokenizer, vocab_size, source)
+            keys = dict(section.config or {})
+            model = _from_config(section.kind, keys, tokenizer, vocab_size, source)
             fit_padding(model, source)
             if section.init == "glorot":
                 initialise(model)
     if not output_rows(model):
         raise ModelError(
-            f"student: {type(model).__name__} has no output projection; expected an "
-            "encoder-decoder that writes tokens"
+            f"student: {type(model).__name__} has no output projection; expected "
+            f"{LOADERS[section.kind][1]} that writes tokens"
         )
     return model.train()
 
@@ -77,8 +84,13 @@ def fixed_tables(model: Any) -> list[nn.Parameter]:
 
 
 def embedding_rows(model: Any) -> tuple[int, int]:
-    """Ids that a student's encoder can read, and that its decoder can both read and write."""
+    """Ids that a student's encoder can read, and that its decoder can both read and write.
+
+    Of a model without a decoder those that it can read, and both read and write.
+    """
     encoder = int(model.get_input_embeddings().weight.shape[0])
+    if not model.config.is_encoder_decoder:
+        return encoder, min(encoder, output_rows(model))
     decoder = int(model.get_decoder().get_input_embeddings().weight.shape[0])
     return encoder, min(decoder, output_rows(model))
 
@@ -209,14 +221,14 @@ def max_positions(model: Any) -> int | None:
     return int(found) if found else None
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, kind: str) -> Any:
     """A student from a transformers directory."""
     import transformers
 
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no transformers model there; train.student.path needs one")
     try:
-        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+        model = getattr(transformers, LOADERS[kind][0]).from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
@@ -227,6 +239,7 @@ def _load(path: Path) -> Any:
 
 
 def _from_config(
+    kind: str,
     keys: dict[str, Any],
     tokenizer: TokenizerRecord,
     vocab_size: int,
@@ -244,6 +257,11 @@ def _from_config(
         raise ModelError(
             f"train.student.config.model_type {model_type!r}: transformers knows no such model"
         ) from None
+    if default.is_encoder_decoder != (kind == "encoder_decoder"):
+        raise ModelError(
+            f"train.student.config.model_type {model_type!r} is not {LOADERS[kind][1]}, which "
+            f"train.student.kind says; give another of them"
+        )
     filled = _special_ids(default, tokenizer) | {"vocab_size": vocab_size}
     if hasattr(default, "decoder_vocab_size"):
         filled["decoder_vocab_size"] = vocab_size
@@ -257,7 +275,8 @@ def _from_config(
         )
     try:
         config = transformers.AutoConfig.for_model(model_type, **(filled | keys))
-        model = transformers.AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32)
+        loader = getattr(transformers, LOADERS[kind][0])
+        model = loader.from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, KeyError, AssertionError, RuntimeError) as error:
         raise ModelError(f"train.student.config: {model_type}: {_first_line(error)}") from None
     return model
@@ -280,6 +299,9 @@ def _table_sizes(
 
 def _special_ids(default: Any, tokenizer: TokenizerRecord) -> dict[str, int | None]:
     """Special ids of the cache's tokenizer, in the roles the model's family gives them."""
+    if not default.is_encoder_decoder:
+        roles = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id}
+        return {**roles, "bos_token_id": tokenizer.bos_id}
     pad = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
     eos = tokenizer.eos_id
     start = getattr(default, "decoder_start_token_id", None)

@@ -117,17 +117,19 @@ def projects_linearly(model: Any) -> bool:
     """Whether a model's logits are its output projection's product and nothing is done to them.
 
     Args:
-        model: a transformers encoder-decoder with an output projection; one token is tried.
+        model: a transformers model with an output projection; one token is tried.
     """
     projection = output_projection(model)
     if not isinstance(projection, nn.Linear):
         return False
     device = projection.weight.device
-    one = torch.full((1, 1), decoder_start(model), device=device)
+    writes = model.config.is_encoder_decoder
+    one = torch.full((1, 1), decoder_start(model) if writes else 0, device=device)
+    read = {"decoder_input_ids": one, "use_cache": False} if writes else {}
     was_training = model.training
     model.eval()
     with torch.no_grad(), project_first(model, one == one) as kept:
-        logits = model(input_ids=one, decoder_input_ids=one, use_cache=False).logits
+        logits = model(input_ids=one, **read).logits
         product = F.linear(kept[0], projection.weight, _bias(model))
     model.train(was_training)
     return torch.allclose(logits, product, rtol=1e-4, atol=1e-5)

@@ -28,13 +28,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kdcache.dump.signals.mask_choice import Scheme, Tokens, choose
 from kdcache.errors import ModelError
 from kdcache.formats.keyed import sample_keys
 from kdcache.formats.masks import masks_columns
 from kdcache.formats.ragged import Ragged, segment_indices
 from kdcache.formats.schema import join_ids
 from kdcache.formats.words import WordMarks, word_marks
+from kdcache.mask_choice import Scheme, Tokens, choose
 from kdcache.recipe.signals import MasksSignal
 
 #: Share of tokens (of words for `word`) where the recipe names none.

@@ -1,0 +1,12 @@
+"""Families of students: what each reads, what it predicts, and how it is scored while it trains."""
+
+from __future__ import annotations
+
+from kdcache.train.families.encoder_decoder import EncoderDecoder
+from kdcache.train.families.family import Family, Setting
+from kdcache.train.families.masked_lm import MaskedLM
+
+__all__ = ["FAMILIES", "Family", "Setting"]
+
+#: By a student's kind in its recipe.
+FAMILIES: dict[str, Family] = {"encoder_decoder": EncoderDecoder(), "masked_lm": MaskedLM()}
