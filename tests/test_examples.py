@@ -1,6 +1,6 @@
 """The examples: run as a user runs them, resumed, and held against `kdcache train`."""
 
-import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -76,14 +76,31 @@ def losses(name: str, out: Path) -> list[float]:
     return list(found.values())
 
 
+#: Runs scripts as the shell would, in one process: each would take seconds to import torch.
+SCRIPTS = """
+import json, os, runpy, sys
+for script, words in json.loads(sys.argv[1]):
+    sys.argv = [script, *words]
+    sys.path[0] = os.path.dirname(script)
+    runpy.run_path(script, run_name="__main__")
+"""
+
+
 @pytest.fixture(scope="module")
-def whole(name, cache, tmp_path_factory):
-    """A run that nothing interrupted, from the shell."""
-    out = tmp_path_factory.mktemp(name) / "run"
-    command = [sys.executable, str(FOLDER / f"{name}.py"), *words(name, cache, out)]
+def runs(cache, tmp_path_factory):
+    """Example to a run of it that nothing interrupted, from the shell."""
+    root = tmp_path_factory.mktemp("runs")
+    names = [name for name, (library, _) in EXAMPLES.items() if importlib.util.find_spec(library)]
+    jobs = [[str(FOLDER / f"{name}.py"), words(name, cache, root / name)] for name in names]
+    command = [sys.executable, "-c", SCRIPTS, json.dumps(jobs)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return out
+    return {name: root / name for name in names}
+
+
+@pytest.fixture
+def whole(name, runs):
+    return runs[name]
 
 
 def test_the_loss_falls(name, whole):

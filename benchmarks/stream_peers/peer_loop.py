@@ -23,20 +23,28 @@ from typing import Any, Protocol
 from torch import Tensor
 
 
-class Peer(Protocol):
-    """A way to keep samples and to read them in batches."""
-
-    def convert(self, samples: Path, data: Path) -> None:
-        """Write the samples in the peer's format."""
+class Looped(Protocol):
+    """What delivers batches."""
 
     def loader(self, data: Path, batch: int, workers: int, seed: int) -> Iterable[Any]:
         """Shuffled batches of one epoch (each time it is iterated)."""
 
+    def tokens(self, batch: Any) -> int:
+        """Target tokens of a batch."""
+
+
+class Checked(Looped, Protocol):
+    """What delivers batches whose tensors can be looked at."""
+
     def tensors(self, batch: Any) -> Mapping[str, Tensor]:
         """All tensors of a batch."""
 
-    def tokens(self, batch: Any) -> int:
-        """Target tokens of a batch."""
+
+class Peer(Checked, Protocol):
+    """A way to keep samples and to read them in batches."""
+
+    def convert(self, samples: Path, data: Path) -> None:
+        """Write the samples in the peer's format."""
 
 
 class Collated:
@@ -51,15 +59,15 @@ class Collated:
         return len(batch["tgt.flat"])
 
 
-def serve(peer: Peer) -> None:
-    """Orders from stdin until it ends."""
+def serve(side: Looped) -> None:
+    """Orders from stdin until it ends; `check` is for a `Checked`, `convert` for a `Peer`."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print
     acts: dict[str, Callable[..., Any]] = {"convert": convert, "check": check, "stream": stream}
     for line in sys.stdin:
         order = json.loads(line)
         try:
-            answer = acts[order.pop("do")](peer, **order)
+            answer = acts[order.pop("do")](side, **order)
         except Exception as error:
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
@@ -77,14 +85,14 @@ def convert(peer: Peer, samples: str, data: str) -> dict[str, Any]:
     }
 
 
-def check(peer: Peer, data: str, batch: int, workers: int, batches: int) -> dict[str, Any]:
+def check(side: Checked, data: str, batch: int, workers: int, batches: int) -> dict[str, Any]:
     """Rows and digests of some batches, and their sizes."""
     found, tokens, held = [], 0, 0
-    running = iter(peer.loader(Path(data), batch, workers, 1))
+    running = iter(side.loader(Path(data), batch, workers, 1))
     for one in running:
-        tensors = peer.tensors(one)
+        tensors = side.tensors(one)
         found.append({"rows": tensors["rows"].tolist(), "digest": digest(tensors)})
-        tokens += peer.tokens(one)
+        tokens += side.tokens(one)
         held += sum(tensor.nbytes for tensor in tensors.values())
         if len(found) == batches:
             break
@@ -102,11 +110,11 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def stream(
-    peer: Peer, data: str, batch: int, workers: int, seconds: float, seed: int
+    side: Looped, data: str, batch: int, workers: int, seconds: float, seed: int
 ) -> dict[str, Any]:
     """Seconds to the first batch, and tokens a second once all workers run, epoch after epoch."""
     began = time.perf_counter()
-    loader = peer.loader(Path(data), batch, workers, seed)
+    loader = side.loader(Path(data), batch, workers, seed)
     running = iter(loader)
     next(running)
     arrived = time.perf_counter()
@@ -122,7 +130,7 @@ def stream(
             epochs += 1
             running = iter(loader)
             continue
-        tokens += peer.tokens(one)
+        tokens += side.tokens(one)
         batches += 1
         now = time.perf_counter()
     return {

@@ -30,10 +30,6 @@ class Copy:
         self.way = way
         self.batches: list[dict[str, Tensor]] = []
 
-    def convert(self, samples: Path, data: Path) -> None:
-        """Write the samples in the peer's format."""
-        raise NotImplementedError("a copy has no format")
-
     def loader(self, data: Path, batch: int, workers: int, seed: int) -> Iterable[int]:
         """Shuffled batches of one epoch, each time it is iterated."""
         side, held = Side(), 0
@@ -71,10 +67,6 @@ class Copy:
                 fresh = [tensor.clone() for tensor in one.values()]
                 yield number
                 del fresh
-
-    def tensors(self, batch: int) -> dict[str, Tensor]:
-        """All tensors of a batch."""
-        raise NotImplementedError
 
     def tokens(self, batch: int) -> int:
         """Target tokens of a batch."""

@@ -16,10 +16,6 @@ from kdcache.train.batches.stream import GlobalBatch
 class Side:
     """`kdcache.batches` with one thread, as it comes."""
 
-    def convert(self, samples: Path, data: Path) -> None:
-        """Write the samples in the peer's format."""
-        raise NotImplementedError("the cache is where the samples come from")
-
     def loader(self, data: Path, batch: int, workers: int, seed: int) -> Iterable[GlobalBatch]:
         """Shuffled batches of one epoch, each time it is iterated."""
         return kdcache.batches(data, signals=[SIGNAL], batch_tokens=batch, seed=seed)

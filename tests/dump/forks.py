@@ -252,6 +252,7 @@ def _main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.fsync = os.fstat  # no power fails here
     answering = os.fdopen(os.dup(1), "w")
     from tqdm import tqdm
 

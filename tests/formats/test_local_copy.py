@@ -187,7 +187,7 @@ def test_wrong_bytes_are_fetched_again_and_then_refused(tmp_path, name):
     assert not files_in(tmp_path)
 
 
-@pytest.mark.parametrize("name", set(wrong_contents()) - {"crc32c alone"})
+@pytest.mark.parametrize("name", sorted(set(wrong_contents()) - {"crc32c alone"}))
 def test_the_third_fetch_may_be_right(tmp_path, name):
     _, data, _ = wrong_contents()[name]
     contents = [data, data, content(1)]

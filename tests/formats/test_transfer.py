@@ -1,7 +1,6 @@
 """A cache compressed for the wire: read as it is, expanded to the same bytes, never mistaken."""
 
 import json
-import os
 import pickle
 import shutil
 from pathlib import Path
@@ -38,7 +37,6 @@ def _world(tmp_path, monkeypatch):
     monkeypatch.setattr(MemoryFileSystem, "pseudo_dirs", [""])
     monkeypatch.setenv("KDCACHE_LOCAL_COPY", str(tmp_path / "copy"))
     monkeypatch.setenv("KDCACHE_LOCAL_COPY_BYTES", "1GB")
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture

@@ -27,7 +27,6 @@ from tests.formats.test_transfer import files_of
 def _world(tmp_path, monkeypatch):
     monkeypatch.setenv("KDCACHE_LOCAL_COPY", str(tmp_path / "copy"))
     monkeypatch.setenv("KDCACHE_LOCAL_COPY_BYTES", "1GB")
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture

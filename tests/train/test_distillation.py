@@ -241,19 +241,34 @@ def test_attentions_are_compared_query_by_key(kinds, cache):
     assert values.tolist() == pytest.approx([expected.item()], rel=1e-3)  # float16 teacher
 
 
-def test_scores_are_compared_for_samples_that_have_them(kinds, cache):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_scores_are_compared_for_samples_that_have_them(kinds, cache, weighted):
+    """Weighted, by labels that are taken for those of the pairs."""
     model = make_student()
     term = {"loss": "score_mse", "signal": "nli"}
-    module, batch, micro, total, values = both(cache, model, term, source="pair")
+    by = {"by": "teacher_loss", "strength": 0.3, "centre": 2.5, "signal": "targets"}
+    targets = cache.signals["targets"].model_copy(update={"source": "pair"})
+    terms = make_terms(term | ({"sample_weight": by} if weighted else {}))
+    objective = Objective(terms, {**cache.signals, "targets": targets}, "pair", "tgt")
+    module = Distillation(model, objective, 1).double()
+    batch = one_batch(cache, module)
+    (micro,) = batch.micro
+    total, values = module(micro, batch.counts, objective.at(1, 10))
     out, _ = plain(model, micro, source="pair")
     head, mask = module.beside["0"].head, micro.streams["pair"].mask
     scores = kinds.columns["nli"]["scores"]
+    factors = [1.0] * len(batch.rows)
+    if weighted:  # codes are even steps in the root of up to 25 nats
+        nats = 25 * (micro.signals["targets"].gold.double() / 255) ** 2
+        each = nats.split(micro.streams["tgt"].mask.sum(1).tolist())
+        factors = [math.exp(-0.3 * (part.mean().item() - 2.5)) for part in each]
     losses = []
     for place, m in enumerate(batch.rows // 3):
         theirs = scores.fields["value"][scores.offsets[m] : scores.offsets[m + 1]]
         if len(theirs):
             own = head(out.encoder_last_hidden_state[place, mask[place]].mean(0))
-            losses.append(torch.nn.functional.mse_loss(own, torch.from_numpy(theirs).double()))
+            loss = torch.nn.functional.mse_loss(own, torch.from_numpy(theirs).double())
+            losses.append(factors[place] * loss)
     assert 0 < len(losses) < len(batch.rows)
     assert values.tolist() == pytest.approx([torch.stack(losses).mean().item()], rel=1e-5)
     total.backward()

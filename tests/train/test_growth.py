@@ -196,6 +196,8 @@ def test_the_waiting_can_be_interrupted(growing, monkeypatch):
     monkeypatch.setattr(growth, "POLL_SECONDS", 60.0)
     growing.show(0)
     real = threading.Event.wait
+    # A shell has what it runs in the background ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def wait(self, timeout=None):
         if timeout == 60.0:
@@ -203,7 +205,10 @@ def test_the_waiting_can_be_interrupted(growing, monkeypatch):
         return real(self, timeout)
 
     monkeypatch.setattr(threading.Event, "wait", wait)
-    with pytest.raises(KeyboardInterrupt):
-        next(iter(make_stream(growing.path)))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            next(iter(make_stream(growing.path)))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not any(thread.name == "kdcache-batches" for thread in threading.enumerate())
     growing.show(growing.num_shards)

@@ -17,6 +17,7 @@ import itertools, os, shutil, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
+os.fsync = os.fstat  # no power fails here
 from kdcache.formats.cache import open_cache
 from kdcache.recipe import load_recipe
 from kdcache.train.runs import checkpoint

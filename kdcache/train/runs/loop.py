@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
-import platform
 import time
 from contextlib import ExitStack, closing
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from kdcache import __version__
 from kdcache.errors import RecipeError
 from kdcache.formats.cache import open_cache
 from kdcache.models import resolve_device
@@ -31,6 +28,7 @@ from kdcache.train.runs.checkpoint import (
 from kdcache.train.runs.parallel import joined
 from kdcache.train.runs.run import RunDirectory, locked
 from kdcache.train.runs.trainer import Trainer
+from kdcache.versions import versions_of
 
 logger = logging.getLogger(__name__)
 
@@ -70,11 +68,9 @@ def train(recipe: Recipe, cache_path: str | Path | None, out: str | Path) -> dic
     caches, run = [open_cache(path) for path in paths], Path(out)
     if recipe.train.student is None:
         raise RecipeError("train.student is not set; give train.student.config or .path")
-    versions = {name: version(name) for name in LIBRARIES}
-    versions |= {"kdcache": __version__, "python": platform.python_version()}
     with joined(resolve_device(recipe.train.device)) as ranks, ExitStack() as held:
         trainer = Trainer(recipe.train, caches, ranks)
-        about = (run, recipe, trainer.identity(), versions)
+        about = (run, recipe, trainer.identity(), versions_of(LIBRARIES))
         with ranks.together():
             if ranks.main:
                 held.enter_context(locked(run))
