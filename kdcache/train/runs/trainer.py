@@ -27,6 +27,7 @@ from kdcache.train.batches.hypotheses import with_hypotheses
 from kdcache.train.batches.mix import MixedStream, batch_stream
 from kdcache.train.batches.order import ORDER_VERSION
 from kdcache.train.batches.stream import BatchStream, GlobalBatch
+from kdcache.train.losses.label_signals import check_text
 from kdcache.train.losses.objective import Moment, Objective
 from kdcache.train.losses.schedule import learning_rate
 from kdcache.train.runs.checkpoint import RunState, publish, tied_weights
@@ -96,6 +97,8 @@ class Trainer:
         self.objective = Objective(section.objective, cache.signals, section.source, section.target)
         for other in self.caches[1:]:
             Objective(section.objective, other.signals, section.source, section.target)
+        for each in self.caches if self.objective.over_references else ():
+            check_text(each, section.target)
         self.tokenizer = cache.stream(section.target).tokenizer
         own = check_tokenizer(section.student, cache, self.tokenizer)
         sides = (section.source, section.target)
