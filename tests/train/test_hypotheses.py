@@ -17,7 +17,7 @@ from kdcache.labels import decode, densify, entropy_nats
 from kdcache.models import load_tokenizer
 from kdcache.recipe import parse_recipe
 from kdcache.train.batches.batch import Hypotheses
-from kdcache.train.batches.hypotheses import hypothesis_tokens, with_hypotheses
+from kdcache.train.batches.hypotheses import with_hypotheses
 from kdcache.train.losses.objective import Objective
 from kdcache.train.runs.canary import check_batch
 from kdcache.train.runs.trainer import Trainer
@@ -228,12 +228,12 @@ def test_one_hypothesis_of_each_sample_becomes_a_stream():
         log_probs=torch.zeros(4),
         counts=torch.tensor([2, 1, 1]),
     )
-    best, second = (hypothesis_tokens(hypotheses, n) for n in (0, 1))
+    best, second = hypotheses.tokens(), hypotheses.tokens(1)
     assert best.ids.tolist() == [[5, 6, 2], [2, 0, 0], [8, 2, 0]]
     assert best.flat.tolist() == [5, 6, 2, 2, 8, 2]
     assert second.ids.tolist() == [[7, 2], [0, 0], [0, 0]]
     assert second.mask.tolist() == [[True, True], [False, False], [False, False]]
-    none = hypothesis_tokens(hypotheses, 2)
+    none = hypotheses.tokens(2)
     assert none.ids.shape == (3, 1)
     assert not none.mask.any()
 
@@ -387,7 +387,7 @@ def test_compiled_targets_train_as_hypotheses_do(dumped, make_recipe, tmp_path, 
         assert found != sorted(pieces[::3])
 
 
-def test_sources_alone_become_pseudo_parallel_data(world, dumped, tmp_path):
+def test_sources_alone_become_pseudo_parallel_data(world, dumped, make_recipe, tmp_path):
     """Of sources without targets hypotheses are dumped, made targets, and mixed with the others."""
     alone = tmp_path / "alone.src"
     alone.write_text("".join(line + "\n" for line in world.src[100:106]))
@@ -407,12 +407,21 @@ def test_sources_alone_become_pseudo_parallel_data(world, dumped, tmp_path):
     assert cache.samples(0).text("tgt").to_pylist() == [""] * 6
     dump(parse_recipe(tree), tmp_path / "cache")  # goes on, with nothing left to do
 
+    def trainer(*terms, path=tmp_path / "cache"):
+        return Trainer(train_section(make_recipe, *terms), open_cache(path))
+
+    plain = {"loss": "cross_entropy"}
+    assert trainer(plain | {"hypotheses": "beams"}, plain | {"weight": 0.0}).objective.hypotheses
+    with pytest.raises(RecipeError, match=r"dumped without text in 'tgt' .* compile --targets"):
+        trainer(plain, plain | {"hypotheses": "beams"})
+
     best_of = parse_targets("beams=best")
     for name, path in (("alone", tmp_path / "cache"), ("both", dumped / "cache")):
         options = CompileOptions(targets=best_of, signals=["beams", "best"])
         compile_caches([str(path)], str(tmp_path / name), options)
     parts = [str(tmp_path / name) for name in ("both", "alone")]
     compile_caches(parts, str(tmp_path / "mixed"), CompileOptions(mix=[1, 1]))
+    trainer(plain, path=tmp_path / "alone")
     mixed = open_cache(tmp_path / "mixed")
     assert mixed.samples(0).text("src").to_pylist()[24:] == world.src[100:106]
     assert mixed.complete("best")

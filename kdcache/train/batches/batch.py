@@ -105,6 +105,26 @@ class Hypotheses:
     log_probs: Tensor
     counts: Tensor
 
+    def tokens(self, number: int = 0) -> Tokens:
+        """One hypothesis of each sample, padded with id 0; a sample without it has no tokens.
+
+        Args:
+            number: which, 0 the best.
+        """
+        has = self.counts > number
+        chosen = (self.counts.cumsum(0) - self.counts)[has] + number  # of H
+        lengths, starts = torch.zeros_like(self.counts), torch.zeros_like(self.counts)  # [B]
+        lengths[has] = self.lengths[chosen]
+        starts[has] = (self.lengths.cumsum(0) - self.lengths)[chosen]  # of K
+        device = self.ids.device
+        mask = torch.arange(max([1, *lengths.tolist()]), device=device) < lengths[:, None]  # [B, T]
+        shift = starts - (lengths.cumsum(0) - lengths)
+        places = torch.arange(int(lengths.sum()), device=device)
+        flat = self.ids[places + shift.repeat_interleave(lengths)]  # [N]
+        ids = torch.zeros(mask.shape, dtype=torch.int64, device=device)
+        ids[mask] = flat
+        return Tokens(ids=ids, mask=mask, flat=flat)
+
 
 SignalBatch = CodedLabels | DenseRows | Scores | Masked | Hypotheses
 

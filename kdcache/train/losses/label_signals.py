@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kdcache.errors import IdentityError, RecipeError
+from kdcache.formats.cache import Cache
 from kdcache.formats.signals import BeamsRecord, LogitsRecord, SignalRecord
 
 
@@ -90,6 +91,28 @@ def check_beams_signal(
         )
     _check_streams(where, "is written in", record, source, target)
     return record
+
+
+def check_text(cache: Cache, target: str) -> None:
+    """Refuse references that were dumped without text: their targets are end tokens alone.
+
+    Args:
+        cache: that is trained on.
+        target: stream that the student predicts.
+
+    Raises:
+        RecipeError: there is no text.
+    """
+    field, corpus = cache.stream(target).field, cache.manifest.recipe.get("corpus", {})
+    if field not in corpus.get("without", []) or not cache.num_shards:
+        return
+    # Where hypotheses have become the targets since, they have some.
+    if not any(text.strip() for text in cache.samples(0).text(field).to_pylist()):
+        raise RecipeError(
+            f"train.objective: {cache.path} was dumped without text in {field!r} "
+            f"(corpus.without), so there are no references in stream {target!r}; name a beams "
+            "signal as the term's hypotheses, or make them targets by `kdcache compile --targets`"
+        )
 
 
 def _check_streams(

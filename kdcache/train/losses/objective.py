@@ -153,6 +153,11 @@ class Objective:
         return max(1, sum(counts[name] for name in names))
 
     @property
+    def over_references(self) -> bool:
+        """Whether some term is over the tokens of references."""
+        return any(part.stream == self.target for parts in self.parts for part in parts)
+
+    @property
     def signals(self) -> list[str]:
         """Names of the signals that the terms need."""
         return list(self.records)

@@ -28,6 +28,7 @@ from kdcache.train.batches.order import ORDER_VERSION
 from kdcache.train.batches.stream import BatchStream, GlobalBatch
 from kdcache.train.families import FAMILIES, Setting
 from kdcache.train.families.family import Development
+from kdcache.train.losses.label_signals import check_text
 from kdcache.train.losses.objective import Moment
 from kdcache.train.losses.schedule import learning_rate
 from kdcache.train.runs.checkpoint import RunState, publish, tied_weights
@@ -98,6 +99,8 @@ class Trainer:
         self.objective = self.family.objective(section, cache.signals)
         for other in self.caches[1:]:
             self.family.objective(section, other.signals)
+        for each in self.caches if self.objective.over_references else ():
+            check_text(each, section.target)
         self.tokenizer = cache.stream(section.target).tokenizer
         own = check_tokenizer(section.student, cache, self.tokenizer)
         sides = (section.source, section.target)
