@@ -387,6 +387,41 @@ def test_compiled_targets_train_as_hypotheses_do(dumped, make_recipe, tmp_path, 
         assert found != sorted(pieces[::3])
 
 
+def test_sources_alone_become_pseudo_parallel_data(world, dumped, tmp_path):
+    """Of sources without targets hypotheses are dumped, made targets, and mixed with the others."""
+    alone = tmp_path / "alone.src"
+    alone.write_text("".join(line + "\n" for line in world.src[100:106]))
+    beams = {"kind": "beams", "mode": "greedy", "max_length": 8}
+    best = {"codec": {"name": "topk", "k": 4}, "hypotheses": "beams"}
+    tree = {
+        "name": "test",
+        "corpus": {"fields": {"src": str(alone)}, "without": ["tgt"]},
+        "dump": {
+            "teacher": {"path": str(world.teacher), "device": "cpu"},
+            "signals": {"beams": beams, "best": best},
+        },
+    }
+    dump(parse_recipe(tree), tmp_path / "cache")
+    cache = open_cache(tmp_path / "cache")
+    assert cache.manifest.corpus.fields == ["src", "tgt"]
+    assert cache.samples(0).text("tgt").to_pylist() == [""] * 6
+    dump(parse_recipe(tree), tmp_path / "cache")  # goes on, with nothing left to do
+
+    best_of = parse_targets("beams=best")
+    for name, path in (("alone", tmp_path / "cache"), ("both", dumped / "cache")):
+        options = CompileOptions(targets=best_of, signals=["beams", "best"])
+        compile_caches([str(path)], str(tmp_path / name), options)
+    parts = [str(tmp_path / name) for name in ("both", "alone")]
+    compile_caches(parts, str(tmp_path / "mixed"), CompileOptions(mix=[1, 1]))
+    mixed = open_cache(tmp_path / "mixed")
+    assert mixed.samples(0).text("src").to_pylist()[24:] == world.src[100:106]
+    assert mixed.complete("best")
+    beams = cache.signal_shard("beams", 0).parts[0][2]
+    ids = join_ids(beams["tokens"].fields).tolist()
+    stream = mixed.samples(0).streams["tgt"]
+    assert join_ids(stream.fields).tolist()[stream.offsets[24] :] == ids
+
+
 def test_a_hypothesis_that_is_too_long_is_named(dumped, make_recipe):
     cache = open_cache(dumped / "cache")  # whose hypotheses go on to the teacher's last position
     longest = max(cache.stream(name).longest for name in ("src", "tgt"))
