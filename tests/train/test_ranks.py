@@ -74,7 +74,7 @@ GATED = [*TERMS[:2], TERMS[3], TERMS[6]]
 
 
 def gate_tree() -> dict:
-    tree = step_tree("ddp", 3, 40)
+    tree = step_tree("ddp", 3, 8)
     gate = {"terms": ["masked_kl", 1, "hidden_mse"], "module": "sublayer"}
     return tree | {"train": tree["train"] | {"objective": GATED, "gate": gate}}
 
