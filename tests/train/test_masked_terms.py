@@ -8,11 +8,12 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertTokenizerFast
 
 from kdcache.dump.runner import dump
-from kdcache.errors import IdentityError, ModelError, RecipeError
+from kdcache.errors import IdentityError, ModelError, RecipeError, TrainingError
 from kdcache.formats.cache import open_cache
 from kdcache.recipe import EvaluateSection, parse_recipe
 from kdcache.train.evaluation.evaluate import evaluate
 from kdcache.train.losses.soft_terms import sample_factors
+from kdcache.train.runs.canary import check_masked
 from kdcache.train.runs.loop import train
 from kdcache.train.runs.trainer import Trainer
 from kdcache.train.students.vocabulary import KnownIds
@@ -262,6 +263,19 @@ def test_masks_of_another_stream_and_ids_that_the_student_lacks_are_refused(kind
     known = KnownIds.of(model, kinds, "src", "tgt", False)
     with pytest.raises(ModelError, match=r"has 3 ids, and masks signal 'masks' puts id \d+ into"):
         known.checked(micro)
+
+
+def test_labels_that_slid_against_the_masked_tokens_are_noticed(mlm):
+    terms = [{"loss": "masked_kl", "signal": name} for name in ("masked", "original")]
+    module = distilled(mlm.cache, student_of(), *terms)
+    (micro,) = one_batch(mlm.cache, module).micro
+    labels = module.objective.masked_labels
+    assert labels == {"masked": "masks", "original": "kept"}
+    check_masked(micro, "src", labels)
+    ids = micro.streams["src"].ids
+    micro.streams["src"].ids.copy_(torch.roll(ids, 1, 1))
+    with pytest.raises(TrainingError, match=r"signal 'masked': labels are shifted against"):
+        check_masked(micro, "src", labels)
 
 
 def mask_task(mlm, **more):

@@ -9,7 +9,7 @@ slid by one token, lie in another order or speak of another tokenizer's ids disa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from kdcache.errors import TrainingError
 from kdcache.formats.codec import WIDE_RANGE_NATS, Codec, SampledCodec, ThresholdCodec
 from kdcache.formats.codes import exact_log_probs, gold_log_probs
 from kdcache.labels import CodedLabels
-from kdcache.train.batches.batch import Batch
+from kdcache.train.batches.batch import Batch, Masked
 
 #: Share of the positions that may disagree: none should, beyond the rounding of codes.
 MAX_DISAGREEING = 0.05
@@ -72,15 +72,30 @@ def check_batch(batch: Batch, target: str, signals: Sequence[str]) -> None:
     for name in signals:
         coded = batch.signals[name]
         assert isinstance(coded, CodedLabels)
-        found = alignment(coded, tokens.flat.numpy(), lengths)
-        if not found.aligned:
-            raise TrainingError(
-                f"signal {name!r}: labels are shifted against their targets, or in another order: "
-                f"the stored entries hold the target at {found.hits[0]} of {found.num_positions} "
-                f"positions (at shift -1: {found.hits[-1]}, at +1: {found.hits[1]}), and "
-                f"{found.disagreeing} of {found.checked} values differ from the stored log-prob "
-                "of the target; run `kdcache verify`, then dump the signal again"
-            )
+        check_labels(name, coded, tokens.flat.numpy(), lengths)
+
+
+def check_labels(name: str, coded: CodedLabels, targets: np.ndarray, lengths: np.ndarray) -> None:
+    """Check the labels of one signal.
+
+    Args:
+        name: of the signal.
+        coded: its labels of N positions, on the host.
+        targets: [N] int64 target ids.
+        lengths: [samples] int64 positions of each sample, N in all.
+
+    Raises:
+        TrainingError: they do not belong to the targets, with what was counted.
+    """
+    found = alignment(coded, targets, lengths)
+    if not found.aligned:
+        raise TrainingError(
+            f"signal {name!r}: labels are shifted against their targets, or in another order: "
+            f"the stored entries hold the target at {found.hits[0]} of {found.num_positions} "
+            f"positions (at shift -1: {found.hits[-1]}, at +1: {found.hits[1]}), and "
+            f"{found.disagreeing} of {found.checked} values differ from the stored log-prob "
+            "of the target; run `kdcache verify`, then dump the signal again"
+        )
 
 
 def alignment(coded: CodedLabels, targets: np.ndarray, lengths: np.ndarray) -> Alignment:
@@ -108,6 +123,26 @@ def alignment(coded: CodedLabels, targets: np.ndarray, lengths: np.ndarray) -> A
     else:
         checked, disagreeing = _exact_against_gold(coded, targets, rows, ids)
     return Alignment(num, hits, checked, disagreeing)
+
+
+def check_masked(batch: Batch, source: str, signals: Mapping[str, str]) -> None:
+    """Check labels at masked tokens of a batch that is still on the host.
+
+    Args:
+        batch: what to check.
+        source: the stream that is masked.
+        signals: of such labels, each with the masks signal that it was made from.
+
+    Raises:
+        TrainingError: labels do not belong to the tokens that were masked.
+    """
+    for name, masks in signals.items():
+        coded, masked = batch.signals[name], batch.signals[masks]
+        assert isinstance(coded, CodedLabels)
+        assert isinstance(masked, Masked)
+        samples = np.repeat(np.arange(len(batch)), masked.counts.sum(1).numpy())  # [K]
+        targets = batch.streams[source].ids.numpy()[samples, masked.positions.numpy()]
+        check_labels(name, coded, targets, masked.counts.flatten().numpy())
 
 
 def _entries(coded: CodedLabels, num: int) -> tuple[np.ndarray, np.ndarray]:

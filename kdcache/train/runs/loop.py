@@ -19,7 +19,7 @@ from kdcache.recipe import Recipe
 from kdcache.train.batches.hypotheses import with_hypotheses
 from kdcache.train.batches.stream import GlobalBatch
 from kdcache.train.losses.schedule import learning_rate
-from kdcache.train.runs.canary import check_batch
+from kdcache.train.runs.canary import check_batch, check_masked
 from kdcache.train.runs.checkpoint import (
     average_weights,
     checkpoints,
@@ -123,6 +123,8 @@ class Loop:
                             whole = with_hypotheses(micro, trainer.objective.hypotheses, None)
                             for stream, names in trainer.objective.labelled.items():
                                 check_batch(whole, stream, names)
+                            masked = trainer.objective.masked_labels
+                            check_masked(micro, trainer.objective.source, masked)
                 trainer.step(batch)
                 seen += 1
                 self._after(batch)
