@@ -177,6 +177,13 @@ def test_a_gate_that_gates_nothing_is_refused(cache, monkeypatch, gate, terms, m
     assert "\n" not in str(caught.value)
 
 
+def test_an_encoder_without_weights_of_its_own_has_nothing_to_gate(cache, monkeypatch):
+    one = made(cache, monkeypatch, gate={"terms": GATED})
+    one.model.get_encoder().requires_grad_(False)
+    with pytest.raises(RecipeError, match=r"encoder has no weights of its own that are trained"):
+        Gate(one.section, one.objective, one.distillation, one.model, Ranks())
+
+
 def test_a_gate_needs_whole_gradients():
     section = SimpleNamespace(gate=SimpleNamespace(terms=[1]), parallel="fsdp")
     with pytest.raises(RecipeError, match=r"train\.gate: train\.parallel is fsdp.*set train\.para"):

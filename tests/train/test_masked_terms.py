@@ -8,11 +8,12 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertTokenizerFast
 
 from kdcache.dump.runner import dump
-from kdcache.errors import IdentityError, ModelError, RecipeError
+from kdcache.errors import IdentityError, ModelError, RecipeError, TrainingError
 from kdcache.formats.cache import open_cache
 from kdcache.recipe import EvaluateSection, parse_recipe
 from kdcache.train.evaluation.evaluate import evaluate
 from kdcache.train.losses.soft_terms import sample_factors
+from kdcache.train.runs.canary import check_masked
 from kdcache.train.runs.loop import train
 from kdcache.train.runs.trainer import Trainer
 from kdcache.train.students.vocabulary import KnownIds
@@ -31,10 +32,17 @@ WORDS = (
 )
 SIGNALS = {
     "masks": {"kind": "masks", "stream": "src", "probability": 0.3, "replicas": 2},
-    "kept": {"kind": "masks", "stream": "src", "mask_share": 0.0, "random_share": 0.0},
+    "kept": {
+        "kind": "masks",
+        "stream": "src",
+        "replicas": 2,
+        "mask_share": 0.0,
+        "random_share": 0.0,
+    },
     "masked": {"at": "masked", "stream": "src", "masks": "masks"},
     "original": {"at": "masked", "stream": "src", "masks": "kept"},
     "states": {"kind": "hidden", "stream": "src", "layers": [-2], "masks": "masks"},
+    "kept_states": {"kind": "hidden", "stream": "src", "layers": [-2], "masks": "kept"},
 }
 
 
@@ -78,8 +86,9 @@ def mlm(tmp_path_factory):
     return SimpleNamespace(root=root, teacher=teacher.double(), cache=open_cache(root / "cache"))
 
 
-def student_of(mlm):
-    return make_student(rows=37, share_encoder_decoder_embeddings=False)
+def student_of(model_type="marian"):
+    own = {"share_encoder_decoder_embeddings": False} if model_type == "marian" else {}
+    return make_student(model_type, rows=37, **own)
 
 
 def rows_as_read(micro, masks):
@@ -97,13 +106,17 @@ def rows_as_read(micro, masks):
 
 
 @pytest.mark.parametrize(
-    ("signal", "masks", "temperature"),
-    [("masked", "masks", 1.0), ("masked", "masks", 2.0), ("original", "kept", 1.0)],
+    ("signal", "masks", "temperature", "model_type"),
+    [
+        ("masked", "masks", 1.0, "marian"),
+        ("masked", "masks", 2.0, "t5"),
+        ("original", "kept", 1.0, "marian"),
+    ],
 )
 def test_the_classifier_learns_what_the_teacher_says_of_what_both_read(
-    mlm, signal, masks, temperature
+    mlm, signal, masks, temperature, model_type
 ):
-    model = student_of(mlm)
+    model = student_of(model_type)
     term = {"loss": "masked_kl", "signal": signal, "weight": 0.5, "temperature": temperature}
     module = distilled(mlm.cache, model, term)
     batch = one_batch(mlm.cache, module)
@@ -121,7 +134,7 @@ def test_the_classifier_learns_what_the_teacher_says_of_what_both_read(
         p = torch.log_softmax(classifier(states) / temperature, 1)
         q = torch.log_softmax(logits, 1)
         losses.append((q.exp() * (q - p)).sum(1))
-        original = micro.streams["src"].ids[sample // (2 if masks == "masks" else 1)]
+        original = micro.streams["src"].ids[sample // 2]
         changed += int((original[places] != ids[0, places]).sum())
     assert (changed > 0) == (masks == "masks")
     expected = torch.cat(losses).mean()
@@ -136,16 +149,25 @@ def test_the_classifier_learns_what_the_teacher_says_of_what_both_read(
     assert (mask_row.abs().sum() > 0) == (masks == "masks")
 
 
-@pytest.mark.parametrize("loss", ["hidden_mse", "hidden_cosine"])
-def test_states_of_masked_inputs_are_compared_with_the_students_of_the_same(mlm, loss):
-    model = student_of(mlm)
-    module = distilled(mlm.cache, model, {"loss": loss, "signal": "states"})
+@pytest.mark.parametrize(
+    ("loss", "signal", "masks"),
+    [
+        ("hidden_mse", "states", "masks"),
+        ("hidden_cosine", "states", "masks"),
+        ("hidden_mse", "kept_states", "kept"),
+    ],
+)
+def test_states_of_masked_inputs_are_compared_with_the_students_of_the_same(
+    mlm, loss, signal, masks
+):
+    model = student_of()
+    module = distilled(mlm.cache, model, {"loss": loss, "signal": signal})
     batch = one_batch(mlm.cache, module)
     (micro,) = batch.micro
     _, values = module(micro, batch.counts, module.objective.at(1, 10))
     (projection,) = module.beside["0"].projections.values()
     rows = []
-    for ids, _ in rows_as_read(micro, "masks"):
+    for ids, _ in rows_as_read(micro, masks):
         theirs = mlm.teacher(ids, output_hidden_states=True).hidden_states[-2][0]
         own = projection(model.get_encoder()(ids).last_hidden_state[0])
         cosine = 1 - torch.cosine_similarity(own, theirs, dim=1)
@@ -162,12 +184,12 @@ EVERY = [
 
 
 def test_micro_batches_of_masked_terms_add_up_and_a_weight_of_zero_builds_nothing(mlm):
-    model = student_of(mlm)
+    model = student_of()
     module = distilled(mlm.cache, model, *EVERY, {**EVERY[1], "weight": 0.0})
     assert sorted(module.beside) == ["1", "2", "3"]
     assert module.objective.signals == ["masked", "masks", "original", "kept", "states"]
     moments = module.objective.at(1, 10)
-    for one, other in zip(*(global_batches(mlm.cache, module, n) for n in (1, 3)), strict=True):
+    for one, other in zip(*(global_batches(mlm.cache, module, n)[:2] for n in (1, 3)), strict=True):
         sums = []
         for batch in (one, other):
             module.zero_grad()
@@ -241,6 +263,19 @@ def test_masks_of_another_stream_and_ids_that_the_student_lacks_are_refused(kind
     known = KnownIds.of(model, kinds, "src", "tgt", False)
     with pytest.raises(ModelError, match=r"has 3 ids, and masks signal 'masks' puts id \d+ into"):
         known.checked(micro)
+
+
+def test_labels_that_slid_against_the_masked_tokens_are_noticed(mlm):
+    terms = [{"loss": "masked_kl", "signal": name} for name in ("masked", "original")]
+    module = distilled(mlm.cache, student_of(), *terms)
+    (micro,) = one_batch(mlm.cache, module).micro
+    labels = module.objective.masked_labels
+    assert labels == {"masked": "masks", "original": "kept"}
+    check_masked(micro, "src", labels)
+    ids = micro.streams["src"].ids
+    micro.streams["src"].ids.copy_(torch.roll(ids, 1, 1))
+    with pytest.raises(TrainingError, match=r"signal 'masked': labels are shifted against"):
+        check_masked(micro, "src", labels)
 
 
 def mask_task(mlm, **more):

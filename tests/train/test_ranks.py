@@ -34,6 +34,7 @@ TERMS = [
     },
     {"loss": "attention_mse", "weight": 3.0, "signal": "attention"},
     {"loss": "cross_entropy", "weight": 0.3, "hypotheses": "beams"},
+    {"loss": "masked_kl", "weight": 0.4, "signal": "mlm"},
 ]
 #: Over pairs of texts, some of which have scores.
 SCORED = [{"loss": "cross_entropy"}, {"loss": "score_mse", "weight": 0.4, "signal": "nli"}]
@@ -68,12 +69,12 @@ def caches(world, tmp_path_factory):
     return {"kinds": str(make_kinds(root / "cache").path), "text": str(world.cache)}
 
 
-#: Terms over masked inputs beside the others, for a gate.
-GATED = [*TERMS[:2], {"loss": "masked_kl", "weight": 0.4, "signal": "mlm"}, TERMS[3]]
+#: Of every kind, for a gate.
+GATED = [*TERMS[:2], TERMS[3], TERMS[6]]
 
 
 def gate_tree() -> dict:
-    tree = step_tree("ddp", 3, 40)
+    tree = step_tree("ddp", 3, 8)
     gate = {"terms": ["masked_kl", 1, "hidden_mse"], "module": "sublayer"}
     return tree | {"train": tree["train"] | {"objective": GATED, "gate": gate}}
 

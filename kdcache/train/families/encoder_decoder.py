@@ -16,7 +16,7 @@ from kdcache.recipe import CrossEntropyTerm, TrainSection
 from kdcache.train.batches.batch import Batch
 from kdcache.train.families.family import Family, Setting
 from kdcache.train.losses.objective import Objective
-from kdcache.train.runs.canary import check_batch
+from kdcache.train.runs.canary import check_batch, check_masked
 from kdcache.train.runs.parallel import Ranks
 from kdcache.train.runs.validate import TokenPairs, encode, score_tokens
 from kdcache.train.students.distillation import Distillation
@@ -59,9 +59,10 @@ class EncoderDecoder(Family):
         return Distillation(student, objective, seed)
 
     def check_labels(self, micro: Batch, objective: Objective) -> None:
-        """Soft labels against the tokens of the target and of hypotheses."""
+        """Soft labels against the tokens of target and hypotheses, and those that were masked."""
         for stream, names in objective.labelled.items():
             check_batch(micro, stream, names)
+        check_masked(micro, objective.source, objective.masked_labels)
 
     def development(self, setting: Setting) -> DevelopmentPairs:
         """Pairs that fit the student's positions and ids."""

@@ -176,6 +176,16 @@ class Objective:
             found.setdefault(self.stream_of(name), []).append(name)
         return found
 
+    @property
+    def masked_labels(self) -> dict[str, str]:
+        """Signals that label masked tokens, each with the masks that it was made from."""
+        found = self.records.items()
+        return {
+            name: one.masks
+            for name, one in found
+            if isinstance(one, LogitsRecord) and one.masks is not None
+        }
+
     def vocab_size(self, student_rows: int) -> int:
         """Ids the losses are over: the student's, without rows that no teacher knows of.
 

@@ -9,7 +9,7 @@ slid by one token, lie in another order or speak of another tokenizer's ids disa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from kdcache.errors import TrainingError
 from kdcache.formats.codec import WIDE_RANGE_NATS, Codec, SampledCodec, ThresholdCodec
 from kdcache.formats.codes import exact_log_probs, gold_log_probs
 from kdcache.labels import CodedLabels
-from kdcache.train.batches.batch import Batch
+from kdcache.train.batches.batch import Batch, Masked
 
 #: Share of the positions that may disagree: none should, beyond the rounding of codes.
 MAX_DISAGREEING = 0.05
@@ -123,6 +123,26 @@ def alignment(coded: CodedLabels, targets: np.ndarray, lengths: np.ndarray) -> A
     else:
         checked, disagreeing = _exact_against_gold(coded, targets, rows, ids)
     return Alignment(num, hits, checked, disagreeing)
+
+
+def check_masked(batch: Batch, source: str, signals: Mapping[str, str]) -> None:
+    """Check labels at masked tokens of a batch that is still on the host.
+
+    Args:
+        batch: what to check.
+        source: the stream that is masked.
+        signals: of such labels, each with the masks signal that it was made from.
+
+    Raises:
+        TrainingError: labels do not belong to the tokens that were masked.
+    """
+    for name, masks in signals.items():
+        coded, masked = batch.signals[name], batch.signals[masks]
+        assert isinstance(coded, CodedLabels)
+        assert isinstance(masked, Masked)
+        samples = np.repeat(np.arange(len(batch)), masked.counts.sum(1).numpy())  # [K]
+        targets = batch.streams[source].ids.numpy()[samples, masked.positions.numpy()]
+        check_labels(name, coded, targets, masked.counts.flatten().numpy())
 
 
 def _entries(coded: CodedLabels, num: int) -> tuple[np.ndarray, np.ndarray]:

@@ -44,8 +44,8 @@ class Gate:
             no gradient to do not count.
 
     Raises:
-        RecipeError: a gated term is not there, or none is left to hold it against, or gradients
-            lie spread over the ranks.
+        RecipeError: a gated term is not there, or none is left to hold it against, or the encoder
+            has nothing to gate, or gradients lie spread over the ranks.
     """
 
     def __init__(
@@ -64,6 +64,11 @@ class Gate:
             )
         self.terms = _gated_terms(section, objective)
         self.modules = encoder_modules(student, section.gate.module)
+        if not self.modules:
+            raise RecipeError(
+                "train.gate: the student's encoder has no weights of its own that are trained; "
+                "set train.gate null"
+            )
         self._gated = [one for parameters in self.modules for one in parameters]
         self._learned = [one for one in module.parameters() if one.requires_grad]
         self._distilled: list[Tensor | None] = [None] * len(self._gated)
