@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kdcache.formats.cache import open_cache
 from kdcache.recipe import parse_recipe
+from kdcache.train.families import encoder_decoder
 from kdcache.train.runs import checkpoint, loop, trainer
 from kdcache.train.runs.checkpoint import tied_weights
 from kdcache.train.runs.parallel import Ranks, joined, whole
@@ -42,7 +43,7 @@ def own_ranks() -> Ranks:
 
 def steps(tree: dict, cache: str, out: str, count: int) -> list[dict[str, Tensor]]:
     """Losses, gradients and weights of some steps in float64."""
-    trainer.Distillation = Double  # type: ignore[misc]
+    encoder_decoder.Distillation = Double  # type: ignore[misc]
     ranks, found = own_ranks(), []
     made = trainer.Trainer(parse_recipe(tree).train, open_cache(cache), ranks)
     real = made.optimizer.step
@@ -66,7 +67,7 @@ def steps(tree: dict, cache: str, out: str, count: int) -> list[dict[str, Tensor
             weights = {name: tensor.clone() for name, tensor in weights.items()}
             parts = torch.tensor([len(batch.micro), len(batch.spare), len(batch.rows)])
             found.append({"values": values, "parts": parts} | gradients | weights)
-    trainer.Distillation = Distillation  # type: ignore[misc]
+    encoder_decoder.Distillation = Distillation  # type: ignore[misc]
     torch.save(found, f"{out}.{ranks.rank}")
     return found
 
