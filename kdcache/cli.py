@@ -104,7 +104,105 @@ def _parser() -> argparse.ArgumentParser:
     parsers = parser.add_subparsers(
         title="commands", dest="command", metavar="COMMAND", required=True
     )
-    _recipe_commands(parsers)
+    for add in (
+        _add_dump,
+        _add_train,
+        _add_evaluate,
+        _add_inspect,
+        _add_verify,
+        _add_audit,
+        _add_compile,
+        _add_quickstart,
+        _add_recipes,
+    ):
+        add(parsers)
+    return parser
+
+
+def _add_dump(parsers: Any) -> None:
+    """Run a teacher."""
+    command = _command(
+        parsers,
+        "dump",
+        commands.dump,
+        "run the teacher over a corpus and write a cache",
+        "kdcache dump word-level --out caches/deen \\\n      --dump.teacher.path models/deen \\\n"
+        "      --corpus.fields.src train.de --corpus.fields.tgt train.en",
+        overrides="kdcache dump word-level",
+    )
+    command.add_argument("recipe", metavar="RECIPE", help="a YAML file or a built-in name")
+    command.add_argument(
+        "--out", metavar="CACHE", help="the cache, a directory or URL; an unfinished one goes on"
+    )
+    command.add_argument(
+        "--rank",
+        type=_rank,
+        metavar="R/WORLD",
+        help="make the shards R, R + WORLD, ...; else what torchrun or SLURM says",
+    )
+    command.add_argument(
+        "--processes",
+        type=_count,
+        metavar="N",
+        help="that tokenise a large corpus (default: one for each processor core)",
+    )
+    command.add_argument(
+        "--plan",
+        action="store_true",
+        help="dump a pilot of some hundred samples, say what the whole will cost, and stop",
+    )
+    command.add_argument(
+        "--budget", type=_bytes, metavar="SIZE", help="with --plan: the cache may have 200GB, say"
+    )
+    command.add_argument(
+        "--report", metavar="FILE", help="with --plan: write a page with pictures there"
+    )
+    command.add_argument(
+        "--print-recipe", action="store_true", help="show the resolved recipe, and stop"
+    )
+
+
+def _add_train(parsers: Any) -> None:
+    """Train a student."""
+    command = _command(
+        parsers,
+        "train",
+        commands.train,
+        "train a student from a cache",
+        "kdcache train word-level --cache caches/deen --out runs/word-level",
+        overrides="kdcache train word-level",
+    )
+    command.add_argument("recipe", metavar="RECIPE", help="a YAML file or a built-in name")
+    command.add_argument(
+        "--cache", metavar="CACHE", help="the cache to train from, a directory or URL"
+    )
+    command.add_argument(
+        "--out", metavar="RUN", help="the run directory; an unfinished one goes on"
+    )
+    command.add_argument(
+        "--print-recipe", action="store_true", help="show the resolved recipe, and stop"
+    )
+
+
+def _add_evaluate(parsers: Any) -> None:
+    """Score a model."""
+    command = _command(
+        parsers,
+        "evaluate",
+        commands.evaluate,
+        "translate and score a run or any encoder-decoder model",
+        "kdcache evaluate runs/word-level --against runs/no-kd \\\n"
+        "      --evaluate.corpus.fields.src test.de --evaluate.corpus.fields.tgt test.en",
+        overrides="kdcache train word-level",
+    )
+    command.add_argument("run_path", metavar="RUN", help="a run, or a transformers directory")
+    command.add_argument("--recipe", metavar="RECIPE", help="score as it says; the run's own else")
+    command.add_argument("--against", metavar="RUN2", help="an evaluated run to compare with")
+    command.add_argument("--out", metavar="DIR", help="where results go; the run itself else")
+
+
+def _add_inspect(parsers: Any) -> None:
+    """Show a cache."""
     command = _command(
         parsers,
         "inspect",
@@ -116,6 +214,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--samples", type=_count, default=3, metavar="N", help="decoded samples shown (default 3)"
     )
+
+
+def _add_verify(parsers: Any) -> None:
+    """Check a cache."""
     command = _command(
         parsers,
         "verify",
@@ -147,6 +249,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RECIPE",
         help="with --repair: how to make things again; as the cache's own records say else",
     )
+
+
+def _add_audit(parsers: Any) -> None:
+    """Compare a cache with its teacher."""
     command = _command(
         parsers,
         "audit",
@@ -191,6 +297,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="X",
         help="largest loss by coding that passes; each kind has its own",
     )
+
+
+def _add_compile(parsers: Any) -> None:
+    """Make a cache of others."""
     command = _command(
         parsers,
         "compile",
@@ -199,6 +309,10 @@ def _parser() -> argparse.ArgumentParser:
         "kdcache compile caches/a caches/b --out caches/both",
     )
     compile_arguments.add_arguments(command)
+
+
+def _add_quickstart(parsers: Any) -> None:
+    """Tell the whole story."""
     command = _command(
         parsers,
         "quickstart",
@@ -212,82 +326,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where everything goes (default kdcache-quickstart)",
     )
+
+
+def _add_recipes(parsers: Any) -> None:
+    """List recipes."""
     _command(parsers, "recipes", commands.recipes, "list the built-in recipes", "kdcache recipes")
-    return parser
-
-
-def _recipe_commands(parsers: Any) -> None:
-    """The commands that take a recipe and overrides of it: dump, train, evaluate."""
-    command = _command(
-        parsers,
-        "dump",
-        commands.dump,
-        "run the teacher over a corpus and write a cache",
-        "kdcache dump word-level --out caches/deen \\\n      --dump.teacher.path models/deen \\\n"
-        "      --corpus.fields.src train.de --corpus.fields.tgt train.en",
-        overrides="kdcache dump word-level",
-    )
-    command.add_argument("recipe", metavar="RECIPE", help="a YAML file or a built-in name")
-    command.add_argument(
-        "--out", metavar="CACHE", help="the cache, a directory or URL; an unfinished one goes on"
-    )
-    command.add_argument(
-        "--rank",
-        type=_rank,
-        metavar="R/WORLD",
-        help="make the shards R, R + WORLD, ...; else what torchrun or SLURM says",
-    )
-    command.add_argument(
-        "--processes",
-        type=_count,
-        metavar="N",
-        help="that tokenise a large corpus (default: one for each processor core)",
-    )
-    command.add_argument(
-        "--plan",
-        action="store_true",
-        help="dump a pilot of some hundred samples, say what the whole will cost, and stop",
-    )
-    command.add_argument(
-        "--budget", type=_bytes, metavar="SIZE", help="with --plan: the cache may have 200GB, say"
-    )
-    command.add_argument(
-        "--report", metavar="FILE", help="with --plan: write a page with pictures there"
-    )
-    command.add_argument(
-        "--print-recipe", action="store_true", help="show the resolved recipe, and stop"
-    )
-    command = _command(
-        parsers,
-        "train",
-        commands.train,
-        "train a student from a cache",
-        "kdcache train word-level --cache caches/deen --out runs/word-level",
-        overrides="kdcache train word-level",
-    )
-    command.add_argument("recipe", metavar="RECIPE", help="a YAML file or a built-in name")
-    command.add_argument(
-        "--cache", metavar="CACHE", help="the cache to train from, a directory or URL"
-    )
-    command.add_argument(
-        "--out", metavar="RUN", help="the run directory; an unfinished one goes on"
-    )
-    command.add_argument(
-        "--print-recipe", action="store_true", help="show the resolved recipe, and stop"
-    )
-    command = _command(
-        parsers,
-        "evaluate",
-        commands.evaluate,
-        "translate and score a run or any encoder-decoder model",
-        "kdcache evaluate runs/word-level --against runs/no-kd \\\n"
-        "      --evaluate.corpus.fields.src test.de --evaluate.corpus.fields.tgt test.en",
-        overrides="kdcache train word-level",
-    )
-    command.add_argument("run_path", metavar="RUN", help="a run, or a transformers directory")
-    command.add_argument("--recipe", metavar="RECIPE", help="score as it says; the run's own else")
-    command.add_argument("--against", metavar="RUN2", help="an evaluated run to compare with")
-    command.add_argument("--out", metavar="DIR", help="where results go; the run itself else")
 
 
 def _command(

@@ -27,6 +27,16 @@ def test_resolved_recipe_reads_back_the_same(name: str, tmp_path: Path) -> None:
     assert recipe.description
 
 
+@pytest.mark.parametrize("name", builtin_names())
+def test_a_recipe_dumps_what_it_trains_on(name: str) -> None:
+    recipe = load_recipe(name)
+    needed = set()
+    for term in recipe.train.objective:
+        signal = getattr(term, "signal", None) or getattr(term, "hypotheses", None)
+        needed |= set([signal] if isinstance(signal, str) else signal or [])
+    assert needed <= set(recipe.dump.signals)
+
+
 def test_resolved_recipe_with_every_kind_of_value_reads_back() -> None:
     recipe = edited(
         ("train.optimizer.lr", "1e-4"),

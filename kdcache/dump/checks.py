@@ -44,7 +44,8 @@ def check_streams(recipe: Recipe) -> CorpusSection:
             if field not in (None, *corpus.field_names):
                 raise RecipeError(
                     f"dump.streams.{name}.{key} is {field!r}; corpus.fields has "
-                    f"{sorted(corpus.field_names)}"
+                    f"{sorted(corpus.field_names)}; where there is no such text say "
+                    f"--corpus.without '[{field}]'"
                 )
     for name, tokenizer in section.tokenizers.items():
         if isinstance(tokenizer, SentencePieceTokenizer):

@@ -340,7 +340,12 @@ def check_recipe(manifest: Manifest, recipe: Recipe, path: str) -> None:
     fields = recipe.corpus.field_names if recipe.corpus else []
     places = ["corpus", *(f"corpus.tasks.{name}" for name in tasks)]
     ignore = [f"{place}.{key}" for place in places for key in ("path", "format", "fields")]
-    ignore += ["name", *(f"dump.tokenizers.{name}.path" for name in recipe.dump.tokenizers)]
+    # What `without` names is among the fields that are compared below.
+    ignore += [
+        "name",
+        "corpus.without",
+        *(f"dump.tokenizers.{name}.path" for name in recipe.dump.tokenizers),
+    ]
     if recipe.dump.max_tokens is None:
         ignore.append("dump.max_tokens")
     faults = []

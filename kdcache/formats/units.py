@@ -125,9 +125,18 @@ def _hypothesis_lengths(
     """[M] tokens of the chosen hypothesis of each sample, or of all; 0 where it has none."""
     if record.hypothesis == "all":
         return _input_column(cache, beams, shard, "tokens").lengths
-    hypotheses = _input_column(cache, beams, shard, "hypotheses")
-    has = hypotheses.lengths > record.hypothesis
-    chosen = hypotheses.offsets[:-1][has] + record.hypothesis
+    return hypothesis_lengths(_input_column(cache, beams, shard, "hypotheses"), record.hypothesis)
+
+
+def hypothesis_lengths(hypotheses: Ragged, number: int) -> np.ndarray:
+    """[M] int64 tokens of one hypothesis of each sample; 0 where there are not so many.
+
+    Args:
+        hypotheses: that column of a beams signal.
+        number: which, 0 the best.
+    """
+    has = hypotheses.lengths > number
+    chosen = hypotheses.offsets[:-1][has] + number
     counts = np.zeros(len(hypotheses), dtype=np.int64)
     counts[has] = hypotheses.fields["num_tokens"][chosen]
     return counts

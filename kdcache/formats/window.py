@@ -1,6 +1,6 @@
 """Windows: samples gathered from several shards at once, by vectorised takes.
 
-# M samples of the window
+# M samples of the window, n hypotheses of a sample
 """
 
 from __future__ import annotations
@@ -19,9 +19,15 @@ from kdcache.formats.dense_window import DenseWindow
 from kdcache.formats.joined import JoinedColumns
 from kdcache.formats.manifest import SAMPLES, FileRecord
 from kdcache.formats.ragged import Ragged
-from kdcache.formats.signals import AttentionRecord, HiddenRecord, MasksRecord, SignalRecord
+from kdcache.formats.signals import (
+    AttentionRecord,
+    BeamsRecord,
+    HiddenRecord,
+    MasksRecord,
+    SignalRecord,
+)
 from kdcache.formats.stores.local import LocalStore
-from kdcache.formats.units import MAIN_COLUMN, label_counts
+from kdcache.formats.units import MAIN_COLUMN, hypothesis_lengths, label_counts
 
 if TYPE_CHECKING:
     from kdcache.formats.cache import Cache
@@ -67,6 +73,7 @@ class WindowReader:
         self._dense: dict[str, DenseWindow] = {}
         self._counts: dict[str, np.ndarray] = {}
         self._masked: dict[str, np.ndarray] = {}
+        self._hypothesis_lengths: dict[str, np.ndarray] = {}
         for name in signals:
             record = cache.signal(name)
             if isinstance(record, HiddenRecord | AttentionRecord):
@@ -93,6 +100,13 @@ class WindowReader:
         if isinstance(record, MasksRecord):
             lengths = [part["masked"].lengths for part in parts]
             self._masked[name] = np.concatenate(lengths or [np.empty(0, np.int64)])
+        if isinstance(record, BeamsRecord):
+            found = [
+                [hypothesis_lengths(part["hypotheses"], n) for n in range(record.num_hypotheses)]
+                for part in parts
+            ]
+            empty = np.empty((record.num_hypotheses, 0), np.int64)
+            self._hypothesis_lengths[name] = np.concatenate([empty, *map(np.array, found)], axis=1)
 
     @property
     def num_samples(self) -> int:
@@ -159,6 +173,10 @@ class WindowReader:
     def masked_counts(self) -> dict[str, np.ndarray]:
         """[M] int64 masked tokens of all replicas, of each masks signal."""
         return self._masked
+
+    def hypothesis_lengths(self) -> dict[str, np.ndarray]:
+        """[n, M] int64 tokens of the hypotheses of each beams signal, 0 where there are fewer."""
+        return self._hypothesis_lengths
 
 
 def window_files(cache: Cache, shards: Sequence[int], signals: Sequence[str]) -> list[FileRecord]:

@@ -45,6 +45,12 @@ class CorpusSection(TaskSection):
         description="Field name to its file (text) or column (other formats). "
         "Translation uses src and tgt.",
     )
+    without: list[Identifier] = Field(
+        default_factory=list,
+        description="More fields, of which there is no text: empty in every row. So sources alone "
+        "(`without: [tgt]`) have the streams of a parallel corpus, and hypotheses can become their "
+        "targets.",
+    )
     empty: Literal["drop", "keep", "error"] = Field(
         "drop",
         description="What happens to a row with a field that is empty or white space: left out "
@@ -69,6 +75,9 @@ class CorpusSection(TaskSection):
             raise ValueError(f"every task has its own {given[0]}; give it there")
         if not self.tasks and not self.fields:
             raise ValueError("give fields, or tasks that have them")
+        known = [name for part in self.parts.values() for name in part.fields]
+        if both := [name for name in self.without if name in known]:
+            raise ValueError(f"without names {both[0]!r}, which fields has; leave it out of one")
         if self.label not in (None, *self.field_names):
             raise ValueError(f"label is {self.label!r}; the fields are {self.field_names}")
         return self
@@ -80,5 +89,6 @@ class CorpusSection(TaskSection):
 
     @property
     def field_names(self) -> list[str]:
-        """The fields of all tasks, as they come first."""
-        return list(dict.fromkeys(name for part in self.parts.values() for name in part.fields))
+        """The fields of all tasks, as they come first, and those without text."""
+        found = [name for part in self.parts.values() for name in part.fields]
+        return list(dict.fromkeys([*found, *self.without]))

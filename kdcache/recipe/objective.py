@@ -108,9 +108,19 @@ class TermSection(Section):
 
 
 class CrossEntropyTerm(TermSection):
-    """Mean cross-entropy with the reference tokens."""
+    """Mean cross-entropy with the reference tokens, or with those of a hypothesis."""
 
     loss: Literal["cross_entropy"] = Field("cross_entropy", description="Which term this is.")
+    hypotheses: Identifier | None = Field(
+        None,
+        description="Name of a beams signal: the student predicts its hypotheses in place of the "
+        "references, and the term is the mean over their tokens.",
+    )
+    hypothesis: StrictInt = Field(
+        0,
+        ge=0,
+        description="Which of them, 0 the best; a sample that has fewer counts nothing.",
+    )
     label_smoothing: Number = Field(
         0.0, ge=0, lt=1, description="Share of the target spread evenly over all ids."
     )
@@ -120,11 +130,24 @@ class CrossEntropyTerm(TermSection):
         "student reads the masked tokens, and the term is the mean over them.",
     )
 
+    @model_validator(mode="after")
+    def _hypothesis_of_some(self) -> Self:
+        if self.hypothesis and self.hypotheses is None:
+            raise ValueError(
+                f"hypothesis is {self.hypothesis} and hypotheses is null; name a beams signal there"
+            )
+        return self
+
 
 class SoftTerm(TermSection):
     """What all terms over cached labels have."""
 
-    signal: Identifier = Field("logits", description="Name of a logits signal in the cache.")
+    signal: Identifier | Annotated[list[Identifier], Field(min_length=1)] = Field(
+        "logits",
+        description="Name of a logits signal in the cache: of the references, or of a hypothesis "
+        "(the student then predicts that). Of a list of them the term is one mean over all of "
+        "their labels.",
+    )
     temperature: Number = Field(
         1.0, gt=0, description="Both distributions are softmax(logits / temperature)."
     )
@@ -142,10 +165,21 @@ class SoftTerm(TermSection):
     )
 
     @model_validator(mode="after")
+    def _signals_differ(self) -> Self:
+        if len(set(self.signals)) < len(self.signals):
+            raise ValueError(f"signal names one twice: {self.signals}; give a weight instead")
+        return self
+
+    @model_validator(mode="after")
     def _temperatures_fit(self) -> Self:
         if min(self.temperatures) <= 0:
             raise ValueError(f"temperature_schedule goes to {min(self.temperatures)}; expected > 0")
         return self
+
+    @property
+    def signals(self) -> list[str]:
+        """Names of its signals."""
+        return [self.signal] if isinstance(self.signal, str) else list(self.signal)
 
     @property
     def temperatures(self) -> list[float]:

@@ -126,7 +126,6 @@ class GateSection(Section):
     """
 
     terms: list[StrictInt | Identifier] = Field(
-        min_length=1,
         description="The gated terms, by number in train.objective, from 0, or by the name of "
         "their loss, which is all of that name.",
     )
@@ -136,6 +135,12 @@ class GateSection(Section):
         "block with its norm, or every layer. What lies outside the layers and is the encoder's "
         "own (embeddings, a last norm) is a module each.",
     )
+
+    @model_validator(mode="after")
+    def _names_a_term(self) -> GateSection:
+        if not self.terms:
+            raise ValueError("terms is empty; name those of train.objective that are gated")
+        return self
 
 
 class TrainSection(Section):

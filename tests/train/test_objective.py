@@ -78,8 +78,7 @@ def test_a_signal_of_other_streams_is_refused(cache):
         ("document", "logits at positions"),
         ("mlm", "logits at masked"),
         ("segment", "logits at segment"),
-        ("best", r"logits of hypotheses \(beams\)"),
-        ("every", r"logits of hypotheses \(beams\)"),
+        ("every", r"logits of all hypotheses \(beams\)"),
     ],
 )
 def test_signals_of_other_kinds_are_refused_in_a_line(signal, what, every_kind):
@@ -87,7 +86,8 @@ def test_signals_of_other_kinds_are_refused_in_a_line(signal, what, every_kind):
         Objective([ForwardKLTerm(signal=signal)], every_kind.signals, "src", "tgt")
     expected = (
         rf"train\.objective\.0\.signal: '{signal}' is {what}; forward_kl needs logits at the "
-        r"reference's targets, of which the cache has \['targets'\]"
+        r"reference's targets, or of one hypothesis, of which the cache has \['best', 'targets'\]; "
+        r"dump another.*"
     )
     assert re.fullmatch(expected, str(caught.value))
 

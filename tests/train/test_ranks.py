@@ -23,7 +23,7 @@ STEPS = 4
 JUMPS = [{"step": 2, "value": 0.0}, {"step": 4, "value": 0.1}]
 TERMS = [
     {"loss": "cross_entropy", "weight": 0.5},
-    {"loss": "forward_kl", "weight": 0.7, "signal": "targets"},
+    {"loss": "forward_kl", "weight": 0.7, "signal": ["targets", "best"]},
     {"loss": "jensen_shannon", "weight": 0.3, "signal": "targets"},
     {
         "loss": "hidden_mse",
@@ -33,6 +33,7 @@ TERMS = [
         "weight_schedule": {"shape": "steps", "jumps": JUMPS},
     },
     {"loss": "attention_mse", "weight": 3.0, "signal": "attention"},
+    {"loss": "cross_entropy", "weight": 0.3, "hypotheses": "beams"},
 ]
 #: Over pairs of texts, some of which have scores.
 SCORED = [{"loss": "cross_entropy"}, {"loss": "score_mse", "weight": 0.4, "signal": "nli"}]
@@ -67,6 +68,16 @@ def caches(world, tmp_path_factory):
     return {"kinds": str(make_kinds(root / "cache").path), "text": str(world.cache)}
 
 
+#: Terms over masked inputs beside the others, for a gate.
+GATED = [*TERMS[:2], {"loss": "masked_kl", "weight": 0.4, "signal": "mlm"}, TERMS[3]]
+
+
+def gate_tree() -> dict:
+    tree = step_tree("ddp", 3, 40)
+    gate = {"terms": ["masked_kl", 1, "hidden_mse"], "module": "sublayer"}
+    return tree | {"train": tree["train"] | {"objective": GATED, "gate": gate}}
+
+
 def run_tree(make_recipe, **train) -> dict:
     """A recipe as a worker reads it; without dropout, which ranks draw for themselves."""
     settings = {"student": {"dropout": 0.0}, "max_steps": 8} | train
@@ -90,6 +101,8 @@ def done(caches, make_recipe, tmp_path_factory):
             jobs.append(
                 ("steps", {"tree": tree, "cache": caches["kinds"], "out": out, "count": STEPS})
             )
+    gated = {"tree": gate_tree(), "out": str(root / "gated"), "count": STEPS}
+    jobs.append(("steps", gated | {"cache": caches["kinds"]}))
     # Rank 0 alone writes, so it alone sees that this is another run, or that the disk is full.
     (root / "other files").mkdir()
     (root / "other files" / "thesis.tex").write_text("")
@@ -138,6 +151,17 @@ def test_two_ranks_take_the_steps_of_one(
     if batch_tokens != SCORED_TOKENS:
         assert not any(key.startswith("gradient beside.3") for key in one[1])
         assert any(key.startswith("gradient beside.3") for key in one[3])
+
+
+def test_a_gate_tests_the_gradients_of_all_ranks(done, caches, tmp_path):
+    one = steps(gate_tree(), caches["kinds"], str(tmp_path / "one"), STEPS)
+    shares = [alone["values"][-2].item() for alone in one]
+    assert 0 < sum(shares) < STEPS
+    for rank in range(2):
+        for alone, found in zip(one, torch.load(done / f"gated.{rank}"), strict=True):
+            assert set(found) == set(alone)
+            for key in set(alone) - {"parts"}:
+                torch.testing.assert_close(found[key], alone[key], rtol=1e-6, atol=1e-6, msg=key)
 
 
 def test_some_of_those_batches_leave_a_rank_without_samples(done):

@@ -23,6 +23,7 @@ from kdcache.formats.window import WindowAhead, WindowReader
 from kdcache.train.batches.batch import Batch
 from kdcache.train.batches.gather import Gatherer
 from kdcache.train.batches.growth import Growth
+from kdcache.train.batches.hypotheses import hypothesis_stream
 from kdcache.train.batches.mix_state import MixState
 from kdcache.train.batches.order import (
     ORDER_VERSION,
@@ -50,8 +51,8 @@ class GlobalBatch:
         shards: the first so many shards of the cache are in that epoch.
         rows: [B] int64 corpus rows of all ranks.
         counts: units of all ranks: tokens of every stream, and of every signal the records of its
-            main column, by name; masked tokens of a masks signal under `NAME.masked`; samples
-            under "".
+            main column, by name; tokens of the n-th hypotheses of a beams signal under `NAME.n`;
+            masked tokens of a masks signal under `NAME.masked`; samples under "".
         num_tokens: tokens of the last stream, of all ranks.
         micro: micro-batches of this rank, each some of the samples.
         spare: stand-ins, the first sample of all ranks each time, that make up the number of the
@@ -282,6 +283,9 @@ class BatchStream:
         counts |= {name: int(window.counts(name)[index].sum()) for name in self.signals}
         masked = window.masked_counts()
         counts |= {f"{name}.masked": int(of[index].sum()) for name, of in masked.items()}
+        for name, lengths in window.hypothesis_lengths().items():
+            sums = lengths[:, index].sum(1).tolist()
+            counts |= {hypothesis_stream(name, number): sum_ for number, sum_ in enumerate(sums)}
         return GlobalBatch(
             state=planned.state,
             epoch=planned.epoch,

@@ -14,6 +14,7 @@ from kdcache.formats.signals import SignalRecord
 from kdcache.models import load_tokenizer
 from kdcache.recipe import CrossEntropyTerm, TrainSection
 from kdcache.train.batches.batch import Batch
+from kdcache.train.batches.hypotheses import with_hypotheses
 from kdcache.train.families.family import Family, Setting
 from kdcache.train.losses.objective import Objective
 from kdcache.train.runs.canary import check_batch
@@ -59,8 +60,10 @@ class EncoderDecoder(Family):
         return Distillation(student, objective, seed)
 
     def check_labels(self, micro: Batch, objective: Objective) -> None:
-        """Soft labels against the target's tokens."""
-        check_batch(micro, objective.target, list(objective.soft_labels))
+        """Soft labels against the tokens of the target, or of hypotheses."""
+        whole = with_hypotheses(micro, objective.hypotheses, None)
+        for stream, names in objective.labelled.items():
+            check_batch(whole, stream, names)
 
     def development(self, setting: Setting) -> DevelopmentPairs:
         """Pairs that fit the student's positions and ids."""

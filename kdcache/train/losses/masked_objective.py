@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from kdcache.errors import IdentityError, RecipeError
 from kdcache.formats.signals import LogitsRecord, MasksRecord, SignalRecord
 from kdcache.recipe import CrossEntropyTerm, MaskedKLTerm, SoftTerm, Term
-from kdcache.train.losses.objective import Objective, used_terms
+from kdcache.train.losses.objective import Objective, Part, used_terms
 from kdcache.train.losses.soft_terms import check_tails
 
 
@@ -21,6 +21,7 @@ class MaskedObjective(Objective):
 
     Attributes:
         masks: name of the masks signal, the same for all terms.
+        predicted: what the masked tokens are called where a stream's tokens are counted.
 
     Others as `Objective` has them; `soft_labels` are those of the masked tokens.
 
@@ -35,12 +36,12 @@ class MaskedObjective(Objective):
     ) -> None:
         self.source = self.target = stream
         self.paths, self.terms, self.names = used_terms(terms)
-        self.records = {}
+        self.records, self.hypotheses = {}, {}
         found: dict[str, str] = {}
         for where, term in zip(self.paths, self.terms, strict=True):
-            name = self._masks_of(where, term, signals)
-            found.setdefault(name, where)
-            self.records[name] = signals[name]
+            for name in self._masks_of(where, term, signals):
+                found.setdefault(name, where)
+                self.records[name] = signals[name]
         if len(found) > 1:
             (masks, first), (other, second) = list(found.items())[:2]
             raise RecipeError(
@@ -48,6 +49,13 @@ class MaskedObjective(Objective):
                 "masking: give all terms the same"
             )
         (self.masks,) = found
+        self.predicted = f"{self.masks}.masked"
+        self.parts = [
+            [Part(self.predicted, one) for one in term.signals]
+            if isinstance(term, SoftTerm)
+            else [Part(self.predicted, None)]
+            for term in self.terms
+        ]
 
     @property
     def soft_labels(self) -> dict[str, LogitsRecord]:
@@ -55,7 +63,7 @@ class MaskedObjective(Objective):
         found = self.records.items()
         return {name: one for name, one in found if isinstance(one, LogitsRecord)}
 
-    def _masks_of(self, where: str, term: Term, signals: Mapping[str, SignalRecord]) -> str:
+    def _masks_of(self, where: str, term: Term, signals: Mapping[str, SignalRecord]) -> list[str]:
         """The masks that a term is of; its labels join the records."""
         hard = isinstance(term, CrossEntropyTerm)
         soft = isinstance(term, SoftTerm) and not isinstance(term, MaskedKLTerm)
@@ -72,17 +80,23 @@ class MaskedObjective(Objective):
                     f"{where}.masks: is null; a masked LM predicts the tokens of a masks signal, "
                     f"of which the cache has {_named(signals, MasksRecord)}"
                 )
-            return self._checked_masks(f"{where}.masks", term.masks, signals)
+            return [self._checked_masks(f"{where}.masks", term.masks, signals)]
         assert isinstance(term, SoftTerm)
-        record = signals.get(term.signal)
+        return [self._masks_of_labels(where, name, term, signals) for name in term.signals]
+
+    def _masks_of_labels(
+        self, where: str, name: str, term: SoftTerm, signals: Mapping[str, SignalRecord]
+    ) -> str:
+        """The masks that one of a term's signals labels."""
+        record = signals.get(name)
         if not isinstance(record, LogitsRecord) or record.at != "masked":
             raise RecipeError(
-                f"{where}.signal: {term.signal!r} is no logits signal at masked tokens, of which "
+                f"{where}.signal: {name!r} is no logits signal at masked tokens, of which "
                 f"the cache has {_named(signals, LogitsRecord, 'masked')}; dump with a masked "
-                f"model {term.signal}: {{at: masked, stream: {self.source}, masks: NAME}}"
+                f"model {name}: {{at: masked, stream: {self.source}, masks: NAME}}"
             )
         check_tails(where, term, record)
-        self.records[term.signal] = record
+        self.records[name] = record
         assert record.masks is not None
         return self._checked_masks(f"{where}.signal", record.masks, signals)
 

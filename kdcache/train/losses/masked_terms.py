@@ -80,6 +80,7 @@ def check_masked_signal(
     """
     record = signals.get(term.signal)
     if not isinstance(record, LogitsRecord) or record.at != "masked":
+        name = term.signal if record is None else "masked_logits"
         found = "is not in the cache" if record is None else f"is of kind {record.kind}"
         if isinstance(record, LogitsRecord):
             found += f" at {record.at}"
@@ -92,7 +93,7 @@ def check_masked_signal(
             f"{where}.signal: {term.signal!r} {found}; {term.loss} needs a teacher's logits at "
             f"masked tokens, of which the cache has {usable}: dump with a masked model "
             f"masks: {{kind: masks, stream: {source}}} and "
-            f"{term.signal}: {{at: masked, stream: {source}, masks: masks}}"
+            f"{name}: {{at: masked, stream: {source}, masks: masks}}"
         )
     if record.stream != source:
         raise IdentityError(

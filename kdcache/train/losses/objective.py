@@ -7,11 +7,20 @@ from dataclasses import dataclass
 
 from kdcache.errors import RecipeError
 from kdcache.formats.signals import LogitsRecord, SignalRecord
-from kdcache.recipe import LayersTerm, MaskedKLTerm, ScoreMSETerm, SoftTerm, Term
+from kdcache.recipe import (
+    CrossEntropyTerm,
+    LayersTerm,
+    MaskedKLTerm,
+    ScoreMSETerm,
+    SoftTerm,
+    Term,
+)
+from kdcache.train.batches.hypotheses import hypothesis_stream
+from kdcache.train.losses.label_signals import check_beams_signal, check_label_signal
 from kdcache.train.losses.layer_terms import check_layers_signal, check_scores_signal
 from kdcache.train.losses.masked_terms import check_masked_signal
 from kdcache.train.losses.schedule import value_at
-from kdcache.train.losses.soft_terms import check_reference_signal, check_soft_signal
+from kdcache.train.losses.soft_terms import check_soft_signals
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,19 @@ class Moment:
     temperature: float
 
 
+@dataclass(frozen=True)
+class Part:
+    """Tokens that a term over the vocabulary is over; most terms have one part.
+
+    Attributes:
+        stream: whose tokens are predicted: the target, or a stream of hypotheses.
+        signal: of soft labels at its tokens; None for the tokens themselves.
+    """
+
+    stream: str
+    signal: str | None
+
+
 class Objective:
     """The terms of a recipe over the signals of a cache; one that never counts is not built.
 
@@ -44,7 +66,10 @@ class Objective:
         terms: those that count at some time.
         paths: where each stands in the recipe.
         names: name of each in metrics: its loss, numbered where a loss stands twice.
+        parts: of each, where it is over the vocabulary; else none.
         records: of the signals that they need.
+        hypotheses: streams of hypotheses that they predict, to the beams signal and which of its
+            hypotheses.
 
     Raises:
         RecipeError: no term, a signal that is not there, or one that cannot serve the term.
@@ -57,25 +82,75 @@ class Objective:
         self.source, self.target = source, target
         self.paths, self.terms, self.names = used_terms(terms)
         self.records: dict[str, SignalRecord] = {}
+        self.hypotheses: dict[str, tuple[str, int]] = {}
+        self.parts: list[list[Part]] = []
         for where, term in zip(self.paths, self.terms, strict=True):
-            if isinstance(term, MaskedKLTerm):
-                check_masked_signal(where, term, signals, source)
-            elif isinstance(term, SoftTerm):
-                check_soft_signal(where, term, signals, source, target)
-            elif isinstance(term, LayersTerm):
-                check_layers_signal(where, term, signals.get(term.signal))
-            elif isinstance(term, ScoreMSETerm):
-                check_scores_signal(where, term, signals.get(term.signal), source)
-            named = [] if term.loss == "cross_entropy" else [term.signal]
+            self.parts.append(self._built(where, term, signals))
             weighing = weighing_signal(where, term)
             if weighing is not None:
                 path = f"{where}.sample_weight"
-                check_reference_signal(path, weighing, "it", signals, source, target)
-                named.append(weighing)
-            # Where the teacher read masked tokens the student is to read them too.
-            masks = [signals[name].masks for name in named]
-            named += [name for name in masks if name is not None]
-            self.records |= {name: signals[name] for name in named}
+                record = check_label_signal(path, weighing, "it", signals, source, target)
+                self._read_labels(record, signals)
+
+    def _built(self, where: str, term: Term, signals: Mapping[str, SignalRecord]) -> list[Part]:
+        """The parts of a term, after checking its signals and noting what is to be read."""
+        streams = self.source, self.target
+        if isinstance(term, CrossEntropyTerm):
+            if term.hypotheses is None:
+                return [Part(self.target, None)]
+            named = term.hypotheses, term.hypothesis
+            check_beams_signal(f"{where}.hypotheses", *named, signals, *streams)
+            return [Part(self._read_hypotheses(named, signals), None)]
+        if isinstance(term, MaskedKLTerm):
+            check_masked_signal(where, term, signals, self.source)
+        elif isinstance(term, SoftTerm):
+            records = check_soft_signals(where, term, signals, *streams)
+            return [Part(self._read_labels(one, signals), one.name) for one in records]
+        elif isinstance(term, LayersTerm):
+            check_layers_signal(where, term, signals.get(term.signal))
+        else:
+            check_scores_signal(where, term, signals.get(term.signal), self.source)
+        # Where the teacher read masked tokens the student is to read them too.
+        masks = signals[term.signal].masks
+        self.records |= {name: signals[name] for name in (term.signal, masks) if name is not None}
+        return []
+
+    def _read_labels(self, record: LogitsRecord, signals: Mapping[str, SignalRecord]) -> str:
+        """Note soft labels and what they label, of which this is the stream."""
+        self.records[record.name] = record
+        if record.hypotheses is not None:
+            assert isinstance(record.hypothesis, int)
+            self._read_hypotheses((record.hypotheses, record.hypothesis), signals)
+        return self.stream_of(record.name)
+
+    def _read_hypotheses(self, named: tuple[str, int], signals: Mapping[str, SignalRecord]) -> str:
+        """Note hypotheses, of which this is the stream."""
+        name = hypothesis_stream(*named)
+        self.hypotheses[name] = named
+        self.records[named[0]] = signals[named[0]]
+        return name
+
+    def stream_of(self, signal: str) -> str:
+        """The stream whose tokens one of the logits signals labels."""
+        record = self.records[signal]
+        assert isinstance(record, LogitsRecord)
+        if record.hypotheses is None:
+            return self.target
+        assert isinstance(record.hypothesis, int)
+        return hypothesis_stream(record.hypotheses, record.hypothesis)
+
+    def count(self, number: int, counts: Mapping[str, int]) -> int:
+        """Units that a term is the mean over, at least 1.
+
+        Args:
+            number: of the term.
+            counts: of a global batch, see `GlobalBatch`.
+        """
+        term, names = self.terms[number], [part.stream for part in self.parts[number]]
+        if not names:
+            assert isinstance(term, LayersTerm | ScoreMSETerm | MaskedKLTerm)
+            names = [term.signal]
+        return max(1, sum(counts[name] for name in names))
 
     @property
     def signals(self) -> list[str]:
@@ -84,9 +159,17 @@ class Objective:
 
     @property
     def soft_labels(self) -> dict[str, LogitsRecord]:
-        """Those of them that label the target's tokens."""
+        """Those of them that label the target's tokens, or those of a hypothesis."""
         found = {n: one for n, one in self.records.items() if isinstance(one, LogitsRecord)}
         return {name: one for name, one in found.items() if one.masks is None}
+
+    @property
+    def labelled(self) -> dict[str, list[str]]:
+        """Streams that are predicted, to those of the signals that label their tokens."""
+        found: dict[str, list[str]] = {}
+        for name in self.soft_labels:
+            found.setdefault(self.stream_of(name), []).append(name)
+        return found
 
     def vocab_size(self, student_rows: int) -> int:
         """Ids the losses are over: the student's, without rows that no teacher knows of.
@@ -137,7 +220,9 @@ def used_terms(terms: Sequence[Term]) -> tuple[list[str], list[Term], list[str]]
 
 
 def weighing_signal(where: str, term: Term) -> str | None:
-    """The signal that says how much each sample counts; None where all count alike.
+    """The one signal that says how much each sample counts, for all labels of the term.
+
+    None where all count alike, and where each of the term's own signals says it of its labels.
 
     Args:
         where: the term's path in the recipe.
@@ -153,4 +238,4 @@ def weighing_signal(where: str, term: Term) -> str | None:
         raise RecipeError(
             f"{where}.sample_weight.signal: is missing; {term.loss} has no labels of the target"
         )
-    return term.sample_weight.signal or term.signal  # type: ignore[union-attr]
+    return term.sample_weight.signal

@@ -22,6 +22,7 @@ from kdcache.formats.keyed import text_key
 from kdcache.models import resolve_device
 from kdcache.recipe import StudentSection, TrainSection
 from kdcache.train.batches.batch import Batch
+from kdcache.train.batches.hypotheses import with_hypotheses
 from kdcache.train.batches.mix import MixedStream, batch_stream
 from kdcache.train.batches.order import ORDER_VERSION
 from kdcache.train.batches.stream import BatchStream, GlobalBatch
@@ -262,6 +263,7 @@ class Trainer:
         self, micro: Batch, counts: Mapping[str, int], moments: Sequence[Moment]
     ) -> tuple[list[Tensor], Tensor]:
         """Weighted total, with a gate two of them, and unweighted terms of one micro-batch."""
+        micro = with_hypotheses(micro, self.objective.hypotheses, self.max_positions)
         longest = max(tokens.ids.shape[1] for tokens in micro.streams.values())
         if self.max_positions is not None and longest > self.max_positions:
             raise ModelError(

@@ -20,6 +20,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 from kdcache.errors import ModelError, RecipeError, TrainingError
 from kdcache.recipe import CrossEntropyTerm, MaskedKLTerm, SoftTerm, Term, parse_recipe
 from kdcache.train.batches.batches import Batches, MicroBatches
+from kdcache.train.batches.hypotheses import with_hypotheses
 from kdcache.train.batches.stream import GlobalBatch
 from kdcache.train.losses.objective import Objective
 from kdcache.train.students.distillation import Distillation
@@ -221,6 +222,7 @@ class DistillationMixin(_Trainer):
             return torch.stack([one.sum() * 0.0 for one in student.parameters()]).sum()
         assert self._distillation is not None
         (batch,) = step.micro
+        batch = with_hypotheses(batch, self.objective.hypotheses, self._positions)
         longest = max(tokens.ids.shape[1] for tokens in batch.streams.values())
         if self._positions is not None and longest > self._positions:
             raise ModelError(

@@ -27,8 +27,9 @@ from kdcache.train.losses.fused_loss import LossTerm, fused_loss, hard_target
 from kdcache.train.losses.layer_terms import LayersLoss, ScoresLoss
 from kdcache.train.losses.linear_loss import DivergenceTerm, linear_losses
 from kdcache.train.losses.masked_terms import MaskedLoss
-from kdcache.train.losses.objective import Moment, Objective, weighing_signal
+from kdcache.train.losses.objective import Moment, Objective, Part
 from kdcache.train.losses.soft_terms import DIVERGENCES, sample_factors, soft_target
+from kdcache.train.students.hypothesis_pass import decode_again
 from kdcache.train.students.masked_pass import (
     MaskedPass,
     changes_nothing,
@@ -105,7 +106,7 @@ class Distillation(nn.Module):
         up to the mean, however it was cut.
 
         Args:
-            micro: on the student's device.
+            micro: on the student's device, with the hypotheses that are predicted as streams.
             counts: units of the global batch, see `GlobalBatch`.
             moments: the terms that count now.
 
@@ -122,34 +123,37 @@ class Distillation(nn.Module):
         """`forward` with a total for each of several groups of terms, of one pass of the student.
 
         Args:
-            micro: on the student's device.
+            micro: on the student's device, with the hypotheses that are predicted as streams.
             counts: units of the global batch.
             groups: the terms that count now, each in one of them. The graphs of their totals
                 share what the student computed.
         """
-        target = micro.streams[self.objective.target]
         moments = [one for group in groups for one in group]
-        outputs = run_student(
-            self.student,
-            micro.streams[self.objective.source],
-            target,
-            self._layers_of(moments, plain=True),
-            self._linear,
-        )
+        wanted = self._layers_of(moments, plain=True)
+        predicted = self._predicted(moments, wanted)
+        source, first = micro.streams[self.objective.source], predicted[0]
+        outputs = run_student(self.student, source, micro.streams[first], wanted, self._linear)
+        decoded = {first: outputs}
+        for stream in predicted[1:]:
+            target = micro.streams[stream]
+            decoded[stream] = decode_again(self.student, source, outputs, target, self._linear)
         passes = self._masked_passes(micro, moments, outputs)
         totals: list[Tensor] = []
         values: dict[int, Tensor] = {}
-        alone = len(groups) == 1
         for group in groups:
-            total = torch.zeros((), device=target.flat.device)
-            over_ids = [one for one in group if str(one.number) not in self.beside]
-            if over_ids:
-                total, found = self._over_ids(micro, counts, over_ids, outputs, alone)
-                values |= {one.number: value for one, value in zip(over_ids, found, strict=True)}
+            total = torch.zeros((), device=source.flat.device)
+            for stream, read in decoded.items():
+                parts = [(one, part) for one, part in self._parts(group) if part.stream == stream]
+                if parts:
+                    alone = len(groups) == 1
+                    sums, found = self._over_ids(micro, counts, parts, read, alone)
+                    total = total + sums
+                    for (one, _), value in zip(parts, found, strict=True):
+                        values[one.number] = values.get(one.number, 0) + value
             for one in group:
                 if str(one.number) in self.beside:
-                    read = passes.get(self._masks.get(one.number, ""), outputs)
-                    value = self._beside(micro, counts, one, read)
+                    states = passes.get(self._masks.get(one.number, ""), outputs)
+                    value = self._beside(micro, counts, one, states)
                     total = total + one.weight * value
                     values[one.number] = value.detach()
             totals.append(total)
@@ -197,39 +201,56 @@ class Distillation(nn.Module):
     ) -> Tensor:
         """The loss of a term that may learn something beside the student."""
         term, module = self.objective.terms[moment.number], self.beside[str(moment.number)]
-        count = counts[term.signal]  # type: ignore[union-attr]
+        count = self.objective.count(moment.number, counts)
         more = (moment.temperature,) if isinstance(module, MaskedLoss) else ()
-        loss: Tensor = module(outputs, micro, self._factors(term, micro), count, *more)
+        loss: Tensor = module(outputs, micro, self._factors(term, micro, None), count, *more)
         return loss
+
+    def _parts(self, moments: Sequence[Moment]) -> list[tuple[Moment, Part]]:
+        """What terms over the vocabulary are over."""
+        return [(one, part) for one in moments for part in self.objective.parts[one.number]]
+
+    def _predicted(self, moments: Sequence[Moment], wanted: Sequence[Layers]) -> list[str]:
+        """Streams that the decoder predicts now.
+
+        The reference comes first, where anything is over it. What a decoder does on its way is
+        looked at there.
+        """
+        streams = [part.stream for _, part in self._parts(moments)]
+        sides = [side for side, _ in wanted]
+        target = self.objective.target
+        first = [target] if not streams or target in streams or "decoder" in sides else []
+        return list(dict.fromkeys([*first, *streams]))
 
     def _over_ids(
         self,
         micro: Batch,
         counts: Mapping[str, int],
-        moments: Sequence[Moment],
+        parts: Sequence[tuple[Moment, Part]],
         outputs: StudentOutputs,
         alone: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Total and values of the terms over the vocabulary, in the order of the moments.
+        """Total and values of terms over the tokens of one stream, in their order.
 
         `alone` says that nothing else needs the logits afterwards.
         """
-        labels = micro.streams[self.objective.target].flat
-        share = 1 / max(1, counts[self.objective.target])
+        labels = micro.streams[parts[0][1].stream].flat
         sums: list[LossTerm] = []
         others: list[DivergenceTerm] = []
         places: list[tuple[bool, int]] = []  # whether among the others, and which of them
-        for one in moments:
+        for one, part in parts:
             term = self.objective.terms[one.number]
+            share = 1 / self.objective.count(one.number, counts)
             if isinstance(term, CrossEntropyTerm):
                 target = hard_target(labels, self.vocab_size, term.label_smoothing)
             else:
                 assert isinstance(term, SoftTerm)
-                coded = micro.signals[term.signal]
+                assert part.signal is not None
+                coded = micro.signals[part.signal]
                 assert isinstance(coded, CodedLabels)
                 target = soft_target(coded, term, one.temperature, self.vocab_size)
             row_weight = torch.full((len(labels),), share, device=labels.device)
-            factors = self._factors(term, micro)
+            factors = self._factors(term, micro, part)
             row_weight = row_weight if factors is None else row_weight * factors
             made = LossTerm(target, one.temperature, one.weight, row_weight)
             rows = DIVERGENCES.get(term.loss)
@@ -273,22 +294,24 @@ class Distillation(nn.Module):
             values.append(value.detach())
         return total, torch.stack(values)
 
-    def _factors(self, term: Term, micro: Batch) -> Tensor | None:
-        """[R] factors of the units of a term; None where all count alike."""
-        weighing = weighing_signal("", term)
-        if weighing is None or term.sample_weight is None:
+    def _factors(self, term: Term, micro: Batch, part: Part | None) -> Tensor | None:
+        """[R] factors of the units of a term, or of its part; None where all count alike."""
+        if term.sample_weight is None:
             return None
+        weighing = term.sample_weight.signal or (None if part is None else part.signal)
+        assert weighing is not None  # or the objective is refused
         coded = micro.signals[weighing]
         assert isinstance(coded, CodedLabels)
-        mask = micro.streams[self.objective.target].mask
+        mask = micro.streams[self.objective.stream_of(weighing)].mask
         factors = sample_factors(term.sample_weight, coded, mask)  # [B]
         if isinstance(term, MaskedKLTerm):
             masked = micro.signals[self._masks[self.objective.terms.index(term)]]
             assert isinstance(masked, Masked)
             counts = masked.counts.sum(1)
-        elif isinstance(term, CrossEntropyTerm | SoftTerm):
-            counts = mask.sum(1)
+        elif part is not None:
+            counts = micro.streams[part.stream].mask.sum(1)
         else:
+            assert isinstance(term, LayersTerm | ScoreMSETerm)
             described = micro.signals[term.signal]
             assert isinstance(described, DenseRows | Scores)
             counts = described.counts

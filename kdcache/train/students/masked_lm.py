@@ -5,23 +5,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdcache.labels import CodedLabels
 from kdcache.models import project_first, project_only
-from kdcache.recipe import CrossEntropyTerm, SoftTerm
 from kdcache.train.batches.batch import Batch, Masked, Tokens
-from kdcache.train.losses.fused_loss import LossTerm, hard_target
-from kdcache.train.losses.linear_loss import DivergenceTerm
 from kdcache.train.losses.masked_objective import MaskedObjective
-from kdcache.train.losses.objective import Moment, Objective
-from kdcache.train.losses.soft_terms import DIVERGENCES, soft_target
+from kdcache.train.losses.objective import Moment, Objective, Part
 from kdcache.train.students.distillation import Distillation
 from kdcache.train.students.masked_pass import masked_ids
-from kdcache.train.students.student_outputs import StudentOutputs, as_projected
+from kdcache.train.students.student_outputs import StudentOutputs, projected_by
 
 
 class MaskedDistillation(Distillation):
@@ -46,33 +42,23 @@ class MaskedDistillation(Distillation):
         tokens, masked = masked_inputs(micro, self.objective)
         outputs = run_masked_lm(self.student, tokens, masked, self._linear)
         labels = masked_labels(tokens, masked)  # [K]
-        share = 1 / max(1, counts[f"{self.objective.masks}.masked"])
-        row_weight = torch.full((len(labels),), share, device=labels.device)
+        predicted = Tokens(ids=labels[None], mask=torch.ones_like(labels[None]) > 0, flat=labels)
+        micro = replace(micro, streams={self.objective.predicted: predicted})
         totals, values = [], labels.new_zeros(len(self.objective.terms), dtype=torch.float32)
         for group in groups:
-            sums: list[LossTerm] = []
-            others: list[DivergenceTerm] = []
-            places: tuple[list[int], list[int]] = ([], [])  # numbers of sums, and of others
-            for one in group:
-                term = self.objective.terms[one.number]
-                if isinstance(term, CrossEntropyTerm):
-                    target = hard_target(labels, self.vocab_size, term.label_smoothing)
-                else:
-                    assert isinstance(term, SoftTerm)
-                    coded = micro.signals[term.signal]
-                    assert isinstance(coded, CodedLabels)
-                    target = soft_target(coded, term, one.temperature, self.vocab_size)
-                made = LossTerm(target, one.temperature, one.weight, row_weight)
-                rows = DIVERGENCES.get(term.loss)
-                places[rows is not None].append(one.number)
-                if rows is None:
-                    sums.append(made)
-                else:
-                    others.append(DivergenceTerm(rows, made))
-            total, found = self._mixed(outputs, sums, others, len(groups) == 1)
+            parts = self._parts(group)
+            if not parts:
+                totals.append(values.new_zeros(()))
+                continue
+            total, found = self._over_ids(micro, counts, parts, outputs, len(groups) == 1)
             totals.append(total)
-            values[[*places[0], *places[1]]] = found.to(values)
+            values = values.to(found).index_add(0, numbers_of(parts, found.device), found)
         return totals, values
+
+
+def numbers_of(parts: Sequence[tuple[Moment, Part]], device: torch.device) -> Tensor:
+    """[parts] int64 which term each is a part of."""
+    return torch.tensor([one.number for one, _ in parts], device=device)
 
 
 def masked_inputs(micro: Batch, objective: MaskedObjective) -> tuple[Tokens, Masked]:
@@ -111,7 +97,7 @@ def run_masked_lm(model: Any, tokens: Tokens, masked: Masked, linear: bool) -> S
     with gate(model, chosen) as kept:
         out = model(input_ids=ids, attention_mask=mask.long(), **more)
     return StudentOutputs(
-        projected=as_projected(model, kept[0]) if linear and kept is not None else None,
+        projected=projected_by(model, kept[0]) if linear and kept is not None else None,
         logits=None if linear else out.logits,
         layers={},
         encoded=ids.new_zeros(0),

@@ -85,20 +85,21 @@ def run_student(
             output_hidden_states="hidden" in kinds,
             output_attentions="attention" in kinds,
         )
-    projected = None
-    if linear:
-        assert kept is not None
-        projected = as_projected(model, kept[0])
     return StudentOutputs(
-        projected=projected,
+        projected=projected_by(model, kept[0]) if kept is not None else None,
         logits=None if linear else out.logits,
         layers={key: out[_FIELDS[key]] for key in wanted},
         encoded=out.encoder_last_hidden_state,
     )
 
 
-def as_projected(model: Any, hidden: Tensor) -> Projected:
-    """What a model's output projection makes of [N, D] states, not made yet."""
+def projected_by(model: Any, hidden: Tensor) -> Projected:
+    """What a model's output projection reads, with the projection.
+
+    Args:
+        model: whose logits are linear in it.
+        hidden: [N, D].
+    """
     weight = output_projection(model).weight
     assert isinstance(weight, Tensor)
     return Projected(hidden, weight, _bias(model))

@@ -29,6 +29,7 @@ from kdcache.tokenizers import (
     tokenizer_digest,
 )
 from kdcache.train.batches.batch import Batch, Masked
+from kdcache.train.batches.hypotheses import is_hypothesis
 from kdcache.train.students.student import embedding_rows
 
 logger = logging.getLogger(__name__)
@@ -165,7 +166,9 @@ class KnownIds:
             ModelError: a token has no row; its sample is named.
         """
         streams = dict(batch.streams)
-        for name, rows in ((self.source, self.source_rows), (self.target, self.target_rows)):
+        limits = [(self.source, self.source_rows), (self.target, self.target_rows)]
+        limits += [(name, self.target_rows) for name in streams if is_hypothesis(name)]
+        for name, rows in limits:
             if rows is not None:
                 streams[name] = replace(streams[name], ids=self._fitted(batch, name, rows))
         if self.source_rows is not None:
@@ -190,11 +193,12 @@ class KnownIds:
         if over.any():
             sample, position = (int(i) for i in over.nonzero()[0])
             found = int(ids[sample, position])
-            token = self.cache.tokens(self.cache.stream(stream).tokenizer)[found]
+            known = self.cache.stream(self.source if stream == self.source else self.target)
+            token = self.cache.tokens(known.tokenizer)[found]
             raise ModelError(
                 f"student: has {rows} ids, and stream {stream!r} has id {found} ({token!r}) at "
                 f"token {position} of corpus row {int(batch.rows[sample])}: use a student with "
-                f"more ids ({self.cache.stream(stream).vocab_size} are in the tokenizer), or dump "
+                f"more ids ({known.vocab_size} are in the tokenizer), or dump "
                 "text without that token"
             )
         return torch.where(mask, ids, 0)
