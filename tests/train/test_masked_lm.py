@@ -14,8 +14,10 @@ from kdcache.dump.runner import dump
 from kdcache.errors import IdentityError, ModelError, RecipeError, TrainingError
 from kdcache.formats.cache import open_cache
 from kdcache.labels import decode
+from kdcache.masking import scheme_of
 from kdcache.models import load_tokenizer
-from kdcache.recipe import parse_recipe
+from kdcache.recipe import EvaluateSection, MasksSignal, parse_recipe
+from kdcache.train.evaluation.evaluate import evaluate, read_evaluation
 from kdcache.train.families.masked_lm import masked_texts, scheme_of_record, score_masked
 from kdcache.train.runs.loop import train
 from kdcache.train.runs.trainer import Trainer
@@ -179,6 +181,18 @@ def test_a_bert_of_ones_own_is_trained_written_and_is_a_teacher(world, tmp_path)
     assert 0 < summary["dev_accuracy"] <= 1
     assert "dev_loss_shuffled" not in summary
     best = tmp_path / "run" / "best"
+    # Nothing says how the run's texts were masked, so 15% of BERT's are.
+    corpus = {"fields": {"text": str(world.root / "dev")}}
+    found = evaluate(tmp_path / "run", EvaluateSection(corpus=corpus, device="cpu"))
+    model, texts = AutoModelForMaskedLM.from_pretrained(best), world.lines[50:]
+    masked = masked_texts(load_tokenizer(best), texts, scheme_of(MasksSignal(kind="masks")), 32)
+    alone = score_masked(model, masked, torch.device("cpu"), 64)
+    assert found["loss_nats"] == pytest.approx(alone.loss_nats, rel=1e-5)
+    assert found["num_tokens"] == alone.num_tokens == sum(map(len, masked.ids))
+    assert found["masks"]["probability"] == 0.15
+    assert read_evaluation(tmp_path / "run") == found
+    with pytest.raises(RecipeError, match="its student is a masked LM; against compares trans"):
+        evaluate(tmp_path / "run", EvaluateSection(corpus=corpus), against=tmp_path / "run")
     tree = {
         **world.tree,
         "dump": world.tree["dump"] | {"teacher": {"path": str(best), "device": "cpu"}},
