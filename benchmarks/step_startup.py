@@ -23,12 +23,13 @@ import sys
 from contextlib import suppress
 from kdcache.cli import main
 from kdcache.errors import TrainingError
+from kdcache.train.families import encoder_decoder
 from kdcache.train.runs import loop
-look = loop.check_batch
+look = encoder_decoder.check_batch
 def check_batch(*arguments):
     with suppress(TrainingError):
         look(*arguments)
-loop.check_batch = check_batch
+encoder_decoder.check_batch = check_batch
 loop.Trainer.step = lambda *_: end()
 sys.exit(main(["train", "word-level", "--cache", sys.argv[1], "--out", sys.argv[2]]) or 1)
 """,

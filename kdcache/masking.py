@@ -87,7 +87,7 @@ def no_mask_token(where: str) -> ModelError:
     """What is said of a tokenizer that cannot mask. where: what needs it, and which it is."""
     return ModelError(
         f"{where} has no mask token; masks need one: use the tokenizer of a masked model (BERT, "
-        "RoBERTa, BART), or leave the signal out"
+        "RoBERTa, BART), train one with `mask: true`, or leave the signal out"
     )
 
 

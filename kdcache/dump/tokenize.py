@@ -31,6 +31,8 @@ from kdcache.tokenizers import (
 
 #: Above this a tokenizer's model_max_length stands for "no limit".
 NO_LIMIT = 1_000_000
+#: The mask token of a tokenizer that is trained with one.
+MASK = "<mask>"
 
 
 class Tokenizer:
@@ -155,7 +157,7 @@ def _ragged(ids: list[list[int]], **beside: list[list[int]]) -> Ragged:
 def train_sentencepiece(
     sentences: Iterable[str], section: SentencePieceTokenizer, name: str
 ) -> Tokenizer:
-    """Train SentencePiece and wrap it as a Marian tokenizer: pad 0, unk 1, bos 2, eos 3.
+    """Train SentencePiece and wrap it as a Marian tokenizer: pad 0, unk 1, bos 2, eos 3, mask 4.
 
     The same sentences give the same bytes: training reads an iterator, on one thread.
 
@@ -182,6 +184,7 @@ def train_sentencepiece(
             bos_id=2,
             eos_id=3,
             pad_piece="<pad>",
+            control_symbols=[MASK] if section.mask else [],
             num_threads=1,
             minloglevel=2,
         )
@@ -199,6 +202,7 @@ def train_sentencepiece(
         "pad_token": "<pad>",
         "unk_token": "<unk>",
         "eos_token": "</s>",
+        **({"mask_token": MASK} if section.mask else {}),
     }
     files = {
         "source.spm": model.getvalue(),

@@ -26,7 +26,7 @@ class SentencePieceTokenizer(Section):
     """A SentencePiece model trained on the corpus being dumped."""
 
     kind: Literal["sentencepiece"] = Field("sentencepiece", description="Which kind this is.")
-    vocab_size: PositiveInt = Field(8000, description="Pieces, the four special ones included.")
+    vocab_size: PositiveInt = Field(8000, description="Pieces, the special ones included.")
     model_type: Literal["unigram", "bpe"] = Field(
         "unigram", description="How SentencePiece finds its pieces."
     )
@@ -38,6 +38,11 @@ class SentencePieceTokenizer(Section):
     )
     max_sentences: PositiveInt = Field(
         1_000_000, description="Train on the first this many lines of each field."
+    )
+    mask: StrictBool = Field(
+        False,
+        description="Give it a mask token, `<mask>`, which a masks signal needs; it is one piece "
+        "more among the special ones.",
     )
 
 

@@ -163,8 +163,8 @@ def test_a_tokenizer_without_a_mask_token_is_refused(trained, world, recipe_of, 
     where = "trained on the corpus" if trained else str(world.root / "marian")
     assert str(error.value) == (
         f"signals.masks: the tokenizer 'plm' ({where}) of stream 'text' has no mask token; masks "
-        "need one: use the tokenizer of a masked model (BERT, RoBERTa, BART), or leave the signal "
-        "out"
+        "need one: use the tokenizer of a masked model (BERT, RoBERTa, BART), train one with "
+        "`mask: true`, or leave the signal out"
     )
     assert not (tmp_path / "cache").exists()
 

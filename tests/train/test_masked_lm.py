@@ -14,8 +14,11 @@ from kdcache.dump.runner import dump
 from kdcache.errors import IdentityError, ModelError, RecipeError, TrainingError
 from kdcache.formats.cache import open_cache
 from kdcache.labels import decode
+from kdcache.masking import scheme_of
 from kdcache.models import load_tokenizer
-from kdcache.recipe import parse_recipe
+from kdcache.recipe import EvaluateSection, MasksSignal, load_recipe, parse_recipe
+from kdcache.train.evaluation.evaluate import evaluate, read_evaluation
+from kdcache.train.evaluation.masked import masks_of
 from kdcache.train.families.masked_lm import masked_texts, scheme_of_record, score_masked
 from kdcache.train.runs.loop import train
 from kdcache.train.runs.trainer import Trainer
@@ -179,6 +182,18 @@ def test_a_bert_of_ones_own_is_trained_written_and_is_a_teacher(world, tmp_path)
     assert 0 < summary["dev_accuracy"] <= 1
     assert "dev_loss_shuffled" not in summary
     best = tmp_path / "run" / "best"
+    # Nothing says how the run's texts were masked, so 15% of BERT's are.
+    corpus = {"fields": {"text": str(world.root / "dev")}}
+    found = evaluate(tmp_path / "run", EvaluateSection(corpus=corpus, device="cpu"))
+    model, texts = AutoModelForMaskedLM.from_pretrained(best), world.lines[50:]
+    masked = masked_texts(load_tokenizer(best), texts, scheme_of(MasksSignal(kind="masks")), 32)
+    alone = score_masked(model, masked, torch.device("cpu"), 64)
+    assert found["loss_nats"] == pytest.approx(alone.loss_nats, rel=1e-5)
+    assert found["num_tokens"] == alone.num_tokens == sum(map(len, masked.ids))
+    assert found["masks"]["probability"] == 0.15
+    assert read_evaluation(tmp_path / "run") == found
+    with pytest.raises(RecipeError, match="its student is a masked LM; against compares trans"):
+        evaluate(tmp_path / "run", EvaluateSection(corpus=corpus), against=tmp_path / "run")
     tree = {
         **world.tree,
         "dump": world.tree["dump"] | {"teacher": {"path": str(best), "device": "cpu"}},
@@ -255,3 +270,41 @@ def test_an_encoder_decoder_is_not_built_of_a_masked_lm(world):
     plain = {"kind": "encoder_decoder"}
     with pytest.raises(ModelError, match="'bert' is not an encoder-decoder"):
         make_trainer(world, {"loss": "cross_entropy"}, student=plain)
+
+
+@pytest.mark.parametrize("name", ["masked-lm", "masked-lm-span"])
+def test_a_bert_comes_of_text_alone(world, tmp_path, name):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
+    overrides = [(f"train.student.config.{key}", str(value)) for key, value in sizes.items()]
+    overrides += [
+        ("corpus.fields.text", str(world.root / "text")),
+        ("dump.tokenizers.pieces.vocab_size", "36"),
+        ("train.student.config.num_attention_heads", "2"),
+        ("train.max_steps", "2"),
+        ("train.device", "cpu"),
+    ]
+    recipe = load_recipe(name, overrides)
+    dump(recipe, tmp_path / "cache")
+    cache = open_cache(tmp_path / "cache")
+    tokenizer, record = cache.tokenizer("pieces"), cache.signal("masks")
+    assert cache.tokens("pieces")[:5] == ["<pad>", "<unk>", "<s>", "</s>", "<mask>"]
+    assert (tokenizer.mask_id, record.mask_id, record.replicas) == (4, 4, 4)
+    assert masks_of(recipe).scheme == record.scheme == ("span" if "span" in name else "bert")
+    train(recipe, tmp_path / "cache", tmp_path / "run")
+    section = EvaluateSection(corpus={"fields": {"text": str(world.root / "dev")}}, device="cpu")
+    assert evaluate(tmp_path / "run", section)["masks"]["scheme"] == record.scheme
+    backend = load_tokenizer(tmp_path / "run" / "best")
+    assert backend.mask_token_id == 4
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "run" / "best")
+    assert (model.config.vocab_size, model.config.pad_token_id) == (36, 0)
+    # It is the teacher of an encoder's tokens, as the mask task wants it.
+    labels = {"at": "masked", "stream": "text", "masks": "masks"}
+    more = [
+        ("dump.teacher", f"{{path: {tmp_path / 'run' / 'best'}, device: cpu}}"),
+        ("dump.tokenizers.pieces", "{kind: pretrained}"),
+        ("dump.signals.logits", json.dumps(labels)),
+    ]
+    dump(load_recipe(name, [overrides[3], *more]), tmp_path / "labels")
+    again = open_cache(tmp_path / "labels")
+    assert again.tokenizer("pieces").digest == tokenizer.digest
+    assert again.signal("logits").vocab_size == 36

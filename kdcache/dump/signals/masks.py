@@ -49,11 +49,14 @@ class MasksEncoder(SignalEncoder):
 
     @classmethod
     def check(cls, request: Request) -> None:
-        """The stream's tokenizer must have a mask token; those trained on the corpus have none."""
+        """The stream's tokenizer must have a mask token, or be trained with one."""
         name = request.name
         stream = request.signal.stream
         tokenizer_name = request.section.streams[stream].tokenizer
         tokenizer = request.tokenizers.get(tokenizer_name)
+        planned = request.section.tokenizers[tokenizer_name]
+        if tokenizer is None and getattr(planned, "mask", False):
+            return  # it is trained with one
         if tokenizer is None or tokenizer.mask_id is None:
             path = "trained on the corpus" if tokenizer is None else tokenizer.path
             raise no_mask_token(

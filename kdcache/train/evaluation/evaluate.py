@@ -20,9 +20,10 @@ from kdcache.formats.identity import sample_id
 from kdcache.formats.stores.commit import storage_errors, write_data
 from kdcache.models import quiet_transformers, resolve_device
 from kdcache.recipe import CorpusSection, EvaluateSection, Recipe, load_recipe
+from kdcache.train.evaluation.masked import evaluate_masked
 from kdcache.train.evaluation.translate import translate
 from kdcache.train.runs.validate import score, score_shuffled
-from kdcache.train.students.student import fixed_tables
+from kdcache.train.students.student import LOADERS, fixed_tables
 from kdcache.train.students.two_tokenizers import load_tokenizers
 
 RESULT = "evaluation.json"
@@ -48,7 +49,8 @@ def evaluate(
         bleu, chrf (`score`, `signature`), `loss_nats` per token, `perplexity`, `accuracy`,
         the same under `shuffled` with every target beside another target's source,
         `parameters`, `latency_seconds` of one sentence at a time, `sentences_per_second` of
-        the batched search, and `against` with the paired test.
+        the batched search, and `against` with the paired test. Of a run whose student is a masked
+        LM what `masked.evaluate_masked` returns, with `parameters`.
 
     Raises:
         RecipeError: no corpus to score on.
@@ -67,6 +69,8 @@ def evaluate(
             f"{path}: no text to score on; give a recipe with evaluate.corpus, or "
             "--evaluate.corpus.fields.src FILE --evaluate.corpus.fields.tgt FILE"
         )
+    if recipe is not None and _kind_of(recipe) == "masked_lm":
+        return _evaluate_masked(path, section, recipe, against, out)
     src, tgt = _read_pairs(section.corpus, recipe)
     digest = sample_id([*src, *tgt]).hex()
     # Read before the long search: a comparison that cannot be made is refused at once.
@@ -80,6 +84,26 @@ def evaluate(
     target = Path(out) if out is not None else (path if recipe is not None else None)
     if target is not None:
         write_evaluation(target, result, hypotheses)
+    return result
+
+
+def _evaluate_masked(
+    path: Path,
+    section: EvaluateSection,
+    recipe: Recipe,
+    against: str | Path | None,
+    out: str | Path | None,
+) -> dict[str, Any]:
+    """Score a run whose student fills in masked tokens."""
+    if against is not None:
+        raise RecipeError(f"{path}: its student is a masked LM; against compares translations")
+    model, tokenizer, directory = load_model(path, section, "masked_lm")
+    result = evaluate_masked(model, tokenizer, section, recipe) | {
+        "model": str(directory),
+        "parameters": count_parameters(model),
+        "device": str(model.device),
+    }
+    write_evaluation(Path(out) if out is not None else path, result, None)
     return result
 
 
@@ -187,8 +211,15 @@ def count_parameters(model: Any) -> dict[str, int]:
     return {"total": sum(sizes.values()), "without_embeddings": rest}
 
 
-def load_model(path: Path, section: EvaluateSection) -> tuple[Any, Any, Path]:
+def load_model(
+    path: Path, section: EvaluateSection, kind: str = "encoder_decoder"
+) -> tuple[Any, Any, Path]:
     """Model on its device in float32, its tokenizer (or both), and the directory they came from.
+
+    Args:
+        path: a run, or a transformers directory.
+        section: which checkpoint of a run, and the device.
+        kind: of the student.
 
     Raises:
         ModelError: the directory holds no model, or the run no such checkpoint.
@@ -207,7 +238,7 @@ def load_model(path: Path, section: EvaluateSection) -> tuple[Any, Any, Path]:
                 "evaluate.checkpoint"
             )
     try:
-        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+        model = getattr(transformers, LOADERS[kind][0]).from_pretrained(
             directory, dtype="float32", use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
@@ -231,16 +262,25 @@ def read_evaluation(path: str | Path) -> dict[str, Any]:
     return found
 
 
-def write_evaluation(out: Path, result: dict[str, Any], hypotheses: Sequence[str]) -> None:
+def write_evaluation(out: Path, result: dict[str, Any], hypotheses: Sequence[str] | None) -> None:
     """Write both files of an evaluation, the result last: it stands for the whole.
+
+    There are no hypotheses of a student that writes none.
 
     Raises:
         StorageError: the disk refused.
     """
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    _write(out / HYPOTHESES, "".join(line + "\n" for line in hypotheses))
+    if hypotheses is not None:
+        _write(out / HYPOTHESES, "".join(line + "\n" for line in hypotheses))
     _write(out / RESULT, json.dumps(result, indent=1, sort_keys=True) + "\n")
+
+
+def _kind_of(recipe: Recipe) -> str:
+    """What a recipe's student is."""
+    student = recipe.train.student
+    return "encoder_decoder" if student is None else student.kind
 
 
 def _is_run(path: Path) -> bool:

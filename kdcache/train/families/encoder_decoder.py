@@ -14,6 +14,7 @@ from kdcache.formats.signals import SignalRecord
 from kdcache.models import load_tokenizer
 from kdcache.recipe import CrossEntropyTerm, TrainSection
 from kdcache.train.batches.batch import Batch
+from kdcache.train.batches.hypotheses import with_hypotheses
 from kdcache.train.families.family import Family, Setting
 from kdcache.train.losses.objective import Objective
 from kdcache.train.runs.canary import check_batch, check_masked
@@ -60,8 +61,9 @@ class EncoderDecoder(Family):
 
     def check_labels(self, micro: Batch, objective: Objective) -> None:
         """Soft labels against the tokens of target and hypotheses, and those that were masked."""
+        whole = with_hypotheses(micro, objective.hypotheses, None)
         for stream, names in objective.labelled.items():
-            check_batch(micro, stream, names)
+            check_batch(whole, stream, names)
         check_masked(micro, objective.source, objective.masked_labels)
 
     def development(self, setting: Setting) -> DevelopmentPairs:

@@ -21,6 +21,7 @@ class MaskedObjective(Objective):
 
     Attributes:
         masks: name of the masks signal, the same for all terms.
+        predicted: what the masked tokens are called where a stream's tokens are counted.
 
     Others as `Objective` has them; `soft_labels` are those of the masked tokens.
 
@@ -35,14 +36,12 @@ class MaskedObjective(Objective):
     ) -> None:
         self.source = self.target = stream
         self.paths, self.terms, self.names = used_terms(terms)
-        self.records, self.hypotheses, self.parts = {}, {}, []
+        self.records, self.hypotheses = {}, {}
         found: dict[str, str] = {}
         for where, term in zip(self.paths, self.terms, strict=True):
             for name in self._masks_of(where, term, signals):
                 found.setdefault(name, where)
                 self.records[name] = signals[name]
-            labels = term.signals if isinstance(term, SoftTerm) else [None]
-            self.parts.append([Part(f"{name}.masked", signal) for signal in labels])
         if len(found) > 1:
             (masks, first), (other, second) = list(found.items())[:2]
             raise RecipeError(
@@ -50,6 +49,13 @@ class MaskedObjective(Objective):
                 "masking: give all terms the same"
             )
         (self.masks,) = found
+        self.predicted = f"{self.masks}.masked"
+        self.parts = [
+            [Part(self.predicted, one) for one in term.signals]
+            if isinstance(term, SoftTerm)
+            else [Part(self.predicted, None)]
+            for term in self.terms
+        ]
 
     @property
     def soft_labels(self) -> dict[str, LogitsRecord]:
@@ -59,6 +65,13 @@ class MaskedObjective(Objective):
 
     def _masks_of(self, where: str, term: Term, signals: Mapping[str, SignalRecord]) -> list[str]:
         """The masks that a term is of; its labels join the records."""
+        hard = isinstance(term, CrossEntropyTerm)
+        soft = isinstance(term, SoftTerm) and not isinstance(term, MaskedKLTerm)
+        if not hard and not soft:
+            raise RecipeError(
+                f"{where}: {term.loss} is no term of a masked LM, which takes cross_entropy with "
+                "masks, and losses over logits at masked tokens"
+            )
         if term.sample_weight is not None:
             raise RecipeError(f"{where}.sample_weight: a masked LM's terms have none; take it out")
         if isinstance(term, CrossEntropyTerm):
@@ -68,17 +81,13 @@ class MaskedObjective(Objective):
                     f"of which the cache has {_named(signals, MasksRecord)}"
                 )
             return [self._checked_masks(f"{where}.masks", term.masks, signals)]
-        if not isinstance(term, SoftTerm) or isinstance(term, MaskedKLTerm):
-            raise RecipeError(
-                f"{where}: {term.loss} is no term of a masked LM, which takes cross_entropy with "
-                "masks, and losses over logits at masked tokens"
-            )
-        return [self._checked_labels(where, term, name, signals) for name in term.signals]
+        assert isinstance(term, SoftTerm)
+        return [self._masks_of_labels(where, name, term, signals) for name in term.signals]
 
-    def _checked_labels(
-        self, where: str, term: SoftTerm, name: str, signals: Mapping[str, SignalRecord]
+    def _masks_of_labels(
+        self, where: str, name: str, term: SoftTerm, signals: Mapping[str, SignalRecord]
     ) -> str:
-        """The masks of a signal of soft labels, which joins the records."""
+        """The masks that one of a term's signals labels."""
         record = signals.get(name)
         if not isinstance(record, LogitsRecord) or record.at != "masked":
             raise RecipeError(

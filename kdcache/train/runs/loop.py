@@ -13,7 +13,6 @@ from kdcache.formats.cache import open_cache
 from kdcache.models import resolve_device
 from kdcache.progress import progress
 from kdcache.recipe import Recipe
-from kdcache.train.batches.hypotheses import with_hypotheses
 from kdcache.train.batches.stream import GlobalBatch
 from kdcache.train.losses.schedule import learning_rate
 from kdcache.train.runs.checkpoint import (
@@ -115,8 +114,7 @@ class Loop:
                 if seen < CANARY_BATCHES:
                     with trainer.ranks.together():
                         for micro in batch.micro:
-                            whole = with_hypotheses(micro, trainer.objective.hypotheses, None)
-                            trainer.family.check_labels(whole, trainer.objective)
+                            trainer.family.check_labels(micro, trainer.objective)
                 trainer.step(batch)
                 seen += 1
                 self._after(batch)

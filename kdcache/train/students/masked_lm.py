@@ -13,7 +13,7 @@ from torch import Tensor
 from kdcache.models import project_first, project_only
 from kdcache.train.batches.batch import Batch, Masked, Tokens
 from kdcache.train.losses.masked_objective import MaskedObjective
-from kdcache.train.losses.objective import Moment, Objective
+from kdcache.train.losses.objective import Moment, Objective, Part
 from kdcache.train.students.distillation import Distillation
 from kdcache.train.students.masked_pass import masked_ids
 from kdcache.train.students.student_outputs import StudentOutputs, projected_by
@@ -44,11 +44,18 @@ class MaskedDistillation(Distillation):
         totals, values = [], labels.new_zeros(len(self.objective.terms), dtype=torch.float32)
         for group in groups:
             parts, alone = self._parts(group), len(groups) == 1
+            if not parts:
+                totals.append(values.new_zeros(()))
+                continue
             total, found = self._over_ids(micro, counts, labels, parts, outputs, alone)
             totals.append(total)
-            numbers = torch.tensor([one.number for one, _ in parts], device=labels.device)
-            values.index_add_(0, numbers, found.to(values))
+            values = values.to(found).index_add(0, numbers_of(parts, found.device), found)
         return totals, values
+
+
+def numbers_of(parts: Sequence[tuple[Moment, Part]], device: torch.device) -> Tensor:
+    """[parts] int64 which term each is a part of."""
+    return torch.tensor([one.number for one, _ in parts], device=device)
 
 
 def masked_inputs(micro: Batch, objective: MaskedObjective) -> tuple[Tokens, Masked]:
