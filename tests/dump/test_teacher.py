@@ -279,7 +279,7 @@ def test_positions(zoo, architecture, head, limit):
 
 
 def test_positions_of_other_models():
-    from kdcache.dump.teachers.positions import max_positions
+    from kdcache.positions import max_positions
 
     def of(model_type, **keys):
         return max_positions(AutoConfig.for_model(model_type, **keys))

@@ -105,6 +105,43 @@ def make_trainer(world, *objective, **keys):
     return Trainer(make_recipe(world, *objective, **keys).train, open_cache(world.cache))
 
 
+def one_at_a_time(model, micro):
+    """Logits and labels of masked tokens, of each masking of each text by itself."""
+    tokens, masked = micro.streams["text"], micro.signals["masks"]
+    logits, labels, begin = [], [], 0
+    for sample in range(len(tokens.ids)):
+        length = int(tokens.mask[sample].sum())
+        for count in masked.counts[sample].tolist():
+            ids = tokens.ids[sample, :length].clone()
+            at = masked.positions[begin : begin + count]
+            labels.append(ids[at].clone())
+            ids[at] = masked.ids[begin : begin + count]
+            logits.append(model(input_ids=ids[None]).logits[0, at])
+            begin += count
+    return torch.cat(logits), torch.cat(labels)
+
+
+OTHERS = {
+    "roberta": BERT,
+    "distilbert": {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32},
+    "electra": BERT | {"embedding_size": 8},
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families_fill_in_masks(world, family):
+    config = OTHERS[family] | {"model_type": family, "max_position_embeddings": 16}
+    made = make_trainer(world, student={"config": config})
+    # RoBERTa's positions begin after that of its padding.
+    assert made.max_positions == (15 if family == "roberta" else 16)
+    batch = next(iter(made.stream))
+    made.distillation.eval()
+    found = made.backward(batch)
+    logits, labels = one_at_a_time(made.model, batch.micro[0])
+    assert found[0].item() == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
+    assert sum(one.grad is not None for one in made.parameters) >= len(made.parameters) - 2
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_losses_are_those_of_masked_tokens_one_text_at_a_time(world, tied):
     config = BERT | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -116,18 +153,7 @@ def test_losses_are_those_of_masked_tokens_one_text_at_a_time(world, tied):
     total, values = made.distillation(micro, batch.counts, made.objective.at(1, 10))
     gradients = torch.autograd.grad(total, made.parameters, allow_unused=True)
 
-    tokens, masked = micro.streams["text"], micro.signals["masks"]
-    logits, labels, begin = [], [], 0
-    for sample in range(len(tokens.ids)):
-        length = int(tokens.mask[sample].sum())
-        for count in masked.counts[sample].tolist():
-            ids = tokens.ids[sample, :length].clone()
-            at = masked.positions[begin : begin + count]
-            labels.append(ids[at].clone())
-            ids[at] = masked.ids[begin : begin + count]
-            logits.append(made.model(input_ids=ids[None]).logits[0, at])
-            begin += count
-    logits, labels = torch.cat(logits), torch.cat(labels)
+    logits, labels = one_at_a_time(made.model, micro)
     assert len(labels) == batch.counts["masks.masked"] == batch.counts["logits"] > 20
     teacher = decode(micro.signals["logits"])
     dense = torch.zeros(len(labels), world.size + 3)

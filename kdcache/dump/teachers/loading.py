@@ -27,10 +27,10 @@ from kdcache.dump.teachers.identity import (
 )
 from kdcache.dump.teachers.masked import MaskedTeacher
 from kdcache.dump.teachers.model import ModelTeacher
-from kdcache.dump.teachers.positions import max_positions
 from kdcache.errors import KDCacheError, ModelError
 from kdcache.formats.signals import TeacherRecord
 from kdcache.models import model_directory, quiet_transformers, resolve_device
+from kdcache.positions import max_positions
 from kdcache.recipe.teacher import TeacherSection
 
 

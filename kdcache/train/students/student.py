@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdcache import positions
 from kdcache.errors import ModelError
 from kdcache.formats.keyed import text_key
 from kdcache.formats.manifest import TokenizerRecord
@@ -217,8 +218,7 @@ def checkpoint_activations(model: Any) -> None:
 
 def max_positions(model: Any) -> int | None:
     """Longest sequence the student takes; None where its positions are relative."""
-    found = getattr(model.config, "max_position_embeddings", None)
-    return int(found) if found else None
+    return positions.max_positions(model.config)
 
 
 def _load(path: Path, kind: str) -> Any:
