@@ -18,7 +18,6 @@ from kdcache.formats.identity import sample_id
 from kdcache.formats.ragged import Ragged, offsets_of
 from kdcache.formats.schema import join_ids, split_ids
 from kdcache.formats.signals import MasksRecord, SignalRecord
-from kdcache.labels import CodedLabels
 from kdcache.mask_choice import Scheme
 from kdcache.masking import MaskVocabulary, draw_masks
 from kdcache.models import load_tokenizer, project_only
@@ -28,11 +27,11 @@ from kdcache.train.batches.batch import Batch
 from kdcache.train.families.family import Family, Setting
 from kdcache.train.losses.masked_objective import MaskedObjective
 from kdcache.train.losses.objective import Objective
-from kdcache.train.runs.canary import check_labels
+from kdcache.train.runs.canary import check_masked
 from kdcache.train.runs.parallel import Ranks
 from kdcache.train.runs.validate import Score, encode
 from kdcache.train.students.distillation import Distillation
-from kdcache.train.students.masked_lm import MaskedDistillation, masked_inputs, masked_labels
+from kdcache.train.students.masked_lm import MaskedDistillation
 from kdcache.train.students.student import embedding_rows
 
 
@@ -77,12 +76,7 @@ class MaskedLM(Family):
     def check_labels(self, micro: Batch, objective: Objective) -> None:
         """Soft labels against the tokens that were masked."""
         assert isinstance(objective, MaskedObjective)
-        tokens, masked = masked_inputs(micro, objective)
-        for name in objective.soft_labels:
-            coded = micro.signals[name]
-            assert isinstance(coded, CodedLabels)
-            labels, lengths = masked_labels(tokens, masked), masked.counts.sum(1)
-            check_labels(name, coded, labels.numpy(), lengths.numpy())
+        check_masked(micro, objective.source, dict.fromkeys(objective.soft_labels, objective.masks))
 
     def development(self, setting: Setting) -> MaskedTexts:
         """Texts that fit the student, masked as the cache's are."""
