@@ -8,9 +8,9 @@ import torch
 
 from kdcache.errors import ModelError, TrainingError
 from kdcache.formats.cache import open_cache
-from kdcache.train.runs import trainer as module
 from kdcache.train.runs.loop import train
 from kdcache.train.runs.trainer import Trainer
+from kdcache.train.students import distillation as module
 from tests.report.kinds import make_kinds
 from tests.train.test_loop import metrics, weights
 
