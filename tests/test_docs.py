@@ -57,3 +57,23 @@ def test_python_in_the_docs_is_python():
     for path in DOCS.glob("*.md"):
         for block in re.findall(r"```python\n(.*?)```", path.read_text("utf-8"), re.DOTALL):
             compile(block, path.name, "exec")
+
+
+#: A file of the package and, behind it, what of it is meant.
+CODE = re.compile(r"`(kdcache/[\w/]+\.py)`((?:[,; ]|and )*(?:`[\w.]+`(?:, | and )?)*)")
+
+
+def test_code_that_equations_name_is_there():
+    found = CODE.findall((DOCS / "systems.md").read_text("utf-8"))
+    assert len(found) > 40
+    for file, behind in found:
+        defined: set[str] = set()
+        for node in ast.walk(ast.parse((DOCS.parent / file).read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                defined.add(node.name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                defined.add(node.attr)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                defined.add(node.target.id)
+        for name in re.findall(r"`([\w.]+)`", behind):
+            assert set(name.split(".")) <= defined, f"{file}: {name}"
