@@ -17,7 +17,7 @@ from kdcache.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TEST_COMMAND = 'pip install ".[test]" && pytest'
+TEST_COMMAND = 'pip install ".[test]" && pytest -n 2 --dist loadfile'
 QUICKSTART_COMMAND = "pip install . && kdcache quickstart"
 
 
