@@ -9,6 +9,7 @@ from contextlib import closing
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from kdcache.corpus import RowBatch, read_corpus
 from kdcache.dump.chunk import Chunk, sample_ids_of
@@ -325,6 +326,15 @@ def manifest_recipe(recipe: Recipe, max_tokens: int | None) -> dict[str, Any]:
     }
 
 
+def _as_read_now(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest says of its recipe, keys that it did not know yet at their defaults."""
+    try:
+        recipe = Recipe.model_validate({**tree, "corpus": tree["corpus"] or None})
+    except (ValidationError, KeyError):
+        return dict(tree)
+    return manifest_recipe(recipe, recipe.dump.max_tokens)
+
+
 def check_recipe(manifest: Manifest, recipe: Recipe, path: str) -> None:
     """Refuse a recipe that would give other samples than a cache has.
 
@@ -335,7 +345,7 @@ def check_recipe(manifest: Manifest, recipe: Recipe, path: str) -> None:
         IdentityError: with both sides.
     """
     given = manifest_recipe(recipe, recipe.dump.max_tokens)
-    stands: dict[str, Any] = dict(manifest.recipe)
+    stands = _as_read_now(manifest.recipe)
     tasks = list(recipe.corpus.tasks) if recipe.corpus else []
     fields = recipe.corpus.field_names if recipe.corpus else []
     places = ["corpus", *(f"corpus.tasks.{name}" for name in tasks)]

@@ -7,6 +7,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from kdcache.dump.runner import dump
+from kdcache.dump.samples import check_recipe
 from kdcache.errors import (
     CorpusError,
     IdentityError,
@@ -105,6 +106,19 @@ def test_another_thing_on_an_existing_cache(what, make_recipe, world, whole, sta
     assert "\n" not in str(error.value)
     assert str(error.value).endswith(("choose another output", "give the signal another name"))
     assert tree(standing) == whole[1]
+
+
+def test_keys_that_a_cache_did_not_know_yet_stand_at_their_defaults(make_recipe, standing):
+    recipe, manifest = make_recipe(codec=THRESHOLD), open_cache(standing).manifest
+    older = json.loads(json.dumps(manifest.recipe))
+    del older["dump"]["streams"]["tgt"]["template"], older["corpus"]["empty"]
+    check_recipe(manifest.model_copy(update={"recipe": older}), recipe, "cache")
+    older["dump"]["streams"]["tgt"]["template"] = "chat"
+    with pytest.raises(IdentityError, match=r"tgt.template: 'chat' in the cache, 'none' given"):
+        check_recipe(manifest.model_copy(update={"recipe": older}), recipe, "cache")
+    older["dump"]["streams"]["tgt"] |= {"template": "none", "of_another_version": 1}
+    with pytest.raises(IdentityError, match="of_another_version: 1 in the cache, absent given"):
+        check_recipe(manifest.model_copy(update={"recipe": older}), recipe, "cache")
 
 
 def test_moved_files_are_the_same(make_recipe, world, whole, standing, tmp_path):
