@@ -261,13 +261,13 @@ def test_samples_without_the_hypothesis_count_nothing(cache):
             "src tgt",
             RecipeError,
             r"train\.objective\.0\.hypotheses: cache has no signal 'nbest'; hypotheses are a "
-            r"signal of kind beams, of which the cache has \['beams'\]; dump it: --dump\.sig",
+            r"signal of kind beams, of which the cache has \['beams'\]; name one of those",
         ),
         (
             {"loss": "cross_entropy", "hypotheses": "targets"},
             "src tgt",
             RecipeError,
-            r"hypotheses: logits at targets, signal 'targets'; hypotheses are a signal of kind be",
+            r"hypotheses: 'targets' is logits at targets; hypotheses are a signal of kind be",
         ),
         (
             BEST | {"hypothesis": 2},

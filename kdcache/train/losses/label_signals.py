@@ -77,12 +77,18 @@ def check_beams_signal(
     """
     record = signals.get(name)
     if not isinstance(record, BeamsRecord):
-        found = "cache has no signal" if record is None else f"{_described(record)}, signal"
         usable = sorted(n for n, other in signals.items() if isinstance(other, BeamsRecord))
+        found = (
+            f"cache has no signal {name!r}"
+            if record is None
+            else f"{name!r} is {_described(record)}"
+        )
+        free = name if record is None else "beams"
+        kind = f"{{kind: beams, source: {source}, stream: {target}}}"
+        advice = "name one of those" if usable else f"dump it: --dump.signals.{free} '{kind}'"
         raise RecipeError(
-            f"{where}: {found} {name!r}; hypotheses are a signal of kind beams, of which the "
-            f"cache has {usable}; dump it: --dump.signals.{name} '{{kind: beams, source: {source}, "
-            f"stream: {target}}}'"
+            f"{where}: {found}; hypotheses are a signal of kind beams, of which the cache has "
+            f"{usable}; {advice}"
         )
     if number >= record.num_hypotheses:
         raise RecipeError(
