@@ -18,6 +18,7 @@ from kdcache.models import load_tokenizer
 from kdcache.recipe import parse_recipe
 from kdcache.train.batches.batch import Hypotheses
 from kdcache.train.batches.hypotheses import with_hypotheses
+from kdcache.train.losses.label_signals import check_beams_signal
 from kdcache.train.losses.objective import Objective
 from kdcache.train.runs.canary import check_batch
 from kdcache.train.runs.trainer import Trainer
@@ -451,3 +452,11 @@ def test_the_canary_looks_at_labels_of_hypotheses(dumped, make_recipe):
     whole = with_hypotheses(micro, trainer.objective.hypotheses, None)
     for stream, names in trainer.objective.labelled.items():
         check_batch(whole, stream, names)
+
+
+def test_a_cache_without_hypotheses_is_told_how_to_get_them():
+    message = (
+        r"here: cache has no signal 'nbest'; .* has \[\]; dump it: --dump\.signals\.nbest '{kind"
+    )
+    with pytest.raises(RecipeError, match=message):
+        check_beams_signal("here", "nbest", 0, {}, "src", "tgt")
