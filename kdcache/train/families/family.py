@@ -12,11 +12,12 @@ import torch
 
 from kdcache.formats.cache import Cache
 from kdcache.formats.signals import SignalRecord
-from kdcache.recipe import TrainSection
+from kdcache.recipe import StudentSection, TrainSection
 from kdcache.train.batches.batch import Batch
 from kdcache.train.losses.objective import Objective
 from kdcache.train.runs.parallel import Ranks
 from kdcache.train.students.distillation import Distillation
+from kdcache.train.students.student import build_student
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,19 @@ class Family(ABC):
             RecipeError: a term is not one of this family, or the cache cannot serve it.
             IdentityError: a signal labels other streams than the student reads.
         """
+
+    def build(self, section: StudentSection, objective: Objective, *parts: Any) -> Any:
+        """The student of a recipe.
+
+        Args:
+            section: the recipe's student.
+            objective: from `objective`.
+            parts: what `build_student` takes after the section.
+
+        Raises:
+            ModelError: it cannot be built.
+        """
+        return build_student(section, *parts)
 
     @abstractmethod
     def distillation(self, student: Any, objective: Objective, seed: int) -> Distillation:
