@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import ModelError, RecipeError
+from kdcache.formats.manifest import TokenizerRecord
 from kdcache.formats.signals import SignalRecord
 from kdcache.models import load_tokenizer
 from kdcache.recipe import ScoreKLTerm, ScoreMSETerm, StudentSection, TrainSection
@@ -46,7 +47,15 @@ class Classifier(Family):
         parts = section.objective, signals, section.source
         return ClassifierObjective(*parts, labels, student.task)
 
-    def build(self, section: StudentSection, objective: Objective, *parts: Any) -> Any:
+    def build(
+        self,
+        section: StudentSection,
+        objective: Objective,
+        tokenizer: TokenizerRecord,
+        vocab_size: int,
+        seed: int,
+        source: TokenizerRecord | None,
+    ) -> Any:
         """A student with as many scores as the objective has labels, and their names.
 
         Raises:
@@ -73,7 +82,7 @@ class Classifier(Family):
             "label2id": {name: number for number, name in enumerate(labels)},
             "problem_type": problem,
         }
-        model = build_student(section, *parts, head)
+        model = build_student(section, tokenizer, vocab_size, seed, source, head)
         if not _reads_both_ways(model.config):
             raise ModelError(
                 f"train.student: {model.config.model_type} is no encoder, which a classifier is; "

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from kdcache.formats.cache import Cache
+from kdcache.formats.manifest import TokenizerRecord
 from kdcache.formats.signals import SignalRecord
 from kdcache.recipe import StudentSection, TrainSection
 from kdcache.train.batches.batch import Batch
@@ -72,18 +73,29 @@ class Family(ABC):
             IdentityError: a signal labels other streams than the student reads.
         """
 
-    def build(self, section: StudentSection, objective: Objective, *parts: Any) -> Any:
+    def build(
+        self,
+        section: StudentSection,
+        objective: Objective,
+        tokenizer: TokenizerRecord,
+        vocab_size: int,
+        seed: int,
+        source: TokenizerRecord | None,
+    ) -> Any:
         """The student of a recipe.
 
         Args:
             section: the recipe's student.
             objective: from `objective`.
-            parts: what `build_student` takes after the section.
+            tokenizer: see `build_student`.
+            vocab_size: see `build_student`.
+            seed: recipe seed.
+            source: see `build_student`.
 
         Raises:
             ModelError: it cannot be built.
         """
-        return build_student(section, *parts)
+        return build_student(section, tokenizer, vocab_size, seed, source)
 
     @abstractmethod
     def distillation(self, student: Any, objective: Objective, seed: int) -> Distillation:
