@@ -17,6 +17,7 @@ from kdcache.dump.runner import dump
 from kdcache.errors import CorpusError, IdentityError, ModelError, RecipeError
 from kdcache.formats.cache import open_cache
 from kdcache.recipe import EvaluateSection, parse_recipe
+from kdcache.train.batches.stream import BatchStream
 from kdcache.train.evaluation.evaluate import evaluate
 from kdcache.train.evaluation.metrics import accuracy, macro_f1, matthews, pearson, spearman
 from kdcache.train.runs.loop import train
@@ -257,6 +258,32 @@ def test_micro_batches_add_up(world):
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
 
 
+def test_ranks_add_up(world):
+    made = make_trainer(world, HARD, MSE, KL, batch_tokens=3000)
+    made.distillation.eval()
+    section, moments = made.section, made.objective.at(1, 10)
+    found = []
+    for world_size in (1, 2):
+        made.optimizer.zero_grad()
+        totals = 0
+        for rank in range(world_size):
+            stream = BatchStream(
+                *(made.cache, ["both"], made.objective.signals, 3000, section.seed, 4),
+                gold=made.objective.gold,
+                rank=rank,
+                world=world_size,
+            )
+            with closing(iter(stream)) as batches:
+                batch = next(batches)
+            assert len(batch.rows) > sum(map(len, batch.micro)) or world_size == 1
+            for micro in batch.micro:
+                total, _ = made.distillation(micro, batch.counts, moments)
+                total.backward()
+                totals += total.detach()
+        found.append([totals, *(one.grad.clone() for one in made.parameters)])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
 def test_a_batch_without_any_label_moves_nothing(world):
     made = make_trainer(world, HARD, KL)
     batch = first_batch(made)
@@ -271,7 +298,7 @@ def test_a_batch_without_any_label_moves_nothing(world):
     assert all(one.grad.abs().sum() == 0 for one in made.parameters)
 
 
-def test_from_gold_to_a_teacher_to_a_student(world, tmp_path):
+def test_from_gold_to_a_teacher_to_a_student(world, tmp_path, monkeypatch):
     gold = make_recipe(world, max_steps=40, student={"labels": LABELS, "task": "nli"})
     summary = train(gold, world.root / "teacher-cache", tmp_path / "gold")
     metrics = (tmp_path / "gold" / "metrics.jsonl").read_text().splitlines()
@@ -290,10 +317,31 @@ def test_from_gold_to_a_teacher_to_a_student(world, tmp_path):
     )
     soft = make_recipe(world, KL, max_steps=6)
     whole = train(soft, tmp_path / "cache", tmp_path / "whole")
+    real = Trainer.step
+
+    def step(self, batch):
+        if self.state.step == 4:
+            raise KeyboardInterrupt
+        real(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            train(soft, tmp_path / "cache", tmp_path / "parts")
+    parts = train(soft, tmp_path / "cache", tmp_path / "parts")
+    for key in set(whole) - {"run", "seconds"}:
+        assert parts[key] == whole[key], key
+    for folder in ("best", "last", "averaged"):
+        one, other = (
+            (tmp_path / run / folder / "model.safetensors").read_bytes()
+            for run in ("whole", "parts")
+        )
+        assert one == other
     section = EvaluateSection(corpus=world.dev | {"label": "label"}, device="cpu")
     found = evaluate(tmp_path / "whole", section)
     assert whole["dev_accuracy"] >= 0
     assert found["num_texts"] == 16
+    assert found["loss"] == pytest.approx(whole["best_dev_loss"], rel=1e-5)
     assert set(found) >= {"loss", "accuracy", "macro_f1", "mcc", "parameters"}
     assert found["labels"] == LABELS
     with pytest.raises(RecipeError, match="its student is a classifier; against compares"):
