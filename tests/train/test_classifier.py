@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForSequenceClassification, BertConfig
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
 from transformers import BertForSequenceClassification as Bert
 
 from kdcache.dump.runner import dump
@@ -350,6 +350,22 @@ def test_from_gold_to_a_teacher_to_a_student(world, tmp_path, monkeypatch):
     again = make_recipe(world, student={"config": None, "path": str(best), "task": "nli"})
     made = Trainer(again.train, open_cache(world.root / "teacher-cache"))
     assert made.objective.labels == tuple(LABELS)
+    assert torch.equal(made.model.classifier.weight, model.classifier.weight)
+    with pytest.raises(
+        ModelError, match=r"a classifier of \['no', 'maybe', 'yes'\], the student's"
+    ):
+        make_trainer(
+            world, student={"config": None, "path": str(best), "labels": ["no", "yes", "maybe"]}
+        )
+    # The head of a model that has none is a function of the seed.
+    BertForMaskedLM(model.config).save_pretrained(tmp_path / "bare")
+    student = {"config": None, "path": str(tmp_path / "bare"), "labels": LABELS}
+    heads = [
+        make_trainer(world, student=student, seed=seed).model.classifier.weight
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
 
 
 def test_metrics_by_hand():
@@ -369,6 +385,7 @@ def test_metrics_by_hand():
     assert pearson(one, np.ones(4)) == 0
 
 
+GPT = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2}
 REFUSED = [
     ([HARD], {}, RecipeError, "labels: is null, and no term names a classes signal"),
     ([HARD], {"target": "text"}, RecipeError, "a classifier reads one stream"),
@@ -379,7 +396,7 @@ REFUSED = [
     ([{"loss": "label_mse"}, KL], {}, RecipeError, "label_mse is of numbers, the student has"),
     ([HARD], {"student": {"labels": ["x"]}}, RecipeError, "one label, 'x', and says a number"),
     ([HARD], {"student": {"labels": LABELS, "task": "no"}}, RecipeError, r"task 'no', and .*nli"),
-    ([KL], {"student": {"config": {"model_type": "gpt2"}}}, ModelError, "gpt2 is no encoder"),
+    ([KL], {"student": {"config": GPT}}, ModelError, "gpt2 is no encoder"),
     ([KL], {"student": {"config": {"model_type": "bart"}}}, ModelError, "'bart' is not a class"),
     ([KL], {"student": {"config": BERT | {"num_labels": 3}}}, ModelError, "num_labels: follows"),
     ([KL], {"gate": {"terms": [0]}}, RecipeError, "train.gate: goes with a student of kind"),
