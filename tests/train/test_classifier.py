@@ -357,6 +357,10 @@ def test_from_gold_to_a_teacher_to_a_student(world, tmp_path, monkeypatch):
         make_trainer(
             world, student={"config": None, "path": str(best), "labels": ["no", "yes", "maybe"]}
         )
+    # Names that transformers made up may be replaced.
+    save_model(tmp_path / "unnamed", world.size, ["LABEL_0", "LABEL_1", "LABEL_2"], 5)
+    student = {"config": None, "path": str(tmp_path / "unnamed"), "labels": LABELS}
+    assert make_trainer(world, student=student).model.config.id2label == dict(enumerate(LABELS))
     # The head of a model that has none is a function of the seed.
     BertForMaskedLM(model.config).save_pretrained(tmp_path / "bare")
     student = {"config": None, "path": str(tmp_path / "bare"), "labels": LABELS}

@@ -71,7 +71,9 @@ class Classifier(Family):
             )
         if section.path is not None:
             own = labels_at(Path(section.path).expanduser())
-            if own is not None and own != list(labels):
+            # Names that transformers made up say nothing, so a recipe may give better ones.
+            made_up = own is not None and own == [f"LABEL_{n}" for n in range(len(labels))]
+            if own is not None and own != list(labels) and not made_up:
                 raise ModelError(
                     f"{section.path}: a classifier of {shown(own)}, the student's labels are "
                     f"{shown(labels)}; name its own, or start from a model without that head"
@@ -120,8 +122,6 @@ class Classifier(Family):
 
 def labels_at(path: Path) -> list[str] | None:
     """Names of the classes of the classifier in a directory; None where it is none.
-
-    A name for each that transformers made up (LABEL_0) counts as one.
 
     Args:
         path: a transformers directory, or none.
