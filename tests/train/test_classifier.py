@@ -357,6 +357,18 @@ def test_from_gold_to_a_teacher_to_a_student(world, tmp_path, monkeypatch):
         make_trainer(
             world, student={"config": None, "path": str(best), "labels": ["no", "yes", "maybe"]}
         )
+    # Some of its layers alone.
+    student = {"config": None, "path": str(best), "layers": {"encoder": [1, 1]}}
+    kept = make_trainer(world, student=student).model.bert.encoder.layer
+    for layer in kept:
+        for one, other in zip(
+            layer.parameters(), model.bert.encoder.layer[0].parameters(), strict=True
+        ):
+            assert torch.equal(one, other)
+    assert len(kept) == 2
+    student["layers"] = {"decoder": [1]}
+    with pytest.raises(ModelError, match="keeps its decoder's layers where"):
+        make_trainer(world, student=student)
     # Names that transformers made up may be replaced.
     save_model(tmp_path / "unnamed", world.size, ["LABEL_0", "LABEL_1", "LABEL_2"], 5)
     student = {"config": None, "path": str(tmp_path / "unnamed"), "labels": LABELS}
