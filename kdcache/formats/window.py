@@ -64,6 +64,7 @@ class WindowReader:
             [shard.row for shard in samples] or [np.empty(0, np.int64)]
         )
         held = [{name: shard.streams[name] for name in streams} for shard in samples]
+        self._samples = samples
         self._streams = JoinedColumns(held)
         self._lengths: dict[str, np.ndarray] = {
             name: np.concatenate([file[name].lengths for file in held] or [np.empty(0, np.int64)])
@@ -116,6 +117,15 @@ class WindowReader:
     def lengths(self, stream: str) -> np.ndarray:
         """[M] int64 tokens of each sample in a stream."""
         return self._lengths[stream]
+
+    def texts(self, field: str) -> list[str]:
+        """M raw texts of a field of the corpus."""
+        return [text for shard in self._samples for text in shard.text(field).to_pylist()]
+
+    def tasks(self) -> list[str]:
+        """M names of tasks; none where the corpus has no tasks."""
+        found = [shard.tasks() for shard in self._samples]
+        return [task for column in found if column is not None for task in column.to_pylist()]
 
     @property
     def sample_bytes(self) -> float:

@@ -292,13 +292,58 @@ class AttentionMSETerm(LayersTerm):
 
 
 class ScoreMSETerm(TermSection):
-    """Mean squared difference of class scores; a linear layer makes the student's.
+    """Mean squared difference of class scores, over the samples that the teacher scored.
 
-    It reads the mean of the encoder's last states over the tokens of the source.
+    A student of kind classifier has scores of its own. Of another a linear layer makes them, which
+    reads the mean of the encoder's last states over the tokens of the source.
     """
 
     loss: Literal["score_mse"] = Field("score_mse", description="Which term this is.")
     signal: Identifier = Field(description="Name of a classes signal in the cache.")
+    over_classes: Literal["mean", "sum"] = Field(
+        "mean",
+        description="Whether a sample counts the mean or the sum over its classes (MKD sums).",
+    )
+
+
+class ScoreKLTerm(TermSection):
+    """Mean KL(teacher || student) of classes, over the samples that the teacher scored.
+
+    For a student of kind classifier.
+    """
+
+    loss: Literal["score_kl"] = Field("score_kl", description="Which term this is.")
+    signal: Identifier = Field(description="Name of a classes signal in the cache.")
+    temperature: Number = Field(
+        1.0, gt=0, description="Both distributions are softmax(logits / temperature)."
+    )
+    temperature_squared: StrictBool = Field(
+        True, description="Multiply by the temperature squared (Hinton)."
+    )
+
+
+class LabelCrossEntropyTerm(TermSection):
+    """Mean cross-entropy with gold labels, over the samples that have one.
+
+    For a student of kind classifier with several labels.
+    """
+
+    loss: Literal["label_cross_entropy"] = Field(
+        "label_cross_entropy", description="Which term this is."
+    )
+
+
+class LabelMSETerm(TermSection):
+    """Mean squared difference from gold numbers, over the samples that have one.
+
+    For a student of kind classifier with a single label: a regressor.
+    """
+
+    loss: Literal["label_mse"] = Field("label_mse", description="Which term this is.")
+
+
+#: Those that only a student of kind classifier has.
+ClassifierTerm = ScoreKLTerm | LabelCrossEntropyTerm | LabelMSETerm
 
 
 Term = Annotated[
@@ -312,6 +357,9 @@ Term = Annotated[
     | HiddenMSETerm
     | HiddenCosineTerm
     | AttentionMSETerm
-    | ScoreMSETerm,
+    | ScoreMSETerm
+    | ScoreKLTerm
+    | LabelCrossEntropyTerm
+    | LabelMSETerm,
     Field(discriminator="loss"),
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, StrictInt, model_validator
 
@@ -25,10 +25,23 @@ class KeptLayers(Section):
 class StudentSection(Section):
     """The model that is trained."""
 
-    kind: Literal["encoder_decoder", "masked_lm"] = Field(
+    kind: Literal["encoder_decoder", "masked_lm", "classifier"] = Field(
         "encoder_decoder",
         description="What the model is. masked_lm: it reads train.source, which is train.target "
-        "too, with tokens masked, and predicts what stood there (BERT).",
+        "too, with tokens masked, and predicts what stood there (BERT). classifier: it reads "
+        "train.source, which is train.target too, and says of a whole text or pair which class it "
+        "is of, or a number.",
+    )
+    labels: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None,
+        description="Of a classifier: its classes, in the order of its scores and as the gold "
+        "labels name them; a single one makes it a regressor. null: those of the objective's "
+        "classes signals, else of the classifier at path.",
+    )
+    task: Identifier | None = Field(
+        None,
+        description="Of a classifier on a cache with tasks: only gold labels of this task count. "
+        "null: of the task of the objective's classes signals, else of all.",
     )
     path: str | None = Field(
         None,
@@ -50,6 +63,15 @@ class StudentSection(Section):
         description="How a student from a config starts: Glorot-uniform matrices and embeddings "
         "N(0, 1/sqrt(d)), as the Transformer papers do, or transformers' own default.",
     )
+
+    @model_validator(mode="after")
+    def _of_a_classifier(self) -> StudentSection:
+        given = [name for name in ("labels", "task") if getattr(self, name) is not None]
+        if given and self.kind != "classifier":
+            raise ValueError(f"{given[0]} goes with kind classifier; kind is {self.kind}")
+        if len(set(self.labels or ())) < len(self.labels or ()):
+            raise ValueError(f"labels names one twice: {self.labels}")
+        return self
 
     @model_validator(mode="after")
     def _one_of(self) -> StudentSection:

@@ -273,6 +273,11 @@ def test_scores_are_compared_for_samples_that_have_them(kinds, cache, weighted):
     assert values.tolist() == pytest.approx([torch.stack(losses).mean().item()], rel=1e-5)
     total.backward()
     assert head.weight.grad.abs().sum() > 0
+    summed = Objective(make_terms(term | {"over_classes": "sum"}), cache.signals, "pair", "tgt")
+    other = Distillation(model, summed, 1).double()
+    _, sums = other(micro, batch.counts, summed.at(1, 10))
+    if not weighted:
+        assert sums.item() == pytest.approx(values.item() * head.out_features, rel=1e-5)
 
 
 EVERY = [

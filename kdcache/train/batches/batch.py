@@ -138,12 +138,15 @@ class Batch:
         sample_ids: [B, 16] uint8, on the host.
         streams: by name.
         signals: by name; labels lie in the order of their stream's tokens.
+        gold: gold labels, where they were asked for: [B] int64 classes, -100 for none, or [B]
+            float32 numbers, NaN for none.
     """
 
     rows: np.ndarray
     sample_ids: np.ndarray
     streams: Mapping[str, Tokens]
     signals: Mapping[str, SignalBatch]
+    gold: Tensor | None = None
 
     def __len__(self) -> int:
         """B."""
@@ -164,6 +167,7 @@ class Batch:
             self,
             streams={name: _mapped(one, change) for name, one in self.streams.items()},
             signals={name: _mapped(one, change) for name, one in self.signals.items()},
+            gold=None if self.gold is None else change(self.gold),
         )
 
 

@@ -70,12 +70,15 @@ class Gatherer:
         }
         self._records = {name: cache.signal(name) for name in dict.fromkeys(signals)}
 
-    def batches(self, window: WindowReader, parts: Sequence[np.ndarray]) -> list[Batch]:
+    def batches(
+        self, window: WindowReader, parts: Sequence[np.ndarray], gold: np.ndarray | None = None
+    ) -> list[Batch]:
         """Several batches, whose pieces are copied out of the files together.
 
         Args:
             window: that serves the streams and signals.
             parts: of each batch its [B] samples, counted within the window.
+            gold: gold labels of the window's samples, see `GoldLabels`; None: not asked for.
         """
         if not parts:
             return []
@@ -105,9 +108,16 @@ class Gatherer:
                     )
                     for name, record in self._records.items()
                 },
+                gold=None if gold is None else _gold(gold[part]),
             )
             made.append(batch.pinned() if self._pin else batch)
         return made
+
+
+def _gold(codes: np.ndarray) -> Tensor:
+    """[B] targets of some samples."""
+    found = torch.from_numpy(codes)
+    return found.float() if found.is_floating_point() else found
 
 
 def _decodable(record: SignalRecord, columns: Mapping[str, Ragged]) -> SignalBatch:

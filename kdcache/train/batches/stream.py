@@ -22,6 +22,7 @@ from kdcache.formats.cache import Cache
 from kdcache.formats.window import WindowAhead, WindowReader
 from kdcache.train.batches.batch import Batch
 from kdcache.train.batches.gather import Gatherer
+from kdcache.train.batches.gold import GOLD, GoldLabels, has_gold
 from kdcache.train.batches.growth import Growth
 from kdcache.train.batches.hypotheses import hypothesis_stream
 from kdcache.train.batches.mix_state import MixState
@@ -52,7 +53,8 @@ class GlobalBatch:
         rows: [B] int64 corpus rows of all ranks.
         counts: units of all ranks: tokens of every stream, and of every signal the records of its
             main column, by name; tokens of the n-th hypotheses of a beams signal under `NAME.n`;
-            masked tokens of a masks signal under `NAME.masked`; samples under "".
+            masked tokens of a masks signal under `NAME.masked`; samples under ""; those with a gold
+            label, where they were asked for, under ".gold".
         num_tokens: tokens of the last stream, of all ranks.
         micro: micro-batches of this rank, each some of the samples.
         spare: stand-ins, the first sample of all ranks each time, that make up the number of the
@@ -90,6 +92,7 @@ class _Planned:
     state: OrderState
     epoch: int
     shards: int
+    gold: np.ndarray | None
 
 
 class BatchStream:
@@ -113,8 +116,10 @@ class BatchStream:
         world: number of ranks.
         threads: threads that gather ahead; 0 gathers when asked.
         layers: dense signal to the teacher's numbers of the layers to read; all of the others.
+        gold: how gold labels become targets; None: they are not read.
 
     Raises:
+        RecipeError: gold labels are asked for, and the cache has none.
         FormatError: the cache lacks a stream, a signal or a layer, or its dump is unfinished and
             that is not expected.
         IdentityError: the state is of another order.
@@ -138,7 +143,11 @@ class BatchStream:
         world: int = 1,
         threads: int = 1,
         layers: Mapping[str, Sequence[int]] | None = None,
+        gold: GoldLabels | None = None,
     ) -> None:
+        if gold is not None:
+            gold.check(cache)
+        self.gold = gold
         manifest = cache.manifest
         self.growth = Growth(cache, signals, while_dumping)
         self.cache, self.streams, self.signals = cache, list(streams), list(signals)
@@ -238,6 +247,7 @@ class BatchStream:
                 reader = WindowReader(self.cache, windows[window], self.streams, self.signals)
                 if window + 1 < len(windows):
                     ahead.begin(windows[window + 1])
+                gold = None if self.gold is None else self.gold.of_window(self.cache, reader)
                 batches = self._window_batches(reader, state.epoch, state.window)
                 if state.batch >= len(batches):
                     raise TrainingError(
@@ -248,7 +258,7 @@ class BatchStream:
                 own_bytes, size = reader.sample_bytes / self.world, 0.0
                 for batch in batches[state.batch :]:
                     epoch, state = state.epoch, state.advanced(len(batches), len(windows))
-                    block.append(_Planned(reader, batch, state, epoch, pinned))
+                    block.append(_Planned(reader, batch, state, epoch, pinned, gold))
                     size += len(batch) * own_bytes
                     if size >= BLOCK_BYTES:
                         yield block
@@ -267,7 +277,7 @@ class BatchStream:
             most = len(micro_batches(planned.index, self.accumulate, 0, self.world))
             cuts.append((len(own), most - len(own)))
             parts += own if len(own) == most else [*own, planned.index[:1]]
-        made = iter(self._gatherer.batches(window, parts))
+        made = iter(self._gatherer.batches(window, parts, block[0].gold))
         return [
             self._global_batch(
                 planned, tuple(islice(made, own)), tuple(islice(made, missing > 0)) * missing
@@ -286,6 +296,8 @@ class BatchStream:
             counts |= {hypothesis_stream(name, number): sum_ for number, sum_ in enumerate(sums)}
         masked = window.masked_counts()
         counts |= {f"{name}.masked": int(of[index].sum()) for name, of in masked.items()}
+        if planned.gold is not None:
+            counts[GOLD] = int(has_gold(planned.gold[index]).sum())
         return GlobalBatch(
             state=planned.state,
             epoch=planned.epoch,

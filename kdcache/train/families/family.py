@@ -11,12 +11,14 @@ from typing import Any, Protocol
 import torch
 
 from kdcache.formats.cache import Cache
+from kdcache.formats.manifest import TokenizerRecord
 from kdcache.formats.signals import SignalRecord
-from kdcache.recipe import TrainSection
+from kdcache.recipe import StudentSection, TrainSection
 from kdcache.train.batches.batch import Batch
 from kdcache.train.losses.objective import Objective
 from kdcache.train.runs.parallel import Ranks
 from kdcache.train.students.distillation import Distillation
+from kdcache.train.students.student import build_student
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,30 @@ class Family(ABC):
             RecipeError: a term is not one of this family, or the cache cannot serve it.
             IdentityError: a signal labels other streams than the student reads.
         """
+
+    def build(
+        self,
+        section: StudentSection,
+        objective: Objective,
+        tokenizer: TokenizerRecord,
+        vocab_size: int,
+        seed: int,
+        source: TokenizerRecord | None,
+    ) -> Any:
+        """The student of a recipe.
+
+        Args:
+            section: the recipe's student.
+            objective: from `objective`.
+            tokenizer: see `build_student`.
+            vocab_size: see `build_student`.
+            seed: recipe seed.
+            source: see `build_student`.
+
+        Raises:
+            ModelError: it cannot be built.
+        """
+        return build_student(section, tokenizer, vocab_size, seed, source)
 
     @abstractmethod
     def distillation(self, student: Any, objective: Objective, seed: int) -> Distillation:

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from kdcache.errors import IdentityError, RecipeError
 from kdcache.formats.keyed import text_key
 from kdcache.formats.signals import AttentionRecord, ClassesRecord, HiddenRecord, SignalRecord
-from kdcache.recipe import AttentionMSETerm, HiddenCosineTerm, LayersTerm, ScoreMSETerm
+from kdcache.recipe import (
+    AttentionMSETerm,
+    HiddenCosineTerm,
+    LayersTerm,
+    ScoreKLTerm,
+    ScoreMSETerm,
+)
 from kdcache.train.batches.batch import Batch, DenseRows, Scores
 from kdcache.train.losses.feature_losses import attention_mse, hidden_cosine, hidden_mse, score_mse
 from kdcache.train.students.masked_pass import MaskedPass
@@ -166,7 +172,8 @@ class ScoresLoss(nn.Module):
         means = (outputs.encoded * mask).sum(1) / mask.sum(1).clamp(min=1)  # [B, D]
         own = self.head(means[scores.counts > 0])
         teacher = scores.values.view(-1, len(scores.labels))
-        weight = teacher.new_full((len(teacher),), len(scores.labels) / max(1, count))
+        each = len(scores.labels) ** (2 if self.term.over_classes == "sum" else 1)
+        weight = teacher.new_full((len(teacher),), each / max(1, count))
         return score_mse(own, teacher, weight if row_weight is None else weight * row_weight)
 
 
@@ -188,7 +195,7 @@ def check_layers_signal(where: str, term: LayersTerm, record: SignalRecord | Non
 
 
 def check_scores_signal(
-    where: str, term: ScoreMSETerm, record: SignalRecord | None, source: str
+    where: str, term: ScoreMSETerm | ScoreKLTerm, record: SignalRecord | None, source: str
 ) -> None:
     """Refuse a signal that is none of class scores of what the student's encoder reads.
 
@@ -200,7 +207,7 @@ def check_scores_signal(
         raise RecipeError(f"{where}.signal: {_unfit(term.signal, record, 'classes')}")
     if record.masks:
         raise RecipeError(
-            f"{where}.signal: {term.signal!r} is of masked inputs; score_mse needs plain ones"
+            f"{where}.signal: {term.signal!r} is of masked inputs; {term.loss} needs plain ones"
         )
     if record.stream != source:
         raise IdentityError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from kdcache.errors import RecipeError
 from kdcache.formats.signals import LogitsRecord, SignalRecord
 from kdcache.recipe import (
+    ClassifierTerm,
     CrossEntropyTerm,
     LayersTerm,
     MaskedKLTerm,
@@ -15,6 +16,7 @@ from kdcache.recipe import (
     SoftTerm,
     Term,
 )
+from kdcache.train.batches.gold import GoldLabels
 from kdcache.train.batches.hypotheses import hypothesis_stream
 from kdcache.train.losses.label_signals import check_beams_signal, check_label_signal
 from kdcache.train.losses.layer_terms import check_layers_signal, check_scores_signal
@@ -70,11 +72,14 @@ class Objective:
         records: of the signals that they need.
         hypotheses: streams of hypotheses that they predict, to the beams signal and which of its
             hypotheses.
+        gold: how gold labels of samples become targets; None where no term is over them.
 
     Raises:
         RecipeError: no term, a signal that is not there, or one that cannot serve the term.
         IdentityError: a signal labels other streams than the student reads.
     """
+
+    gold: GoldLabels | None = None
 
     def __init__(
         self, terms: Sequence[Term], signals: Mapping[str, SignalRecord], source: str, target: str
@@ -108,6 +113,8 @@ class Objective:
             return [Part(self._read_labels(one, signals), one.name) for one in records]
         elif isinstance(term, LayersTerm):
             check_layers_signal(where, term, signals.get(term.signal))
+        elif isinstance(term, ClassifierTerm):
+            raise RecipeError(f"{where}: {term.loss} goes with a student of kind classifier")
         else:
             check_scores_signal(where, term, signals.get(term.signal), self.source)
         # Where the teacher read masked tokens the student is to read them too.

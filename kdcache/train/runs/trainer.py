@@ -45,7 +45,6 @@ from kdcache.train.runs.parallel import (
     wrapped,
 )
 from kdcache.train.students.student import (
-    build_student,
     checkpoint_activations,
     max_positions,
     save_student,
@@ -137,7 +136,8 @@ class Trainer:
         teachers = [record.vocab_size for record in self.objective.soft_labels.values()]
         vocab_size = max([streams[1].vocab_size, *teachers])
         other = None if source.digest == target.digest else source
-        model = build_student(student, target, vocab_size, section.seed, other)
+        parts = (target, vocab_size, section.seed, other)
+        model = self.family.build(student, self.objective, *parts)
         if section.activation_checkpointing:
             checkpoint_activations(model)
         return model
@@ -158,6 +158,7 @@ class Trainer:
             pin=self.device.type == "cuda",
             while_dumping=section.while_dumping,
             layers=self.distillation.layers,
+            gold=self.objective.gold,
             rank=self.ranks.rank,
             world=self.ranks.world,
         )

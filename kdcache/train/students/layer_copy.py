@@ -16,7 +16,7 @@ _DEPTH = {
     "decoder": ("decoder_layers", "num_decoder_layers"),
 }
 _LAYER = re.compile(
-    r"(?P<before>.*\b(?P<side>encoder|decoder)\.(?:layers|block)\.)(?P<number>\d+)\."
+    r"(?P<before>.*\b(?P<side>encoder|decoder)\.(?:layers?|block)\.)(?P<number>\d+)\."
 )
 #: T5 keeps the positions of all layers in its first.
 _SHARED = "relative_attention_bias"
@@ -26,7 +26,8 @@ def with_layers(model: Any, encoder: Sequence[int] | None, decoder: Sequence[int
     """A new model of some layers of another; all else is copied.
 
     Args:
-        model: a transformers encoder-decoder whose layers lie in `layers` or `block`.
+        model: of transformers, an encoder-decoder or an encoder, whose layers lie in `layers`,
+            `layer` or `block` of its encoder and decoder.
         encoder: its layers that are kept, from 1, in their order; None for all.
         decoder: the same of the decoder.
 
@@ -38,6 +39,8 @@ def with_layers(model: Any, encoder: Sequence[int] | None, decoder: Sequence[int
     changes: dict[str, int] = {}
     for side, chosen in (("encoder", encoder), ("decoder", decoder)):
         found = {int(m["number"]) for m in map(_LAYER.match, weights) if m and m["side"] == side}
+        if side == "decoder" and chosen is None and not model.config.is_encoder_decoder:
+            continue
         if not found:
             raise ModelError(
                 f"train.student.layers: {type(model).__name__} keeps its {side}'s layers where "
@@ -54,7 +57,8 @@ def with_layers(model: Any, encoder: Sequence[int] | None, decoder: Sequence[int
         changes[key] = len(kept[side])
     config = type(model.config).from_dict(model.config.to_dict() | changes)
     student = type(model)(config)
-    student.generation_config = model.generation_config
+    if hasattr(model, "generation_config"):
+        student.generation_config = model.generation_config
     student.load_state_dict(_renumbered(weights, kept))
     return student
 

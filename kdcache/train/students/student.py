@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 LOADERS = {
     "encoder_decoder": ("AutoModelForSeq2SeqLM", "an encoder-decoder"),
     "masked_lm": ("AutoModelForMaskedLM", "a masked LM"),
+    "classifier": ("AutoModelForSequenceClassification", "a classifier"),
 }
 
 
@@ -37,6 +38,7 @@ def build_student(
     vocab_size: int,
     seed: int,
     source: TokenizerRecord | None = None,
+    head: Mapping[str, Any] | None = None,
 ) -> Any:
     """The student of a recipe, in float32 on the CPU, in training mode.
 
@@ -47,24 +49,27 @@ def build_student(
             number.
         seed: recipe seed; a student from a config is a function of it.
         source: record of the tokenizer whose ids the student reads, where that is another.
+        head: keys of its config that its head goes by: labels of a classifier. A head that a
+            model at a path lacks is a function of the seed too.
 
     Raises:
         ModelError: the config or the directory gives no encoder-decoder that writes tokens.
     """
     quiet_transformers()
     if section.path is not None:
-        model = _load(Path(section.path).expanduser(), section.kind)
+        with _keyed_generator(text_key(seed, "student")):
+            model = _load(Path(section.path).expanduser(), section.kind, head or {})
         if section.layers is not None:
             model = with_layers(model, section.layers.encoder, section.layers.decoder)
         fit_padding(model, source)
     else:
         with _keyed_generator(text_key(seed, "student")):
-            keys = dict(section.config or {})
+            keys = {**(section.config or {}), **(head or {})}
             model = _from_config(section.kind, keys, tokenizer, vocab_size, source)
             fit_padding(model, source)
             if section.init == "glorot":
                 initialise(model)
-    if not output_rows(model):
+    if section.kind != "classifier" and not output_rows(model):
         raise ModelError(
             f"student: {type(model).__name__} has no output projection; expected "
             f"{LOADERS[section.kind][1]} that writes tokens"
@@ -87,11 +92,12 @@ def fixed_tables(model: Any) -> list[nn.Parameter]:
 def embedding_rows(model: Any) -> tuple[int, int]:
     """Ids that a student's encoder can read, and that its decoder can both read and write.
 
-    Of a model without a decoder those that it can read, and both read and write.
+    Of a model without a decoder those that it can read, and both read and write; of a classifier,
+    which writes none, those that it can read.
     """
     encoder = int(model.get_input_embeddings().weight.shape[0])
     if not model.config.is_encoder_decoder:
-        return encoder, min(encoder, output_rows(model))
+        return encoder, min(encoder, output_rows(model) or encoder)
     decoder = int(model.get_decoder().get_input_embeddings().weight.shape[0])
     return encoder, min(decoder, output_rows(model))
 
@@ -221,7 +227,7 @@ def max_positions(model: Any) -> int | None:
     return positions.max_positions(model.config)
 
 
-def _load(path: Path, kind: str) -> Any:
+def _load(path: Path, kind: str, head: Mapping[str, Any]) -> Any:
     """A student from a transformers directory."""
     import transformers
 
@@ -229,9 +235,9 @@ def _load(path: Path, kind: str) -> Any:
         raise ModelError(f"{path}: no transformers model there; train.student.path needs one")
     try:
         model = getattr(transformers, LOADERS[kind][0]).from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **head
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{path}: {_first_line(error)}") from None
     for table in fixed_tables(model):
         table.requires_grad_(False)  # transformers forgets it when it loads

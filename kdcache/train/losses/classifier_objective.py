@@ -1,0 +1,148 @@
+"""The objective of a classifier: losses over classes, of gold labels, of a teacher's or both."""
+
+# C classes
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from kdcache.errors import RecipeError
+from kdcache.formats.signals import ClassesRecord, SignalRecord
+from kdcache.recipe import (
+    ClassifierTerm,
+    LabelCrossEntropyTerm,
+    LabelMSETerm,
+    ScoreKLTerm,
+    ScoreMSETerm,
+    Term,
+)
+from kdcache.train.batches.gold import GOLD, GoldLabels, shown
+from kdcache.train.losses.layer_terms import check_scores_signal
+from kdcache.train.losses.objective import Moment, Objective, used_terms
+
+
+class ClassifierObjective(Objective):
+    """The terms of a recipe over the signals of a cache; one that never counts is not built.
+
+    Args:
+        terms: the recipe's objective.
+        signals: the cache's signals.
+        stream: what the student reads.
+        labels: names of its classes; None: those of the terms' signals.
+        task: whose gold labels count; None: that of the terms' signals, else all.
+
+    Attributes:
+        labels: C names; a single one: the student says a number.
+
+    Others as `Objective` has them.
+
+    Raises:
+        RecipeError: no term, one that a classifier cannot have, a signal that is not there or
+            has other labels, or nothing that names the labels.
+        IdentityError: a signal is of another stream.
+    """
+
+    def __init__(
+        self,
+        terms: Sequence[Term],
+        signals: Mapping[str, SignalRecord],
+        stream: str,
+        labels: Sequence[str] | None = None,
+        task: str | None = None,
+    ) -> None:
+        self.source = self.target = stream
+        self.paths, self.terms, self.names = used_terms(terms)
+        self.hypotheses, self.records = {}, {}
+        self.parts = [[] for _ in self.terms]
+        used = list(zip(self.paths, self.terms, strict=True))
+        found = None if labels is None else tuple(labels)
+        for where, term in used:
+            _check_kind(where, term)
+            if isinstance(term, ScoreMSETerm | ScoreKLTerm):
+                record = signals.get(term.signal)
+                check_scores_signal(where, term, record, stream)
+                assert isinstance(record, ClassesRecord)
+                self.records[term.signal] = record
+                task = record.task if task is None else task
+                found = _agreed(where, record, found)
+        if found is None:
+            raise RecipeError(
+                "train.student.labels: is null, and no term names a classes signal; list the names "
+                "of the classes as the gold labels have them, or one name for a number"
+            )
+        self.labels: tuple[str, ...] = found
+        hard = [
+            (where, t) for where, t in used if isinstance(t, LabelCrossEntropyTerm | LabelMSETerm)
+        ]
+        for where, term in used:
+            _check_number(where, term, self.labels)
+        self.gold = GoldLabels(self.labels, task, hard[0][0]) if hard else None
+
+    def count(self, number: int, counts: Mapping[str, int]) -> int:
+        """Samples that a term is the mean over, at least 1.
+
+        Args:
+            number: of the term.
+            counts: of a global batch, see `GlobalBatch`.
+        """
+        term = self.terms[number]
+        if isinstance(term, ScoreMSETerm | ScoreKLTerm):
+            return max(1, counts[term.signal] // len(self.labels))
+        return max(1, counts[GOLD])
+
+    def at(self, step: int, total_steps: int) -> list[Moment]:
+        """The terms that count at a step, see `Objective.at`."""
+        found = []
+        for one in super().at(step, total_steps):
+            term = self.terms[one.number]
+            if isinstance(term, ScoreKLTerm):
+                factor = term.temperature**2 if term.temperature_squared else 1.0
+                one = replace(one, weight=one.weight * factor, temperature=term.temperature)
+            found.append(one)
+        return found
+
+
+def _check_kind(where: str, term: Term) -> None:
+    """Refuse a term that is not over classes."""
+    if not isinstance(term, ClassifierTerm | ScoreMSETerm):
+        raise RecipeError(
+            f"{where}: {term.loss} is no term of a classifier, which takes label_cross_entropy, "
+            "label_mse, score_mse and score_kl"
+        )
+    if term.sample_weight is not None:
+        raise RecipeError(f"{where}.sample_weight: a classifier's terms have none; take it out")
+
+
+def _agreed(where: str, record: ClassesRecord, labels: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The labels of the student, after comparing those of a signal with them."""
+    own = tuple(record.labels)
+    if record.problem == "multi_label" or (record.problem == "regression") != (len(own) == 1):
+        raise RecipeError(
+            f"{where}.signal: {record.name!r} is of problem {record.problem} with {len(own)} "
+            "labels; a classifier has one class a sample, or says one number"
+        )
+    if labels is None:
+        return own
+    # Of a number the name means nothing.
+    if labels != own and not len(labels) == len(own) == 1:
+        raise RecipeError(
+            f"{where}.signal: {record.name!r} has the labels {shown(own)}, the student "
+            f"{shown(labels)}; give train.student.labels the same names in the same order"
+        )
+    return labels
+
+
+def _check_number(where: str, term: Term, labels: Sequence[str]) -> None:
+    """Refuse a term of classes for a number, and the other way round."""
+    number = len(labels) == 1
+    if isinstance(term, LabelMSETerm) and not number:
+        raise RecipeError(
+            f"{where}: label_mse is of numbers, the student has the classes {shown(labels)}; take "
+            "label_cross_entropy, or name one label"
+        )
+    if isinstance(term, LabelCrossEntropyTerm | ScoreKLTerm) and number:
+        raise RecipeError(
+            f"{where}: {term.loss} is of classes, the student has one label, {labels[0]!r}, and "
+            "says a number; take label_mse or score_mse"
+        )

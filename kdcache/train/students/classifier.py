@@ -1,0 +1,98 @@
+"""A classifier and its objective as one module."""
+
+# B samples, S positions, C classes
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.errors import ModelError
+from kdcache.recipe import LabelCrossEntropyTerm, LabelMSETerm, ScoreKLTerm, ScoreMSETerm
+from kdcache.train.batches.batch import Batch, Scores, Tokens
+from kdcache.train.losses.class_losses import label_cross_entropy, label_mse, score_kl
+from kdcache.train.losses.classifier_objective import ClassifierObjective
+from kdcache.train.losses.feature_losses import score_mse
+from kdcache.train.losses.objective import Moment
+from kdcache.train.students.distillation import Distillation
+
+
+class ClassifierDistillation(Distillation):
+    """A sequence classification model, and the losses of its scores.
+
+    Args:
+        student: a transformers sequence classification model.
+        objective: which losses there are.
+    """
+
+    objective: ClassifierObjective
+
+    def __init__(self, student: Any, objective: ClassifierObjective) -> None:
+        nn.Module.__init__(self)  # there is no vocabulary, and nothing is learned beside
+        self.student, self.objective = student, objective
+        self.beside = nn.ModuleDict()
+        self.layers = {}
+
+    def split(
+        self, micro: Batch, counts: Mapping[str, int], groups: Sequence[Sequence[Moment]]
+    ) -> tuple[list[Tensor], Tensor]:
+        """As of an encoder-decoder, over the samples that a term has a label or scores of."""
+        logits = class_scores(self.student, micro.streams[self.objective.source])
+        totals, values = [], logits.new_zeros(len(self.objective.terms), dtype=torch.float32)
+        for group in groups:
+            total = (logits.float() * 0.0).sum()  # a step without any label moves nothing
+            for one in group:
+                loss = self._loss(one, logits, micro, 1 / self.objective.count(one.number, counts))
+                total = total + one.weight * loss
+                values[one.number] = loss.detach()
+            totals.append(total)
+        return totals, values
+
+    def _loss(self, moment: Moment, logits: Tensor, micro: Batch, share: float) -> Tensor:
+        """A term before its weight, every sample by a factor."""
+        term = self.objective.terms[moment.number]
+        if isinstance(term, LabelCrossEntropyTerm | LabelMSETerm):
+            assert micro.gold is not None
+            hard = label_mse if isinstance(term, LabelMSETerm) else label_cross_entropy
+            return hard(logits, micro.gold, share)
+        assert isinstance(term, ScoreMSETerm | ScoreKLTerm)
+        scores = micro.signals[term.signal]
+        assert isinstance(scores, Scores)
+        own, teacher = logits[scores.counts > 0], scores.values.view(-1, len(scores.labels))
+        if isinstance(term, ScoreKLTerm):
+            return score_kl(own, teacher, moment.temperature, share)
+        each = share * (len(scores.labels) if term.over_classes == "sum" else 1)
+        return score_mse(own, teacher, own.new_full((len(own),), each, dtype=torch.float32))
+
+
+def class_scores(model: Any, tokens: Tokens) -> Tensor:
+    """[B, C] scores of B texts or pairs.
+
+    Args:
+        model: a transformers sequence classification model.
+        tokens: what it reads; token types go in where its forward takes them.
+
+    Raises:
+        ModelError: a token type has no row.
+    """
+    more = {}
+    if tokens.segments is not None and takes_segments(model):
+        known = getattr(model.config, "type_vocab_size", None)
+        if known is not None and int(tokens.segments.max()) >= known:
+            raise ModelError(
+                f"student: has {known} token types, its stream has type "
+                f"{int(tokens.segments.max())}; set train.student.config.type_vocab_size, or "
+                "dump with a tokenizer of the student's kind"
+            )
+        more["token_type_ids"] = tokens.segments
+    scores: Tensor = model(input_ids=tokens.ids, attention_mask=tokens.mask.long(), **more).logits
+    return scores
+
+
+def takes_segments(model: Any) -> bool:
+    """Whether a model reads token types."""
+    return "token_type_ids" in inspect.signature(model.forward).parameters
