@@ -25,10 +25,12 @@ class KeptLayers(Section):
 class StudentSection(Section):
     """The model that is trained."""
 
-    kind: Literal["encoder_decoder", "masked_lm"] = Field(
+    kind: Literal["encoder_decoder", "masked_lm", "causal_lm"] = Field(
         "encoder_decoder",
         description="What the model is. masked_lm: it reads train.source, which is train.target "
-        "too, with tokens masked, and predicts what stood there (BERT).",
+        "too, with tokens masked, and predicts what stood there (BERT). causal_lm: it reads "
+        "train.source, which is train.target too, and predicts every token of it but the first "
+        "from those before it, of a chat those that the assistant wrote (GPT-2, Llama).",
     )
     path: str | None = Field(
         None,

@@ -20,6 +20,7 @@ from kdcache.formats.identity import sample_id
 from kdcache.formats.stores.commit import storage_errors, write_data
 from kdcache.models import quiet_transformers, resolve_device
 from kdcache.recipe import CorpusSection, EvaluateSection, Recipe, load_recipe
+from kdcache.train.evaluation.causal import evaluate_causal
 from kdcache.train.evaluation.masked import evaluate_masked
 from kdcache.train.evaluation.translate import translate
 from kdcache.train.runs.validate import score, score_shuffled
@@ -28,6 +29,8 @@ from kdcache.train.students.two_tokenizers import load_tokenizers
 
 RESULT = "evaluation.json"
 HYPOTHESES = "hypotheses.txt"
+#: Kinds of students that translate nothing, to what scores them.
+SCORERS = {"masked_lm": evaluate_masked, "causal_lm": evaluate_causal}
 
 
 def evaluate(
@@ -50,7 +53,8 @@ def evaluate(
         the same under `shuffled` with every target beside another target's source,
         `parameters`, `latency_seconds` of one sentence at a time, `sentences_per_second` of
         the batched search, and `against` with the paired test. Of a run whose student is a masked
-        LM what `masked.evaluate_masked` returns, with `parameters`.
+        LM what `masked.evaluate_masked` returns, of a causal LM `causal.evaluate_causal`, with
+        `parameters`.
 
     Raises:
         RecipeError: no corpus to score on.
@@ -69,8 +73,8 @@ def evaluate(
             f"{path}: no text to score on; give a recipe with evaluate.corpus, or "
             "--evaluate.corpus.fields.src FILE --evaluate.corpus.fields.tgt FILE"
         )
-    if recipe is not None and _kind_of(recipe) == "masked_lm":
-        return _evaluate_masked(path, section, recipe, against, out)
+    if recipe is not None and _kind_of(recipe) in SCORERS:
+        return _evaluate_other(path, section, recipe, against, out)
     src, tgt = _read_pairs(section.corpus, recipe)
     digest = sample_id([*src, *tgt]).hex()
     # Read before the long search: a comparison that cannot be made is refused at once.
@@ -87,18 +91,21 @@ def evaluate(
     return result
 
 
-def _evaluate_masked(
+def _evaluate_other(
     path: Path,
     section: EvaluateSection,
     recipe: Recipe,
     against: str | Path | None,
     out: str | Path | None,
 ) -> dict[str, Any]:
-    """Score a run whose student fills in masked tokens."""
+    """Score a run whose student does not translate."""
+    kind = _kind_of(recipe)
     if against is not None:
-        raise RecipeError(f"{path}: its student is a masked LM; against compares translations")
-    model, tokenizer, directory = load_model(path, section, "masked_lm")
-    result = evaluate_masked(model, tokenizer, section, recipe) | {
+        raise RecipeError(
+            f"{path}: its student is {LOADERS[kind][1]}; against compares translations"
+        )
+    model, tokenizer, directory = load_model(path, section, kind)
+    result = SCORERS[kind](model, tokenizer, section, recipe) | {
         "model": str(directory),
         "parameters": count_parameters(model),
         "device": str(model.device),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kdcache.train.families.causal_lm import CausalLM
 from kdcache.train.families.encoder_decoder import EncoderDecoder
 from kdcache.train.families.family import Family, Setting
 from kdcache.train.families.masked_lm import MaskedLM
@@ -9,4 +10,8 @@ from kdcache.train.families.masked_lm import MaskedLM
 __all__ = ["FAMILIES", "Family", "Setting"]
 
 #: By a student's kind in its recipe.
-FAMILIES: dict[str, Family] = {"encoder_decoder": EncoderDecoder(), "masked_lm": MaskedLM()}
+FAMILIES: dict[str, Family] = {
+    "encoder_decoder": EncoderDecoder(),
+    "masked_lm": MaskedLM(),
+    "causal_lm": CausalLM(),
+}

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 LOADERS = {
     "encoder_decoder": ("AutoModelForSeq2SeqLM", "an encoder-decoder"),
     "masked_lm": ("AutoModelForMaskedLM", "a masked LM"),
+    "causal_lm": ("AutoModelForCausalLM", "a causal LM"),
 }
 
 
