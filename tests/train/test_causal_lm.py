@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdcache.dump.runner import dump
 from kdcache.errors import CorpusError, IdentityError, ModelError, RecipeError, TrainingError
@@ -23,6 +23,7 @@ from kdcache.train.runs.loop import train
 from kdcache.train.runs.parallel import Ranks
 from kdcache.train.runs.trainer import Trainer
 from tests.dump.zoo import SIZES, make
+from tests.train import many_ranks
 from tests.train.conftest import make_lines
 
 GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
@@ -252,8 +253,8 @@ def test_a_gpt2_of_ones_own_is_trained_scored_and_is_a_teacher(world, tmp_path):
     soft = make_recipe(world, *terms, student=student)
     # One at once, and one that is stopped in its middle and goes on.
     train(soft, tmp_path / "cache", tmp_path / "whole")
-    part = make_recipe(world, *terms, student=student, max_steps=3)
-    train(part, tmp_path / "cache", tmp_path / "again")
+    halted = soft.model_dump(mode="json"), str(tmp_path / "cache"), str(tmp_path / "again")
+    assert many_ranks.train(*halted, stop=4) is None
     train(soft, tmp_path / "cache", tmp_path / "again")
     whole, again = (
         load_file(tmp_path / name / "last" / "model.safetensors") for name in ("whole", "again")
@@ -265,7 +266,8 @@ def test_of_a_chat_the_assistant_is_scored(world, tmp_path):
     train(make_recipe(world, stream="talk", max_steps=2), world.cache, tmp_path / "run")
     section = EvaluateSection(corpus=corpus_of(world.root, "dev"), device="cpu")
     found = evaluate(tmp_path / "run", section)
-    made = make_trainer(world, stream="talk", student={"path": str(tmp_path / "run" / "best")} | {"config": None})
+    student = {"path": str(tmp_path / "run" / "best"), "config": None}
+    made = make_trainer(world, stream="talk", student=student)
     nats = count = 0
     for tokens, chosen in zip(made.dev.tokens, made.dev.predicted, strict=True):
         ids = torch.from_numpy(tokens)
@@ -320,14 +322,10 @@ def test_texts_that_are_too_long_are_refused_in_a_line(world, tmp_path):
     made = make_trainer(world, student=short, validation={})
     with pytest.raises(ModelError, match=r"takes 8 positions, .* dump.max_tokens 8"):
         made.step(next(iter(made.stream)))
-    config = GPT2 | {"n_positions": 1}
     section = EvaluateSection(corpus=corpus_of(world.root, "dev"), device="cpu")
     train(make_recipe(world, max_steps=1), world.cache, tmp_path / "run")
     best = tmp_path / "run" / "best"
-    AutoModelForCausalLM.from_config(
-        AutoModelForCausalLM.from_pretrained(best).config.__class__(
-            **{k: v for k, v in config.items() if k != "model_type"}
-        )
-    ).save_pretrained(best)
-    with pytest.raises(CorpusError, match="evaluate.corpus has no text to score"):
+    config = AutoConfig.from_pretrained(best, n_positions=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(best)
+    with pytest.raises(CorpusError, match=r"evaluate\.corpus has no text to score"):
         evaluate(tmp_path / "run", section)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from kdcache.corpus import read_corpus
 from kdcache.errors import CorpusError
 from kdcache.formats.identity import sample_id
 from kdcache.recipe import EvaluateSection, Recipe

@@ -76,8 +76,8 @@ def _check_term(where: str, term: Term) -> None:
     """Refuse what a causal LM cannot have."""
     if isinstance(term, MaskedKLTerm) or not isinstance(term, CrossEntropyTerm | SoftTerm):
         raise RecipeError(
-            f"{where}: {term.loss} is no term of a causal LM, which takes cross_entropy, and losses "
-            "over logits at positions"
+            f"{where}: {term.loss} is no term of a causal LM, which takes cross_entropy, and "
+            "losses over logits at positions"
         )
     if term.sample_weight is not None:
         raise RecipeError(f"{where}.sample_weight: a causal LM's terms have none; take it out")

@@ -47,8 +47,8 @@ class CausalDistillation(Distillation):
         tokens = micro.streams[self.objective.source]
         if tokens.segments is not None:
             raise RecipeError(
-                f"train.source: stream {self.objective.source!r} is of pairs, a causal LM reads one "
-                "text; dump a stream without pair"
+                f"train.source: stream {self.objective.source!r} is of pairs, a causal LM reads "
+                "one text; dump a stream without pair"
             )
         at = predicted_tokens(tokens)
         outputs = run_causal_lm(self.student, tokens.ids, at, self._linear)
