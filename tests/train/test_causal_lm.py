@@ -16,7 +16,7 @@ from kdcache.errors import CorpusError, IdentityError, ModelError, RecipeError, 
 from kdcache.formats.cache import open_cache
 from kdcache.labels import decode
 from kdcache.models import load_tokenizer
-from kdcache.recipe import EvaluateSection, parse_recipe
+from kdcache.recipe import EvaluateSection, load_recipe, parse_recipe
 from kdcache.train.evaluation.evaluate import evaluate, read_evaluation
 from kdcache.train.families.causal_lm import score_causal
 from kdcache.train.runs.loop import train
@@ -26,7 +26,7 @@ from tests.dump.zoo import SIZES, make
 from tests.train import many_ranks
 from tests.train.conftest import make_lines
 
-GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 96}
 QUIET = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 HARD = {"loss": "cross_entropy"}
 SOFT = {"loss": "forward_kl", "signal": "logits", "weight": 0.7, "temperature": 2.0}
@@ -61,6 +61,7 @@ def world(tmp_path_factory):
             "streams": {
                 "text": {"field": "text"},
                 "other": {"field": "text"},
+                "pairs": {"field": "text", "pair": "text"},
                 "talk": {"field": "chat", "template": "chat"},
             },
             "shard_tokens": 1500,
@@ -232,7 +233,7 @@ def test_a_gpt2_of_ones_own_is_trained_scored_and_is_a_teacher(world, tmp_path):
     assert found["loss_nats"] == pytest.approx(min(losses), rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-5)
     # The text of one token has nothing to predict.
-    assert (found["num_texts"], found["num_left_out"]) == (9, 1)
+    assert (found["num_texts"], found["num_too_long"]) == (9, 0)
     words = len(" ".join(texts[:-1]).split(" "))
     assert found["num_words"] == words
     assert found["word_perplexity"] == pytest.approx(math.exp(nats / words), rel=1e-5)
@@ -260,6 +261,35 @@ def test_a_gpt2_of_ones_own_is_trained_scored_and_is_a_teacher(world, tmp_path):
         load_file(tmp_path / name / "last" / "model.safetensors") for name in ("whole", "again")
     )
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_gpt2_comes_of_text_alone_and_teaches_the_next(world, tmp_path):
+    (tmp_path / "text").write_text("".join(f"{text}\n" for text in world.texts))
+    shared = [
+        ("corpus.fields.text", str(tmp_path / "text")),
+        ("evaluate.corpus.fields.text", str(tmp_path / "text")),
+        ("train.student.config.n_embd", "12"),
+        ("train.max_steps", "2"),
+        ("train.device", "cpu"),
+    ]
+    sizes = [("dump.tokenizers.pieces.vocab_size", "34")]
+    recipe = load_recipe("causal-lm", [*shared, *sizes])
+    dump(recipe, tmp_path / "cache")
+    train(recipe, tmp_path / "cache", tmp_path / "run")
+    teacher = [("dump.teacher", f"{{path: {tmp_path / 'run' / 'best'}, device: cpu}}")]
+    recipe = load_recipe("lightpaff-gpt2", [*shared, *teacher])
+    assert [(term.loss, term.weight) for term in recipe.train.objective] == [
+        ("cross_entropy", 0.6),
+        ("forward_kl", 0.4),
+    ]
+    dump(recipe, tmp_path / "labels")
+    train(recipe, tmp_path / "labels", tmp_path / "student")
+    found = evaluate(tmp_path / "student")
+    ids = load_tokenizer(tmp_path / "student" / "best")(world.texts)["input_ids"]
+    assert found["num_tokens"] == sum(len(one) - 1 for one in ids)
+    lines = (tmp_path / "student" / "metrics.jsonl").read_text().splitlines()
+    (terms,) = [json.loads(line)["terms"] for line in lines if "terms" in line]
+    assert set(terms) == {"cross_entropy", "forward_kl"}
 
 
 def test_of_a_chat_the_assistant_is_scored(world, tmp_path):
@@ -317,15 +347,23 @@ def test_what_a_causal_lm_cannot_have_is_refused_in_a_line(world, objective, key
     assert "\n" not in str(found.value)
 
 
-def test_texts_that_are_too_long_are_refused_in_a_line(world, tmp_path):
+def test_texts_that_cannot_be_read_are_refused_in_a_line(world, tmp_path):
     short = {"config": GPT2 | {"n_positions": 8}}
     made = make_trainer(world, student=short, validation={})
     with pytest.raises(ModelError, match=r"takes 8 positions, .* dump.max_tokens 8"):
         made.step(next(iter(made.stream)))
+    made = make_trainer(world, stream="pairs")
+    with pytest.raises(RecipeError, match="stream 'pairs' is of pairs, a causal LM reads one text"):
+        made.step(next(iter(made.stream)))
     section = EvaluateSection(corpus=corpus_of(world.root, "dev"), device="cpu")
     train(make_recipe(world, max_steps=1), world.cache, tmp_path / "run")
     best = tmp_path / "run" / "best"
-    config = AutoConfig.from_pretrained(best, n_positions=1)
+    lengths = [len(ids) for ids in load_tokenizer(best)(world.texts[40:49])["input_ids"]]
+    config = AutoConfig.from_pretrained(best, n_positions=max(lengths) - 1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(best)
+    found = evaluate(tmp_path / "run", section)
+    assert found["num_too_long"] == lengths.count(max(lengths)) == 9 - found["num_texts"]
+    config.n_positions = 1
     AutoModelForCausalLM.from_config(config).save_pretrained(best)
     with pytest.raises(CorpusError, match=r"evaluate\.corpus has no text to score"):
         evaluate(tmp_path / "run", section)

@@ -25,13 +25,13 @@ def evaluate_causal(
         recipe: of the run.
 
     Returns:
-        num_texts that are scored; num_left_out, texts that are longer than the model's positions or
-        have nothing to predict; num_tokens (predicted: every token but a text's first, of a chat
-        those that the assistant wrote); loss_nats a predicted token; perplexity, exp(loss_nats);
-        num_words, runs without white space in the texts scored, as the corpus has them;
-        word_perplexity, exp(total nats / num_words), which does not depend on the tokenizer (both
-        None of a chat); accuracy, share of predicted tokens that are the first choice; and
-        references_digest.
+        num_texts that are scored (those with nothing to predict are not); num_too_long, texts left
+        out because they are longer than the model's positions; num_tokens (predicted: every token
+        but a text's first, of a chat those that the assistant wrote); loss_nats a predicted token;
+        perplexity of a token, exp(loss_nats); num_words, runs without white space in the texts
+        scored, as the corpus has them; word_perplexity, exp(total nats / num_words), which can be
+        compared between tokenizers (both None of a chat); accuracy, share of predicted tokens
+        that are the first choice; and references_digest.
 
     Raises:
         RecipeError: the corpus lacks the field that the student reads.
@@ -52,7 +52,7 @@ def evaluate_causal(
     num_words = None if chat else sum(len(texts[row].split()) for row in encoded.rows.tolist())
     return {
         "num_texts": len(encoded.tokens),
-        "num_left_out": len(texts) - len(encoded.tokens),
+        "num_too_long": encoded.num_long,
         "num_tokens": found.num_tokens,
         "loss_nats": found.loss_nats,
         "perplexity": found.perplexity,

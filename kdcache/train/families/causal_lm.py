@@ -39,11 +39,13 @@ class CausalTexts:
         tokens: M times [length] int64.
         predicted: M times [length] bool: every token but the first, of a chat those that the
             assistant wrote.
+        num_long: texts that were left out because the model has too few positions.
     """
 
     rows: np.ndarray
     tokens: list[np.ndarray]
     predicted: list[np.ndarray]
+    num_long: int = 0
 
     @property
     def num_predicted(self) -> int:
@@ -138,16 +140,15 @@ def causal_texts(
         chosen = [np.ones(len(ids), bool) for ids in encoded]
     for one in chosen:
         one[:1] = False
-    kept = [
-        row
-        for row, ids in enumerate(encoded)
-        if chosen[row].any() and len(ids) <= (positions or len(ids))
-    ]
+    some = [row for row, one in enumerate(chosen) if one.any()]
+    kept = [row for row in some if positions is None or len(encoded[row]) <= positions]
+    num_long = len(some) - len(kept)
     if limit_tokens is not None:
         ends = np.cumsum([len(encoded[row]) for row in kept])
         kept = kept[: max(1, int(np.searchsorted(ends, limit_tokens, side="right")))]
     rows = np.array(kept, dtype=np.int64)
-    return CausalTexts(rows, [encoded[row] for row in kept], [chosen[row] for row in kept])
+    tokens, predicted = ([of[row] for row in kept] for of in (encoded, chosen))
+    return CausalTexts(rows, tokens, predicted, num_long)
 
 
 def check_ids(texts: CausalTexts, model: Any) -> None:
