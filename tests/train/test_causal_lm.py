@@ -19,6 +19,7 @@ from kdcache.models import load_tokenizer
 from kdcache.recipe import EvaluateSection, load_recipe, parse_recipe
 from kdcache.train.evaluation.evaluate import evaluate, read_evaluation
 from kdcache.train.families.causal_lm import score_causal
+from kdcache.train.losses.causal_objective import CausalObjective
 from kdcache.train.runs.loop import train
 from kdcache.train.runs.parallel import Ranks
 from kdcache.train.runs.trainer import Trainer
@@ -69,6 +70,7 @@ def world(tmp_path_factory):
                 "logits": {"at": "positions", "stream": "text", "codec": full},
                 "said": {"at": "positions", "stream": "talk", "codec": full},
                 "states": {"kind": "hidden", "side": "decoder", "stream": "text"},
+                "looks": {"kind": "attention", "side": "decoder", "stream": "text"},
             },
         },
     }
@@ -165,6 +167,46 @@ def test_losses_are_those_of_tokens_one_text_at_a_time(world, name):
     others = torch.autograd.grad(whole, made.parameters, allow_unused=True)
     for one, other in zip(gradients, others, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+LAYERS = [
+    {"loss": "hidden_mse", "signal": "states", "layers": [{"student": 1, "teacher": 2}]},
+    {"loss": "attention_mse", "signal": "looks", "layers": [{"student": 1, "teacher": 1}]},
+]
+
+
+def test_layers_are_those_of_one_text_at_a_time(world):
+    config = GPT2 | QUIET | {"n_embd": 24, "n_head": 4}
+    made = make_trainer(world, HARD, *LAYERS, student={"config": config})
+    batch = next(iter(made.stream))
+    (micro,) = batch.micro
+    total, values = made.distillation(micro, batch.counts, made.objective.at(1, 10))
+    states, looks = (
+        micro.signals[name].decode()[:, micro.signals[name].layers.index(layer)]
+        for name, layer in (("states", 2), ("looks", 1))
+    )
+    own_states, own_looks = [], []
+    for ids, mask in zip(micro.streams["text"].ids, micro.streams["text"].mask, strict=True):
+        out = made.model(
+            input_ids=ids[mask][None], output_hidden_states=True, output_attentions=True
+        )
+        own_states.append(out.hidden_states[1][0])
+        own_looks.append(out.attentions[0][0].mean(0).flatten())
+    logits, labels = one_at_a_time(made.model, micro.streams["text"])
+    expected = torch.stack(
+        [
+            F.cross_entropy(logits, labels),
+            F.mse_loss(torch.cat(own_states), states),
+            F.mse_loss(torch.cat(own_looks), looks[:, 0]),
+        ]
+    )
+    torch.testing.assert_close(values, expected.detach(), rtol=1e-4, atol=1e-6)
+    both = [
+        torch.autograd.grad(one, made.parameters, allow_unused=True)
+        for one in (total, expected.sum())
+    ]
+    for one, other in zip(*both, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 
 
 def test_parts_of_a_batch_add_up(world):
@@ -322,7 +364,9 @@ REFUSED = [
     ([SOFT | {"signal": "no"}], {}, RecipeError, r"'no' is no logits .* has \['logits', 'said'\]"),
     ([SOFT | {"signal": "states"}], {}, RecipeError, r"dump with .* \{at: positions, stream: text"),
     ([SOFT | {"signal": "said"}], {}, IdentityError, "'said' labels stream 'talk', the student"),
-    ([{"loss": "hidden_mse", "signal": "states"}], {}, RecipeError, "hidden_mse is no term of a"),
+    ([{"loss": "score_mse", "signal": "x"}], {}, RecipeError, "score_mse is no term of a causal"),
+    ([{"loss": "hidden_mse", "signal": "x"}], {}, RecipeError, "no signal 'x'; dump one of kind h"),
+    ([LAYERS[0]], {"source": "other", "target": "other"}, IdentityError, "describes stream 'text'"),
     ([{"loss": "masked_kl", "signal": "x"}], {}, RecipeError, "masked_kl is no term of a causal"),
     ([SOFT | {"sample_weight": {"by": "teacher_loss"}}], {}, RecipeError, "terms have none"),
     ([HARD], {"target": "other"}, RecipeError, "give both the same stream"),
@@ -345,6 +389,14 @@ def test_what_a_causal_lm_cannot_have_is_refused_in_a_line(world, objective, key
     with pytest.raises(error, match=message) as found:
         make_trainer(world, *objective, **keys)
     assert "\n" not in str(found.value)
+
+
+def test_layers_of_an_encoder_are_refused(world):
+    signals = dict(open_cache(world.cache).signals)
+    signals["states"] = signals["states"].model_copy(update={"side": "encoder"})
+    terms = make_recipe(world, LAYERS[0]).train.objective
+    with pytest.raises(RecipeError, match=r"'states' is of side encoder, .* side: decoder\}"):
+        CausalObjective(terms, signals, "text")
 
 
 def test_texts_that_cannot_be_read_are_refused_in_a_line(world, tmp_path):

@@ -71,7 +71,8 @@ def evaluate(
     if section.corpus is None:
         raise RecipeError(
             f"{path}: no text to score on; give a recipe with evaluate.corpus, or "
-            "--evaluate.corpus.fields.src FILE --evaluate.corpus.fields.tgt FILE"
+            "--evaluate.corpus.fields.src FILE --evaluate.corpus.fields.tgt FILE (of a student "
+            "that does not translate, the one field that it reads)"
         )
     if recipe is not None and _kind_of(recipe) in SCORERS:
         return _evaluate_other(path, section, recipe, against, out)

@@ -1,4 +1,4 @@
-"""The objective of a causal LM: losses at every token but the first, hard, soft or both."""
+"""The objective of a causal LM: losses at every token but the first, and over layers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from kdcache.errors import IdentityError, RecipeError
 from kdcache.formats.signals import LogitsRecord, SignalRecord
-from kdcache.recipe import CrossEntropyTerm, MaskedKLTerm, SoftTerm, Term
+from kdcache.recipe import LayersTerm, MaskedKLTerm, ScoreMSETerm, SoftTerm, Term
+from kdcache.train.losses.layer_terms import check_layers_signal
 from kdcache.train.losses.objective import Objective, Part, used_terms
 from kdcache.train.losses.soft_terms import check_tails
 
@@ -40,7 +41,11 @@ class CausalObjective(Objective):
         self.parts = []
         for where, term in zip(self.paths, self.terms, strict=True):
             _check_term(where, term)
-            if isinstance(term, SoftTerm):
+            if isinstance(term, LayersTerm):
+                check_layers_signal(where, term, signals.get(term.signal))
+                self.records[term.signal] = _of_decoder(where, signals[term.signal])
+                self.parts.append([])
+            elif isinstance(term, SoftTerm):
                 for name in term.signals:
                     self.records[name] = self._labels(where, name, term, signals)
                 self.parts.append([Part(self.predicted, name) for name in term.signals])
@@ -72,12 +77,23 @@ class CausalObjective(Objective):
         return record
 
 
+def _of_decoder(where: str, record: SignalRecord) -> SignalRecord:
+    """A signal of layers, if a causal model made it."""
+    side = getattr(record, "side", None)
+    if side != "decoder":
+        raise RecipeError(
+            f"{where}.signal: {record.name!r} is of side {side}, a causal LM has side decoder "
+            f"alone; dump with a causal model {record.name}: {{kind: {record.kind}, side: decoder}}"
+        )
+    return record
+
+
 def _check_term(where: str, term: Term) -> None:
     """Refuse what a causal LM cannot have."""
-    if isinstance(term, MaskedKLTerm) or not isinstance(term, CrossEntropyTerm | SoftTerm):
+    if isinstance(term, MaskedKLTerm | ScoreMSETerm):
         raise RecipeError(
-            f"{where}: {term.loss} is no term of a causal LM, which takes cross_entropy, and "
-            "losses over logits at positions"
+            f"{where}: {term.loss} is no term of a causal LM, which takes cross_entropy, "
+            "losses over logits at positions, and losses over layers of side decoder"
         )
     if term.sample_weight is not None:
         raise RecipeError(f"{where}.sample_weight: a causal LM's terms have none; take it out")

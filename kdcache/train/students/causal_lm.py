@@ -18,7 +18,7 @@ from kdcache.train.losses.objective import Moment, Objective
 from kdcache.train.students.distillation import Distillation
 from kdcache.train.students.masked_lm import numbers_of
 from kdcache.train.students.student import max_positions, output_rows
-from kdcache.train.students.student_outputs import StudentOutputs, projected_by
+from kdcache.train.students.student_outputs import Layers, StudentOutputs, projected_by
 
 
 class CausalDistillation(Distillation):
@@ -51,17 +51,22 @@ class CausalDistillation(Distillation):
                 "one text; dump a stream without pair"
             )
         at = predicted_tokens(tokens)
-        outputs = run_causal_lm(self.student, tokens.ids, at, self._linear)
+        wanted = self._layers_of([one for group in groups for one in group], plain=True)
+        outputs = run_causal_lm(self.student, tokens.ids, at, self._linear, wanted)
         labels = tokens.ids[at]
         totals, values = [], labels.new_zeros(len(self.objective.terms), dtype=torch.float32)
         for group in groups:
             parts, alone = self._parts(group), len(groups) == 1
-            if not parts:
-                totals.append(values.new_zeros(()))
-                continue
-            total, found = self._over_ids(micro, counts, labels, parts, outputs, alone)
+            total = values.new_zeros(())
+            if parts:
+                total, found = self._over_ids(micro, counts, labels, parts, outputs, alone)
+                values = values.to(found).index_add(0, numbers_of(parts, found.device), found)
+            for one in group:
+                if str(one.number) in self.beside:
+                    value = self._beside(micro, counts, one, outputs)
+                    total = total + one.weight * value
+                    values[one.number] = value.detach()
             totals.append(total)
-            values = values.to(found).index_add(0, numbers_of(parts, found.device), found)
         return totals, values
 
 
@@ -72,7 +77,9 @@ def predicted_tokens(tokens: Tokens) -> Tensor:
     return at
 
 
-def run_causal_lm(model: Any, ids: Tensor, at: Tensor, linear: bool) -> StudentOutputs:
+def run_causal_lm(
+    model: Any, ids: Tensor, at: Tensor, linear: bool, wanted: Sequence[Layers] = ()
+) -> StudentOutputs:
     """A forward pass; nothing is projected but what predicts the tokens `at` some positions.
 
     Args:
@@ -80,19 +87,26 @@ def run_causal_lm(model: Any, ids: Tensor, at: Tensor, linear: bool) -> StudentO
         ids: [B, T] int64, padded at the end.
         at: [B, T] bool, N tokens that are predicted; none of them the first.
         linear: what `projects_linearly` says of the model.
+        wanted: layers to keep, of side decoder.
 
     Returns:
-        `projected` or `logits` of the N tokens; no layers, and nothing encoded.
+        `projected` or `logits` of the N tokens, and the layers; nothing encoded.
     """
     before = torch.cat([at[:, 1:], torch.zeros_like(at[:, :1])], dim=1)
     gate = project_first if linear else project_only
     with gate(model, before) as kept:
         # Padding stands last and attention is causal, so no mask is needed.
-        out = model(input_ids=ids, use_cache=False)
+        out = model(
+            input_ids=ids,
+            use_cache=False,
+            output_hidden_states=("decoder", "hidden") in wanted,
+            output_attentions=("decoder", "attention") in wanted,
+        )
+    fields = {"hidden": "hidden_states", "attention": "attentions"}
     return StudentOutputs(
         projected=projected_by(model, kept[0]) if linear and kept is not None else None,
         logits=None if linear else out.logits,
-        layers={},
+        layers={key: out[fields[key[1]]] for key in wanted},
         encoded=ids.new_zeros(0),
     )
 
