@@ -124,7 +124,10 @@ STUDENTS = {
     "gpt2 of a chat": ("talk", GPT2 | QUIET | {"tie_word_embeddings": False}),
     "llama": ("text", {"model_type": "llama", **SIZES["llama"]}),
     # Its logits are no plain product.
-    "gemma2": ("talk", {"model_type": "gemma2", **SIZES["gemma2"]}),
+    "gemma2": (
+        "talk",
+        {"model_type": "gemma2", **SIZES["gemma2"], "final_logit_softcapping": 30.0},
+    ),
 }
 
 

@@ -131,7 +131,8 @@ def projects_linearly(model: Any) -> bool:
     model.eval()
     plain = True
     for factor in (1.0, 1000.0):
-        states = factor * torch.linspace(-1, 1, projection.in_features, device=device)
+        states = torch.linspace(-factor, factor, projection.in_features, device=device)
+        states = states.to(projection.weight.dtype)
         replace = projection.register_forward_pre_hook(
             lambda _, inputs, states=states: (states.expand_as(inputs[0]),)
         )
