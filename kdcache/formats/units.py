@@ -110,7 +110,17 @@ def _label_positions(
         return _hypothesis_lengths(cache, record, record.hypotheses, shard)
     if record.at == "targets":
         return stream.lengths
-    # A token is predicted from those before it, so the first has no label.
+    return predicted_lengths(stream)
+
+
+def predicted_lengths(stream: Ragged) -> np.ndarray:
+    """[M] int64 tokens of each sample that a causal model predicts.
+
+    A token is predicted from those before it, so the first is not; of a chat those with a loss are.
+
+    Args:
+        stream: with its `loss`, if it has one.
+    """
     if "loss" not in stream.fields:
         return np.maximum(stream.lengths - 1, 0)
     labelled = stream.fields["loss"].astype(np.int64)

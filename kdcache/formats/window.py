@@ -27,7 +27,12 @@ from kdcache.formats.signals import (
     SignalRecord,
 )
 from kdcache.formats.stores.local import LocalStore
-from kdcache.formats.units import MAIN_COLUMN, hypothesis_lengths, label_counts
+from kdcache.formats.units import (
+    MAIN_COLUMN,
+    hypothesis_lengths,
+    label_counts,
+    predicted_lengths,
+)
 
 if TYPE_CHECKING:
     from kdcache.formats.cache import Cache
@@ -68,6 +73,12 @@ class WindowReader:
         self._streams = JoinedColumns(held)
         self._lengths: dict[str, np.ndarray] = {
             name: np.concatenate([file[name].lengths for file in held] or [np.empty(0, np.int64)])
+            for name in streams
+        }
+        self._predicted: dict[str, np.ndarray] = {
+            name: np.concatenate(
+                [predicted_lengths(file[name]) for file in held] or [np.empty(0, np.int64)]
+            )
             for name in streams
         }
         self._columns: dict[str, JoinedColumns] = {}
@@ -183,6 +194,10 @@ class WindowReader:
     def hypothesis_lengths(self) -> dict[str, np.ndarray]:
         """[n, M] int64 tokens of the hypotheses of each beams signal, 0 where there are fewer."""
         return self._hypothesis_lengths
+
+    def predicted_counts(self) -> dict[str, np.ndarray]:
+        """[M] int64 tokens of each stream that a causal model predicts."""
+        return self._predicted
 
     def masked_counts(self) -> dict[str, np.ndarray]:
         """[M] int64 masked tokens of all replicas, of each masks signal."""

@@ -53,8 +53,9 @@ class GlobalBatch:
         rows: [B] int64 corpus rows of all ranks.
         counts: units of all ranks: tokens of every stream, and of every signal the records of its
             main column, by name; tokens of the n-th hypotheses of a beams signal under `NAME.n`;
-            masked tokens of a masks signal under `NAME.masked`; samples under ""; those with a gold
-            label, where they were asked for, under ".gold".
+            masked tokens of a masks signal under `NAME.masked`; tokens of a stream that a causal
+            model predicts under `NAME.predicted`; samples under ""; those with a gold label, where
+            they were asked for, under ".gold".
         num_tokens: tokens of the last stream, of all ranks.
         micro: micro-batches of this rank, each some of the samples.
         spare: stand-ins, the first sample of all ranks each time, that make up the number of the
@@ -294,6 +295,8 @@ class BatchStream:
         for name, lengths in window.hypothesis_lengths().items():
             sums = lengths[:, index].sum(1).tolist()
             counts |= {hypothesis_stream(name, number): sum_ for number, sum_ in enumerate(sums)}
+        predicted = window.predicted_counts()
+        counts |= {f"{name}.predicted": int(of[index].sum()) for name, of in predicted.items()}
         masked = window.masked_counts()
         counts |= {f"{name}.masked": int(of[index].sum()) for name, of in masked.items()}
         if planned.gold is not None:

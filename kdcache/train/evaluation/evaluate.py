@@ -20,6 +20,7 @@ from kdcache.formats.identity import sample_id
 from kdcache.formats.stores.commit import storage_errors, write_data
 from kdcache.models import quiet_transformers, resolve_device
 from kdcache.recipe import CorpusSection, EvaluateSection, Recipe, load_recipe
+from kdcache.train.evaluation.causal import evaluate_causal
 from kdcache.train.evaluation.labelled import evaluate_classifier
 from kdcache.train.evaluation.masked import evaluate_masked
 from kdcache.train.evaluation.translate import translate
@@ -29,8 +30,12 @@ from kdcache.train.students.two_tokenizers import load_tokenizers
 
 RESULT = "evaluation.json"
 HYPOTHESES = "hypotheses.txt"
-#: How students that write no text are scored, by their kind.
-_OTHERS = {"masked_lm": evaluate_masked, "classifier": evaluate_classifier}
+#: Kinds of students that translate nothing, to what scores them.
+SCORERS = {
+    "masked_lm": evaluate_masked,
+    "causal_lm": evaluate_causal,
+    "classifier": evaluate_classifier,
+}
 
 
 def evaluate(
@@ -53,8 +58,8 @@ def evaluate(
         the same under `shuffled` with every target beside another target's source,
         `parameters`, `latency_seconds` of one sentence at a time, `sentences_per_second` of
         the batched search, and `against` with the paired test. Of a run whose student is a masked
-        LM what `masked.evaluate_masked` returns, of one whose student is a classifier what
-        `labelled.evaluate_classifier` does, with `parameters`.
+        LM what `masked.evaluate_masked` returns, of a causal LM `causal.evaluate_causal`, of a
+        classifier `labelled.evaluate_classifier`, with `parameters`.
 
     Raises:
         RecipeError: no corpus to score on.
@@ -71,9 +76,10 @@ def evaluate(
     if section.corpus is None:
         raise RecipeError(
             f"{path}: no text to score on; give a recipe with evaluate.corpus, or "
-            "--evaluate.corpus.fields.src FILE --evaluate.corpus.fields.tgt FILE"
+            "--evaluate.corpus.fields.src FILE --evaluate.corpus.fields.tgt FILE (of a student "
+            "that does not translate, the one field that it reads)"
         )
-    if recipe is not None and _kind_of(recipe) in _OTHERS:
+    if recipe is not None and _kind_of(recipe) in SCORERS:
         return _evaluate_other(path, section, recipe, against, out)
     src, tgt = _read_pairs(section.corpus, recipe)
     digest = sample_id([*src, *tgt]).hex()
@@ -98,13 +104,14 @@ def _evaluate_other(
     against: str | Path | None,
     out: str | Path | None,
 ) -> dict[str, Any]:
-    """Score a run whose student writes no text."""
+    """Score a run whose student does not translate."""
     kind = _kind_of(recipe)
     if against is not None:
-        called = LOADERS[kind][1]
-        raise RecipeError(f"{path}: its student is {called}; against compares translations")
+        raise RecipeError(
+            f"{path}: its student is {LOADERS[kind][1]}; against compares translations"
+        )
     model, tokenizer, directory = load_model(path, section, kind)
-    result = _OTHERS[kind](model, tokenizer, section, recipe) | {
+    result = SCORERS[kind](model, tokenizer, section, recipe) | {
         "model": str(directory),
         "parameters": count_parameters(model),
         "device": str(model.device),

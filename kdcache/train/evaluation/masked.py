@@ -34,7 +34,7 @@ def evaluate_masked(
     """
     assert section.corpus is not None
     signal = masks_of(recipe)
-    texts = _texts(section.corpus, recipe)
+    texts = texts_of(section.corpus, recipe)
     scheme = scheme_of(signal)
     masked = masked_texts(tokenizer, texts, scheme, max_positions(model))
     if not sum(map(len, masked.positions)):
@@ -64,7 +64,7 @@ def masks_of(recipe: Recipe) -> MasksSignal:
     return found[0] if found else MasksSignal(kind="masks", stream=stream)  # type: ignore[return-value]
 
 
-def _texts(corpus: CorpusSection, recipe: Recipe) -> list[str]:
+def texts_of(corpus: CorpusSection, recipe: Recipe) -> list[str]:
     """Texts of the field that the run's stream reads."""
     stream = recipe.train.source
     streams = recipe.dump.streams

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kdcache.train.families.causal_lm import CausalLM
 from kdcache.train.families.classifier import Classifier
 from kdcache.train.families.encoder_decoder import EncoderDecoder
 from kdcache.train.families.family import Family, Setting
@@ -14,4 +15,5 @@ FAMILIES: dict[str, Family] = {
     "encoder_decoder": EncoderDecoder(),
     "masked_lm": MaskedLM(),
     "classifier": Classifier(),
+    "causal_lm": CausalLM(),
 }

@@ -62,7 +62,7 @@ class Development(Protocol):
 
 
 class Family(ABC):
-    """A kind of students. One that predicts every next token would be another of these."""
+    """A kind of students."""
 
     @abstractmethod
     def objective(self, section: TrainSection, signals: Mapping[str, SignalRecord]) -> Objective:

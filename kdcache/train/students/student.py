@@ -29,6 +29,7 @@ LOADERS = {
     "encoder_decoder": ("AutoModelForSeq2SeqLM", "an encoder-decoder"),
     "masked_lm": ("AutoModelForMaskedLM", "a masked LM"),
     "classifier": ("AutoModelForSequenceClassification", "a classifier"),
+    "causal_lm": ("AutoModelForCausalLM", "a causal LM"),
 }
 
 
