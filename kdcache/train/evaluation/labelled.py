@@ -21,6 +21,7 @@ from kdcache.train.batches.batch import Tokens
 from kdcache.train.batches.gold import GoldLabels, has_gold
 from kdcache.train.evaluation.metrics import accuracy, macro_f1, matthews, pearson, spearman
 from kdcache.train.runs.parallel import Ranks
+from kdcache.train.runs.scoring import score_in_turns
 from kdcache.train.runs.validate import encode
 from kdcache.train.students.classifier import class_scores
 from kdcache.train.students.student import embedding_rows, max_positions
@@ -169,26 +170,15 @@ def predict(
     model: Any, texts: LabelledTexts, device: torch.device, batch_tokens: int, ranks: Ranks
 ) -> np.ndarray:
     """[M, C] float64 scores, in the order of the texts; see `score_labelled`."""
-    lengths = np.array([len(ids) for ids in texts.ids], dtype=np.int64)
-    order = np.argsort(lengths, kind="stable")[::-1]
-    cuts, start = [], 0
-    while start < len(order):
-        cuts.append(start)
-        start += max(1, batch_tokens // int(lengths[order[start]]))
-    batches = np.split(order, cuts[1:])
-    was_training = model.training
-    model.eval()
-    said = torch.zeros(len(order), model.config.num_labels, dtype=torch.float64)
-    with torch.inference_mode():
-        # A student that is spread over the ranks runs as often on each: the last may stand in.
-        for first in range(0, len(batches), ranks.world):
-            number = first + ranks.rank
-            rows = batches[min(number, len(batches) - 1)].tolist()
-            found = class_scores(model, _tokens(texts, rows, device)).double().cpu()
-            if number < len(batches):
-                said[rows] = found
+    lengths = [len(ids) for ids in texts.ids]
+
+    def scores(rows: list[int]) -> Tensor:
+        return class_scores(model, _tokens(texts, rows, device)).double().cpu()
+
+    said = torch.zeros(len(lengths), model.config.num_labels, dtype=torch.float64)
+    for rows, found in score_in_turns(model, lengths, batch_tokens, ranks, scores):
+        said[rows] = found
     said = ranks.summed(said.to(device)).cpu() if ranks.world > 1 else said
-    model.train(was_training)
     return said.numpy()
 
 

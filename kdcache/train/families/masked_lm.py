@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,8 @@ from kdcache.train.losses.masked_objective import MaskedObjective
 from kdcache.train.losses.objective import Objective
 from kdcache.train.runs.canary import check_masked
 from kdcache.train.runs.parallel import Ranks
-from kdcache.train.runs.validate import Score, encode
+from kdcache.train.runs.scoring import Score, score_tokens_in_turns, token_sums
+from kdcache.train.runs.validate import encode
 from kdcache.train.students.distillation import Distillation
 from kdcache.train.students.masked_lm import MaskedDistillation
 from kdcache.train.students.student import embedding_rows
@@ -166,31 +168,13 @@ def score_masked(
         batch_tokens: padded tokens of one forward.
         ranks: which score the batches in turns.
     """
-    lengths = np.array([len(ids) for ids in texts.tokens], dtype=np.int64)
-    order = np.argsort(lengths, kind="stable")[::-1]
-    cuts, start = [], 0
-    while start < len(order):
-        cuts.append(start)
-        start += max(1, batch_tokens // int(lengths[order[start]]))
-    batches = np.split(order, cuts[1:])
-    was_training = model.training
-    model.eval()
-    sums = torch.zeros(2, dtype=torch.float64)
-    with torch.inference_mode():
-        # A student that is spread over the ranks runs as often on each: the last may stand in.
-        for first in range(0, len(batches), ranks.world):
-            number = first + ranks.rank
-            rows = batches[min(number, len(batches) - 1)].tolist()
-            found = _sums(model, texts, rows, device)
-            sums += found if number < len(batches) else 0.0
-    sums = ranks.summed(sums.to(device)).cpu() if ranks.world > 1 else sums
-    model.train(was_training)
-    num_tokens = sum(map(len, texts.positions))
-    loss, hits = (sums / max(1, num_tokens)).tolist()
-    return Score(loss_nats=loss, accuracy=hits, num_tokens=num_tokens)
+    lengths, num_tokens = [len(ids) for ids in texts.tokens], sum(map(len, texts.positions))
+
+    sums = partial(_sums, model, texts, device)
+    return score_tokens_in_turns(model, lengths, num_tokens, device, batch_tokens, ranks, sums)
 
 
-def _sums(model: Any, texts: MaskedTexts, rows: Sequence[int], device: torch.device) -> Tensor:
+def _sums(model: Any, texts: MaskedTexts, device: torch.device, rows: Sequence[int]) -> Tensor:
     """[2] float64: summed negative log-prob of masked tokens, and number of first choices."""
     longest = max(len(texts.tokens[row]) for row in rows)
     ids, labels = np.zeros((2, len(rows), longest), np.int64)
@@ -203,10 +187,8 @@ def _sums(model: Any, texts: MaskedTexts, rows: Sequence[int], device: torch.dev
     targets = torch.from_numpy(labels[chosen]).to(device)  # [K]
     with project_only(model, torch.from_numpy(chosen).to(device)):
         read = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device).long()
-        logits = model(input_ids=read[0], attention_mask=read[1]).logits.float()  # [K, V]
-    losses = logits.logsumexp(1) - logits.gather(1, targets[:, None])[:, 0]
-    hits = logits.argmax(1) == targets
-    return torch.stack([losses.sum(), hits.sum().float()]).cpu().double()
+        logits = model(input_ids=read[0], attention_mask=read[1]).logits  # [K, V]
+    return token_sums(logits, targets)
 
 
 def _check_ids(texts: MaskedTexts, model: Any) -> None:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,27 +15,8 @@ from torch import Tensor
 from kdcache.errors import CorpusError
 from kdcache.formats.keyed import permutation, text_key
 from kdcache.train.runs.parallel import Ranks
+from kdcache.train.runs.scoring import Score, score_tokens_in_turns, token_sums
 from kdcache.train.students.student import embedding_rows, max_positions, student_logits
-
-
-@dataclass(frozen=True)
-class Score:
-    """Teacher-forced scores over the tokens of a set.
-
-    Attributes:
-        loss_nats: mean negative log-prob of a target token, in nats.
-        accuracy: share of target tokens that are the student's first choice.
-        num_tokens: N, tokens scored (those the tokenizer adds, such as eos, included).
-    """
-
-    loss_nats: float
-    accuracy: float
-    num_tokens: int
-
-    @property
-    def perplexity(self) -> float:
-        """The loss, exponentiated; per token of this tokenizer."""
-        return math.exp(self.loss_nats) if self.loss_nats < 700 else math.inf
 
 
 @dataclass(frozen=True)
@@ -167,47 +147,21 @@ def score_tokens(
     if not len(pairs):
         raise CorpusError("nothing to score: no pair of texts fits the model's positions")
     pairs.check_ids(model)
-    longest = np.array(
-        [max(1, len(s), len(t)) for s, t in zip(pairs.src, pairs.tgt, strict=True)], dtype=np.int64
-    )
-    order = np.argsort(longest, kind="stable")[::-1]
-    was_training = model.training
-    model.eval()
-    sums = torch.zeros(2, dtype=torch.float64)
-    cuts, start = [], 0
-    while start < len(order):
-        cuts.append(start)
-        start += max(1, batch_tokens // int(longest[order[start]]))
-    batches = np.split(order, cuts[1:])
-    with torch.inference_mode():
-        # A student that is spread over the ranks runs as often on each: the last may stand in.
-        for first in range(0, len(batches), ranks.world):
-            number = first + ranks.rank
-            rows = batches[min(number, len(batches) - 1)]
-            src, src_mask = _padded([pairs.src[i] for i in rows], device)
-            labels, label_mask = _padded([pairs.tgt[i] for i in rows], device)
-            found = _sums(model, src, src_mask, labels, label_mask)
-            sums += found if number < len(batches) else 0.0
-    sums = ranks.summed(sums.to(device)).cpu() if ranks.world > 1 else sums
-    model.train(was_training)
+    lengths = [max(1, len(s), len(t)) for s, t in zip(pairs.src, pairs.tgt, strict=True)]
     num_tokens = sum(len(ids) for ids in pairs.tgt)
-    loss, hits = (sums / max(1, num_tokens)).tolist()
-    return Score(loss_nats=loss, accuracy=hits, num_tokens=num_tokens)
+
+    def sums(rows: list[int]) -> Tensor:
+        src, src_mask = _padded([pairs.src[i] for i in rows], device)
+        labels, label_mask = _padded([pairs.tgt[i] for i in rows], device)
+        logits = student_logits(model, src, src_mask, labels, label_mask)  # [N, V]
+        return token_sums(logits, labels[label_mask])
+
+    return score_tokens_in_turns(model, lengths, num_tokens, device, batch_tokens, ranks, sums)
 
 
 def _pairs(tokenizer: Any, src: Sequence[str], tgt: Sequence[str]) -> TokenPairs:
     """Encode both sides."""
     return TokenPairs(encode(tokenizer, src, False), encode(tokenizer, tgt, True))
-
-
-def _sums(model: Any, src: Tensor, src_mask: Tensor, labels: Tensor, label_mask: Tensor) -> Tensor:
-    """[2] float64: summed negative log-prob and number of first choices."""
-    logits = student_logits(model, src, src_mask, labels, label_mask).float()  # [N, V]
-    targets = labels[label_mask]  # [N]
-    log_sums = torch.logsumexp(logits, dim=-1)  # [N]
-    losses = log_sums - logits.gather(1, targets[:, None])[:, 0]  # [N]
-    hits = logits.argmax(dim=-1) == targets
-    return torch.stack([losses.sum(), hits.sum().float()]).cpu().double()
 
 
 def _padded(ids: list[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
