@@ -10,7 +10,8 @@ import numpy as np
 from kdcache.corpus import read_corpus
 from kdcache.dump.ranks import Ranks
 from kdcache.dump.recipe_tokenizers import max_tokens, trained_tokenizers
-from kdcache.dump.samples import SampleWriter, check_corpus, check_recipe
+from kdcache.dump.same_samples import check_corpus, check_recipe
+from kdcache.dump.samples import SampleWriter
 from kdcache.dump.teachers.in_turn import Teachers
 from kdcache.dump.tokenize import Tokenizer
 from kdcache.dump.watch import Watch

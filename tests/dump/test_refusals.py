@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from kdcache.dump.runner import dump
-from kdcache.dump.samples import check_recipe
+from kdcache.dump.same_samples import check_recipe
 from kdcache.errors import (
     CorpusError,
     IdentityError,
