@@ -24,6 +24,7 @@ from kdcache.train.evaluation.causal import evaluate_causal
 from kdcache.train.evaluation.labelled import evaluate_classifier
 from kdcache.train.evaluation.masked import evaluate_masked
 from kdcache.train.evaluation.translate import translate
+from kdcache.train.runs.run import last_stage
 from kdcache.train.runs.validate import score, score_shuffled
 from kdcache.train.students.student import LOADERS, fixed_tables
 from kdcache.train.students.two_tokenizers import load_tokenizers
@@ -47,7 +48,8 @@ def evaluate(
     """Score a run directory, or any transformers encoder-decoder directory.
 
     Args:
-        path: a run of `kdcache train`, or a transformers model directory.
+        path: a run of `kdcache train` (of several stages the last is scored), or a transformers
+            model directory.
         section: how to score; a run's own recipe without it.
         against: an evaluated run to compare with by a paired bootstrap test.
         out: where `evaluation.json` and `hypotheses.txt` go; the run itself without it. The
@@ -67,7 +69,7 @@ def evaluate(
         IdentityError: `against` was scored on other references.
         StorageError: the results could not be written.
     """
-    path = Path(path)
+    path = last_stage(Path(path))
     recipe = _recipe_of(path)
     if recipe is None and not (path / "config.json").is_file():
         raise ModelError(f"{path}: neither a run of `kdcache train` nor a transformers model")
