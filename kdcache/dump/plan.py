@@ -67,7 +67,8 @@ def plan(
     Raises:
         KDCacheError: what `dump` raises.
     """
-    if recipe.single().corpus is None:
+    recipe.single()
+    if recipe.corpus is None:
         raise RecipeError("a dump needs a corpus: set corpus.fields (and corpus.format)")
     lengths, numbers, num_rows = _row_lengths(recipe.corpus)
     chosen = pilot_rows(lengths, numbers, rows)
