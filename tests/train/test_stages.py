@@ -130,8 +130,15 @@ def test_stages_are_one_command_and_go_on_where_they_stopped(world, tmp_path, mo
     over = [made.objective.count(number, batch.counts) for number in (0, 1)]
     assert over == [labelled, len(batch.rows)]
     # What is scored is the last stage.
-    assert main(["evaluate", str(tmp_path / "whole"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["num_texts"] == 5
+    words = ["--json", "--evaluate.perturb", "{sigmas: [0, 2.0], seeds: [1, 2]}"]
+    assert main(["evaluate", str(tmp_path / "whole"), *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["num_texts"] == 5
+    assert found["latency_seconds"]["num_tokens"] == 128
+    assert "latency_cpu_seconds" not in found  # it is on the cpu
+    noise = found["perturbed"]
+    assert noise["sigma=0"]["loss"] == {"mean": pytest.approx(found["loss"]), "sd": 0}
+    assert noise["sigma=2"]["loss"]["sd"] > 0
     assert (tmp_path / "whole" / "finetuning" / "evaluation.json").is_file()
 
 
