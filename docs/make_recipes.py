@@ -40,8 +40,8 @@ there.
 
 A recipe may have `stages`, trainings one after another, each with keys of a recipe that are laid
 over those of the whole in the same way. `kdcache train NAME --cache STAGE=CACHE ...` trains them
-all, each from the best weights of the one before. `NAME:STAGE` is one of them as a recipe of its own, to
-dump for it or to train it alone. `--train.max_steps 200` sets it in all stages,
+all, each from the best weights of the one before. `NAME:STAGE` is one of them as a recipe of its
+own, to dump for it or to train it alone. `--train.max_steps 200` sets it in all stages,
 `--stages.STAGE.train.max_steps 200` in one.
 
 Built-in recipes come at two scales: `-paper` has the sizes and the schedule that were published,
