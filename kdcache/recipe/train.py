@@ -25,13 +25,16 @@ class KeptLayers(Section):
 class StudentSection(Section):
     """The model that is trained."""
 
-    kind: Literal["encoder_decoder", "masked_lm", "causal_lm", "classifier"] = Field(
-        "encoder_decoder",
-        description="What the model is. All but an encoder_decoder read train.source, which is "
-        "train.target too. masked_lm: with tokens masked, and predicts what stood there (BERT). "
-        "causal_lm: predicts every token but the first from those before it, of a chat those that "
-        "the assistant wrote (GPT-2, Llama). classifier: says of a whole text or pair which class "
-        "it is of, or a number.",
+    kind: Literal["encoder_decoder", "masked_lm", "causal_lm", "classifier", "masked_seq2seq"] = (
+        Field(
+            "encoder_decoder",
+            description="What the model is. All but an encoder_decoder read train.source, which "
+            "is train.target too. masked_lm: with tokens masked, and predicts what stood there "
+            "(BERT). causal_lm: predicts every token but the first from those before it, of a chat "
+            "those that the assistant wrote (GPT-2, Llama). classifier: says of a whole text or "
+            "pair which class it is of, or a number. masked_seq2seq: an encoder-decoder whose "
+            "encoder reads with a segment masked, and whose decoder predicts the segment (MASS).",
+        )
     )
     labels: Annotated[list[str], Field(min_length=1)] | None = Field(
         None,

@@ -210,6 +210,10 @@ def test_caches_and_outputs_that_do_not_fit_are_refused(world, tmp_path, capsys)
         found = said(name, "lightpaff-bert:middle", "--out", "x", "--print-recipe")
         assert "there is no stage 'middle'; it has pretraining, finetuning" in found
     assert "it has none" in said("train", "word-level:one", "--print-recipe")
+    more = ["--stages.finetuning.train.seed", "7", "--print-recipe"]
+    assert "of stage pretraining alone" in said("train", "lightpaff-bert:pretraining", *more)
+    assert main(["train", "lightpaff-bert:finetuning", *more]) == 0
+    assert "seed: 7" in capsys.readouterr().out
     words = ["--corpus.fields.text", str(world.root / "text")]
     found = said("dump", "lightpaff-bert", "--out", str(tmp_path / "x"), *words)
     assert "name one of lightpaff-bert-small:pretraining, lightpaff-bert-small:fin" in found
