@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from kdcache.biattentive import BiAttentiveConfig, BiAttentiveModel
+from kdcache.bi_attentive import BiAttentive, BiAttentiveConfig
 
 SIZES = {
     "vocab_size": 40,
@@ -18,7 +18,7 @@ SIZES = {
 
 def make(**keys):
     torch.manual_seed(3)
-    model = BiAttentiveModel(BiAttentiveConfig(**SIZES | keys)).double().eval()
+    model = BiAttentive(BiAttentiveConfig(**SIZES | keys)).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.7)
@@ -86,7 +86,7 @@ def batch_of(pairs):
 def test_it_is_the_papers_equations_example_by_example(bi_attention):
     model = make(bi_attention=bi_attention)
     ids, mask, types = batch_of(PAIRS)
-    found = model(ids, mask, types).pooler_output
+    found = model(ids, mask, types)
     expected = torch.stack([reference(model, x, y or x, bi_attention) for x, y in PAIRS])
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     own = torch.autograd.grad(found.square().sum(), list(model.parameters()))
@@ -94,51 +94,51 @@ def test_it_is_the_papers_equations_example_by_example(bi_attention):
     for one, two in zip(own, other, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-10)
     # The two sides are told apart, and which of them comes first counts.
-    turned = model(*batch_of([(y, x) for x, y in PAIRS[:1]])).pooler_output
+    turned = model(*batch_of([(y, x) for x, y in PAIRS[:1]]))
     assert (turned - found[:1]).abs().max() > 1e-3
     # A text alone needs neither mask nor types.
-    alone = model(torch.tensor([PAIRS[2][0]])).pooler_output
+    alone = model(torch.tensor([PAIRS[2][0]]))
     torch.testing.assert_close(alone, expected[2:3])
 
 
 def test_padding_and_what_stands_there_change_nothing():
     model = make()
     ids, mask, types = batch_of(PAIRS)
-    found = model(ids, mask, types).pooler_output
+    found = model(ids, mask, types)
     others = ids.masked_fill(mask == 0, 23)
-    torch.testing.assert_close(model(others, mask, types).pooler_output, found, rtol=0, atol=0)
+    torch.testing.assert_close(model(others, mask, types), found, rtol=0, atol=0)
     for row in range(len(PAIRS)):
         own = [part[row][mask[row].bool()][None] for part in (ids, mask, types)]
-        alone = model(*own).pooler_output[0]
+        alone = model(*own)[0]
         torch.testing.assert_close(alone, found[row], rtol=1e-12, atol=1e-12)
     # Types without a second text, or without a first, are a text alone.
     ids, mask = ids[:1], mask[:1]
     for types in (torch.zeros_like(ids), torch.ones_like(ids)):
-        once = model(ids, mask, types).pooler_output
-        torch.testing.assert_close(once, model(ids, mask).pooler_output)
+        once = model(ids, mask, types)
+        torch.testing.assert_close(once, model(ids, mask))
 
 
 def test_it_is_saved_and_loaded_as_transformers_models_are(tmp_path):
-    model = BiAttentiveModel(BiAttentiveConfig(**SIZES | {"pad_token_id": 0, "dropout": 0.5}))
+    model = BiAttentive(BiAttentiveConfig(**SIZES | {"pad_token_id": 0, "dropout": 0.5}))
     assert model.embeddings.weight[0].abs().sum() == 0
     assert all(p.abs().sum() > 0 for n, p in model.named_parameters() if "bias" not in n)
     model.save_pretrained(tmp_path)
     again = AutoModel.from_pretrained(tmp_path)
-    assert isinstance(again, BiAttentiveModel)
+    assert isinstance(again, BiAttentive)
     assert all(getattr(again.config, name) == size for name, size in SIZES.items() if size)
     ids = torch.tensor([[3, 4, 5]])
-    torch.testing.assert_close(again(ids).pooler_output, model.eval()(ids).pooler_output)
+    torch.testing.assert_close(again(ids), model.eval()(ids))
     model.train()
-    assert not torch.equal(model(ids).pooler_output, model(ids).pooler_output)
+    assert not torch.equal(model(ids), model(ids))
     # In half precision masks are those of its own range.
     half = model.eval().to(torch.bfloat16)
-    assert half(*batch_of(PAIRS)).pooler_output.isfinite().all()
+    assert half(*batch_of(PAIRS)).isfinite().all()
 
 
 def test_its_size_is_near_the_papers():
     with torch.device("meta"):
-        model = BiAttentiveModel(BiAttentiveConfig())
-        plain = BiAttentiveModel(BiAttentiveConfig(bi_attention=False))
+        model = BiAttentive(BiAttentiveConfig())
+        plain = BiAttentive(BiAttentiveConfig(bi_attention=False))
 
     def millions(one):
         return (one.num_parameters() - one.embeddings.weight.numel()) / 1e6

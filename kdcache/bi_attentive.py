@@ -1,7 +1,7 @@
 """The bi-attentive BiLSTM: two texts, or one beside itself, as one vector.
 
-A transformers model, so that students of it are saved and loaded like any other, and can be
-teachers: once this module is imported, transformers' Auto classes know its model_type.
+A transformers model, so that students of it are saved and loaded like any other: once this module
+is imported, transformers' Auto classes know its model_type.
 """
 
 # B samples, S positions of a batch, S_x and S_y of each side, E embedding, F feed-forward,
@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-MODEL_TYPE = "biattentive_lstm"
+MODEL_TYPE = "bi_attentive"
 
 
 class BiAttentiveConfig(PreTrainedConfig):
@@ -65,18 +64,18 @@ class BiAttentiveConfig(PreTrainedConfig):
         self.bi_attention = bi_attention
         self.dropout = dropout
         self.initializer_range = initializer_range
-        super().__init__(pad_token_id=pad_token_id, **keys)
+        super().__init__(**{**keys, "pad_token_id": pad_token_id})
 
 
-class BiAttentiveModel(PreTrainedModel):
-    """The model without a head; what it gives is `pooler_output`, [B, D].
+class BiAttentive(PreTrainedModel):
+    """The model without a head, a body of `kdcache.multi_task` models.
 
     Source: Liu et al. 2019, MKD, section 3.2; McCann et al. 2017, sections 5.2 and 5.3.
     """
 
     config_class = BiAttentiveConfig
     config: BiAttentiveConfig
-    base_model_prefix = "biattentive"
+    base_model_prefix = "body"
 
     def __init__(self, config: BiAttentiveConfig) -> None:
         super().__init__(config)
@@ -91,7 +90,7 @@ class BiAttentiveModel(PreTrainedModel):
         self.pool_score = nn.Linear(states, 1)
         self.output = nn.Linear(2 * 3 * states, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
         """[vocab_size, E]."""
@@ -107,8 +106,8 @@ class BiAttentiveModel(PreTrainedModel):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         **_: Any,
-    ) -> BaseModelOutputWithPooling:
-        """One vector of every text or pair.
+    ) -> Tensor:
+        """[B, D], one vector of every text or pair.
 
         Args:
             input_ids: [B, S].
@@ -133,10 +132,11 @@ class BiAttentiveModel(PreTrainedModel):
             [self._pooled(states, mask) for states, mask in self._integrated(x, x_mask, y, y_mask)],
             dim=1,
         )  # [B, 2 * 3 * 2H]
-        return BaseModelOutputWithPooling(pooler_output=self.output(self.dropout(pooled)))
+        found: Tensor = self.output(self.dropout(pooled))
+        return found
 
     def _encoded(self, ids: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, S_x, 2H] states of one side, its tokens moved to the front, and their [B, S_x] mask."""
+        """[B, S_x, 2H] states of one side, tokens moved to the front, and [B, S_x] their mask."""
         order = (~chosen).to(torch.uint8).argsort(dim=1, stable=True)
         longest = max(1, int(chosen.sum(1).max()))
         ids, mask = (of.gather(1, order)[:, :longest] for of in (ids, chosen))
@@ -188,4 +188,4 @@ def _softmax(scores: Tensor, mask: Tensor, dim: int) -> Tensor:
 
 
 AutoConfig.register(MODEL_TYPE, BiAttentiveConfig)
-AutoModel.register(BiAttentiveConfig, BiAttentiveModel)
+AutoModel.register(BiAttentiveConfig, BiAttentive)
