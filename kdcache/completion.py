@@ -75,11 +75,9 @@ def commands_of(parser: argparse.ArgumentParser) -> dict[str, Command]:
         options, words = [], []
         for action in command._actions:
             if action.option_strings:
-                words_for = short_names() if action.dest == "recipe" else action.choices or ()
+                choices = short_names() if action.dest == "recipe" else action.choices or ()
                 option = action.option_strings[-1]
-                options.append(
-                    Option(option, action.help or "", action.nargs != 0, tuple(words_for))
-                )
+                options.append(Option(option, action.help or "", action.nargs != 0, tuple(choices)))
             elif action.dest == "recipe":
                 words += short_names()
             else:
