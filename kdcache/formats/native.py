@@ -1,4 +1,4 @@
-"""The compiled half of `JoinedColumns`: `native.c`, where it was built; numpy does the same without.
+"""The compiled half of `JoinedColumns`: `native.c`, where it was built; else numpy does it.
 
 `python -m kdcache.formats.native` builds it in place, as an installation does where there is a
 compiler. The library's name has the digest of its source, so that one of another version is not

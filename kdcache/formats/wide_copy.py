@@ -133,4 +133,3 @@ def supported(dtypes: Mapping[str, Mapping[str, np.dtype]], offsets: np.ndarray)
 
 def _pointer(array: np.ndarray) -> int:
     return array.__array_interface__["data"][0]
-

@@ -35,7 +35,6 @@ from kdcache.train.batches.batch import (
 from kdcache.train.batches.cut import cut, record_counts
 from kdcache.train.batches.pad import padded_parts
 
-
 #: Tensors of coded labels to the column whose records they count.
 _LABELS = {
     **dict.fromkeys(("num_exact", "num_drawn", "gold", "entropy", "tail"), "tokens"),
