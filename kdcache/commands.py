@@ -281,3 +281,15 @@ def recipes(arguments: argparse.Namespace, overrides: Overrides) -> int:
     else:
         print(table(("name", "description"), rows))
     return 0
+
+
+def completion(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    """Print a shell's completion script."""
+    from kdcache.completion import script
+
+    text = script(arguments.parser(), arguments.shell)
+    if arguments.json:
+        _print_json({"shell": arguments.shell, "script": text})
+    else:
+        print(text, end="")
+    return 0

@@ -25,10 +25,11 @@ from kdcache.train.evaluation.labelled import evaluate_classifier
 from kdcache.train.evaluation.latency import text_latency, timed
 from kdcache.train.evaluation.masked import evaluate_masked
 from kdcache.train.evaluation.perturb import robustness
+from kdcache.train.evaluation.tasks import evaluate_tasks
 from kdcache.train.evaluation.translate import translate
 from kdcache.train.runs.run import last_stage, write_text
 from kdcache.train.runs.validate import score, score_shuffled
-from kdcache.train.students.student import LOADERS, fixed_tables
+from kdcache.train.students.student import LOADERS, fixed_tables, model_class
 from kdcache.train.students.two_tokenizers import load_tokenizers
 
 RESULT = "evaluation.json"
@@ -39,6 +40,7 @@ SCORERS = {
     "masked_seq2seq": evaluate_masked,
     "causal_lm": evaluate_causal,
     "classifier": evaluate_classifier,
+    "multi_task": evaluate_tasks,
 }
 
 
@@ -65,8 +67,8 @@ def evaluate(
         the batched search, `perturbed` where that is asked for, and `against` with the paired
         test. Of a run whose student is a masked
         LM what `masked.evaluate_masked` returns, of a causal LM `causal.evaluate_causal`, of a
-        classifier `labelled.evaluate_classifier`, with `parameters`, `latency_seconds` of one text
-        and `perturbed`.
+        classifier `labelled.evaluate_classifier`, of a model of several tasks
+        `tasks.evaluate_tasks`, with `parameters`, `latency_seconds` of one text and `perturbed`.
 
     Raises:
         RecipeError: no corpus to score on.
@@ -256,8 +258,6 @@ def load_model(
     Raises:
         ModelError: the directory holds no model, or the run no such checkpoint.
     """
-    import transformers
-
     quiet_transformers()
     directory = path
     if _is_run(path):
@@ -270,7 +270,7 @@ def load_model(
                 "evaluate.checkpoint"
             )
     try:
-        model = getattr(transformers, LOADERS[kind][0]).from_pretrained(
+        model = model_class(kind).from_pretrained(
             directory, dtype="float32", use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from kdcache.multi_task import MultiTaskModel
 from kdcache.progress import progress
 from kdcache.recipe import EvaluateSection
 from kdcache.train.students.student import embedding_rows, max_positions
@@ -49,7 +50,7 @@ def text_latency(model: Any, section: EvaluateSection, kind: str) -> dict[str, A
     """`timed` of forward passes over one text of a given length, all its logits made.
 
     Args:
-        model: a masked LM, causal LM or classifier.
+        model: a masked LM, causal LM, classifier or model of several tasks (with one head).
         section: how many passes, and of how many tokens.
         kind: of the student.
     """
@@ -60,7 +61,9 @@ def text_latency(model: Any, section: EvaluateSection, kind: str) -> dict[str, A
     # From the upper half: what the tokens are does not matter, but padding might be treated so.
     ids = (torch.arange(length)[None] % (rows - rows // 2)) + rows // 2  # [1, L]
     mask = torch.ones_like(ids)
-    options = {"use_cache": False} if causal else {}
+    options: dict[str, Any] = {"use_cache": False} if causal else {}
+    if isinstance(model, MultiTaskModel):
+        options["task"] = next(iter(model.heads))  # all heads are about as large
 
     def run(_: int) -> object:
         read = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}

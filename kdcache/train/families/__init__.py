@@ -8,6 +8,7 @@ from kdcache.train.families.encoder_decoder import EncoderDecoder
 from kdcache.train.families.family import Family, Setting
 from kdcache.train.families.masked_lm import MaskedLM
 from kdcache.train.families.masked_seq2seq import MaskedSeq2Seq
+from kdcache.train.families.multi_task import MultiTask
 
 __all__ = ["FAMILIES", "Family", "Setting"]
 
@@ -18,4 +19,5 @@ FAMILIES: dict[str, Family] = {
     "masked_seq2seq": MaskedSeq2Seq(),
     "classifier": Classifier(),
     "causal_lm": CausalLM(),
+    "multi_task": MultiTask(),
 }
