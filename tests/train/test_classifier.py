@@ -242,7 +242,7 @@ def test_a_number_out_of_range_is_refused_with_its_row(world, tmp_path):
     with pytest.raises(RecipeError, match=r"train.student.range: is of a number, the student says"):
         make_trainer(world, HARD, KL, student={"range": [0, 1]})
     for wrong in ({"range": [1, 0]}, {"range": [0, 1], "labels": LABELS}):
-        with pytest.raises(RecipeError, match="range is .* of a classifier with a single label"):
+        with pytest.raises(RecipeError, match=r"range is .* of a classifier with a single label"):
             make_trainer(world, HARD, student=wrong)
 
 
