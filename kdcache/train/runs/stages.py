@@ -114,8 +114,10 @@ def check_stages(recipe: Recipe, caches: Mapping[str, str | Path | None]) -> Non
                 raise RecipeError("train.student is not set; give train.student.config or .path")
             paths = [share.path for share in section.caches] or [str(caches[name])]
             opened = [open_cache(path) for path in paths]
+            family = FAMILIES[section.student.kind]
+            whole = family.completed(section, opened)
             for cache in opened:
-                FAMILIES[section.student.kind].objective(section, cache.signals)
+                family.objective(whole, cache.signals)
             if before is not None:
                 _check_follows(before, section.student, opened[0], stage)
         before = (name, section.student, opened[0], stage)
