@@ -20,6 +20,7 @@ from kdcache.recipe.dump import (
     SentencePieceTokenizer,
     StreamSection,
     TokenizerSection,
+    WordPieceTokenizer,
     signal_streams,
 )
 from kdcache.recipe.faults import describe
@@ -127,6 +128,7 @@ __all__ = [
     "TrainSection",
     "ValidationSection",
     "ValueSchedule",
+    "WordPieceTokenizer",
     "builtin_names",
     "dump_recipe",
     "load_recipe",
