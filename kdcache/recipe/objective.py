@@ -273,14 +273,15 @@ class LayersTerm(TermSection):
 class HiddenMSETerm(LayersTerm):
     """Mean squared difference of hidden states, over tokens and features.
 
-    Where the signal is of masked inputs, the student's encoder reads them too.
+    Where the signal is of masked inputs, the student's encoder reads them too. Where it is pooled,
+    the student's states are pooled alike, and the mean is over samples.
     """
 
     loss: Literal["hidden_mse"] = Field("hidden_mse", description="Which term this is.")
 
 
 class HiddenCosineTerm(LayersTerm):
-    """Mean of 1 - cosine similarity of hidden states, over tokens; masked inputs as hidden_mse."""
+    """Mean of 1 - cosine similarity of hidden states, over tokens; the signal as for hidden_mse."""
 
     loss: Literal["hidden_cosine"] = Field("hidden_cosine", description="Which term this is.")
 

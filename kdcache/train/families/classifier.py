@@ -94,9 +94,9 @@ class Classifier(Family):
         return model
 
     def distillation(self, student: Any, objective: Objective, seed: int) -> Distillation:
-        """See `ClassifierDistillation`; it learns nothing beside the student."""
+        """See `ClassifierDistillation`."""
         assert isinstance(objective, ClassifierObjective)
-        return ClassifierDistillation(student, objective)
+        return ClassifierDistillation(student, objective, seed)
 
     def check_labels(self, micro: Batch, objective: Objective) -> None:
         """Nothing: labels are of whole samples, and their names were compared."""
