@@ -17,7 +17,7 @@ from kdcache.dump.runner import dump
 from kdcache.errors import CorpusError, IdentityError, ModelError, RecipeError, TrainingError
 from kdcache.formats.cache import open_cache
 from kdcache.multi_task import MultiTaskConfig, MultiTaskModel
-from kdcache.recipe import EvaluateSection, parse_recipe
+from kdcache.recipe import EvaluateSection, load_recipe, parse_recipe
 from kdcache.tasks import Task
 from kdcache.train.batches.stream import BatchStream
 from kdcache.train.evaluation.evaluate import evaluate
@@ -393,6 +393,25 @@ def test_a_body_of_the_first_layers_of_a_model(world, tmp_path):
 
 
 GPT = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "body", "beside"),
+    [("mkd-paper", 21.3e6, 0), ("mkd-teacher-paper", 303.9e6, 1024 * 1025 + 514 * 1024)],
+)
+def test_published_sizes(recipe, body, beside):
+    """Without embeddings; the teacher's count has its pooler, positions and token types."""
+    student = load_recipe(recipe).train.student
+    heads = {name: one.model_dump() for name, one in student.tasks.items()}
+    config = student.config | {"vocab_size": 30522}
+    with torch.device("meta"):
+        model = MultiTaskModel(MultiTaskConfig(config, heads, head_size=student.head_size))
+    tables = [one.weight for one in model.modules() if isinstance(one, torch.nn.Embedding)]
+    apart = {id(one) for one in [*tables, *model.heads.parameters()]}
+    found = sum(one.numel() for one in model.parameters() if id(one) not in apart)
+    assert found + beside == pytest.approx(body, rel=2e-3)
+
+
 REFUSED = [
     (
         {"tasks": ["topic"], "student": {"tasks": {"topic": {}}}},
