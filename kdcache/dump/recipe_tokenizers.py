@@ -74,7 +74,8 @@ def trained_tokenizers(section: DumpSection, corpus: CorpusSection) -> dict[str,
 def _sentences(corpus: CorpusSection, tokenizer: SentencePieceTokenizer) -> Iterator[str]:
     """Lines to train on: one field after another, the first `max_sentences` of each."""
     for field in tokenizer.fields:
-        texts = (text for batch in read_corpus(corpus) for text in batch.fields[field])
+        rows = read_corpus(corpus.without_copies)
+        texts = (text for batch in rows for text in batch.fields[field])
         yield from islice(texts, tokenizer.max_sentences)
 
 
