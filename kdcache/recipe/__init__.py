@@ -20,6 +20,7 @@ from kdcache.recipe.dump import (
     SentencePieceTokenizer,
     StreamSection,
     TokenizerSection,
+    WordPieceTokenizer,
     signal_streams,
 )
 from kdcache.recipe.faults import describe
@@ -43,6 +44,7 @@ from kdcache.recipe.objective import (
     ScoreKLTerm,
     ScoreMSETerm,
     SoftTerm,
+    TaskLossTerm,
     Term,
     TermSection,
     TotalVariationTerm,
@@ -68,6 +70,7 @@ from kdcache.recipe.train import (
     OptimizerSection,
     ScheduleSection,
     StudentSection,
+    TaskHead,
     TrainSection,
     ValidationSection,
 )
@@ -115,6 +118,8 @@ __all__ = [
     "SoftTerm",
     "StreamSection",
     "StudentSection",
+    "TaskHead",
+    "TaskLossTerm",
     "TaskSection",
     "TeacherSection",
     "Term",
@@ -124,6 +129,7 @@ __all__ = [
     "TrainSection",
     "ValidationSection",
     "ValueSchedule",
+    "WordPieceTokenizer",
     "builtin_names",
     "dump_recipe",
     "load_recipe",

@@ -23,9 +23,10 @@ from kdcache.recipe import CorpusSection, EvaluateSection, Recipe, load_recipe
 from kdcache.train.evaluation.causal import evaluate_causal
 from kdcache.train.evaluation.labelled import evaluate_classifier
 from kdcache.train.evaluation.masked import evaluate_masked
+from kdcache.train.evaluation.tasks import evaluate_tasks
 from kdcache.train.evaluation.translate import translate
 from kdcache.train.runs.validate import score, score_shuffled
-from kdcache.train.students.student import LOADERS, fixed_tables
+from kdcache.train.students.student import LOADERS, fixed_tables, model_class
 from kdcache.train.students.two_tokenizers import load_tokenizers
 
 RESULT = "evaluation.json"
@@ -35,6 +36,7 @@ SCORERS = {
     "masked_lm": evaluate_masked,
     "causal_lm": evaluate_causal,
     "classifier": evaluate_classifier,
+    "multi_task": evaluate_tasks,
 }
 
 
@@ -59,7 +61,8 @@ def evaluate(
         `parameters`, `latency_seconds` of one sentence at a time, `sentences_per_second` of
         the batched search, and `against` with the paired test. Of a run whose student is a masked
         LM what `masked.evaluate_masked` returns, of a causal LM `causal.evaluate_causal`, of a
-        classifier `labelled.evaluate_classifier`, with `parameters`.
+        classifier `labelled.evaluate_classifier`, of a model of several tasks
+        `tasks.evaluate_tasks`, with `parameters`.
 
     Raises:
         RecipeError: no corpus to score on.
@@ -237,8 +240,6 @@ def load_model(
     Raises:
         ModelError: the directory holds no model, or the run no such checkpoint.
     """
-    import transformers
-
     quiet_transformers()
     directory = path
     if _is_run(path):
@@ -251,7 +252,7 @@ def load_model(
                 "evaluate.checkpoint"
             )
     try:
-        model = getattr(transformers, LOADERS[kind][0]).from_pretrained(
+        model = model_class(kind).from_pretrained(
             directory, dtype="float32", use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:

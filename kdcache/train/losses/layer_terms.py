@@ -202,23 +202,35 @@ def check_layers_signal(where: str, term: LayersTerm, record: SignalRecord | Non
 
 
 def check_scores_signal(
-    where: str, term: ScoreMSETerm | ScoreKLTerm, record: SignalRecord | None, source: str
+    where: str,
+    term: ScoreMSETerm | ScoreKLTerm,
+    record: SignalRecord | None,
+    source: str,
+    name: str | None = None,
 ) -> None:
     """Refuse a signal that is none of class scores of what the student's encoder reads.
+
+    Args:
+        where: the term's path in the recipe.
+        term: over it.
+        record: of the signal; None: it is not there.
+        source: stream that the student's encoder reads.
+        name: of the signal; None: the term's own.
 
     Raises:
         RecipeError: it is of another kind, or of masked inputs.
         IdentityError: it describes another stream.
     """
+    name = term.signal if name is None else name
     if not isinstance(record, ClassesRecord):
-        raise RecipeError(f"{where}.signal: {_unfit(term.signal, record, 'classes')}")
+        raise RecipeError(f"{where}.signal: {_unfit(name, record, 'classes')}")
     if record.masks:
         raise RecipeError(
-            f"{where}.signal: {term.signal!r} is of masked inputs; {term.loss} needs plain ones"
+            f"{where}.signal: {name!r} is of masked inputs; {term.loss} needs plain ones"
         )
     if record.stream != source:
         raise IdentityError(
-            f"{where}: signal {term.signal!r} describes stream {record.stream!r}, the student's "
+            f"{where}: signal {name!r} describes stream {record.stream!r}, the student's "
             f"encoder reads {source!r}; set train.source to the signal's stream"
         )
 

@@ -62,7 +62,9 @@ def with_layers(model: Any, encoder: Sequence[int] | None, decoder: Sequence[int
         if types := getattr(model.config, "layer_types", None):
             changes["layer_types"] = [types[number] for number in kept[side]]
     config = type(model.config).from_dict(model.config.to_dict() | changes)
-    student = type(model)(config)
+    # Heads over all layers, or over several, leave out the layer over the first token.
+    bare = {"add_pooling_layer": False} if getattr(model, "pooler", model) is None else {}
+    student = type(model)(config, **bare)
     if hasattr(model, "generation_config"):
         student.generation_config = model.generation_config
     try:
