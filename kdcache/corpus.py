@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from kdcache import messages
 from kdcache.augment import with_copies
+from kdcache.detokenize import DETOKENIZERS
 from kdcache.errors import CorpusError
 from kdcache.recipe import CorpusSection, TaskSection
 
@@ -95,6 +96,10 @@ def read_corpus(section: CorpusSection) -> Iterator[RowBatch]:
                 kept = np.flatnonzero(filled)
                 fields = {name: [texts[i] for i in kept] for name, texts in fields.items()}
                 rows = rows.reshape(size, each)[kept].flatten()
+            if section.detokenize != "none":
+                change = DETOKENIZERS[section.detokenize]
+                for name in set(fields) - {section.label}:
+                    fields[name] = [change(text) for text in fields[name]]
             if section.augment is not None:
                 numbers = (rows[::each] - start) // each
                 masked = section.masked_fields(task)

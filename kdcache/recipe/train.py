@@ -330,6 +330,23 @@ class TrainSection(Section):
         return self
 
 
+class PerturbSection(Section):
+    """Noise on the weights of a model, and what it costs (LightPAFF, section 6.2)."""
+
+    sigmas: list[Annotated[Number, Field(ge=0)]] = Field(
+        min_length=1,
+        description="Standard deviations of the noise, in units of what `over` says.",
+    )
+    over: Literal["mean", "mean_abs"] = Field(
+        "mean",
+        description="Of every named parameter by itself: its mean, as published, or the mean of "
+        "its absolute values, since means are near zero.",
+    )
+    seeds: list[Annotated[StrictInt, Field(ge=0)]] = Field(
+        default_factory=lambda: [1, 2, 3], min_length=1, description="One draw for each."
+    )
+
+
 class EvaluateSection(Section):
     """How `kdcache evaluate` scores."""
 
@@ -351,4 +368,12 @@ class EvaluateSection(Section):
     )
     latency_sentences: StrictInt = Field(
         50, ge=0, description="Sentences timed one at a time; 0: none."
+    )
+    latency_tokens: PositiveInt | None = Field(
+        None,
+        description="Tokens of the text that is timed, of students that do not translate; null: "
+        "128, of a causal LM 512, and never more than its positions.",
+    )
+    perturb: PerturbSection | None = Field(
+        None, description="Score the model with noise on its weights too; null: not."
     )
