@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from kdcache.errors import RecipeError
-from kdcache.recipe.corpus import CorpusSection, TaskSection
+from kdcache.recipe.corpus import AugmentSection, CorpusSection, TaskSection
 from kdcache.recipe.dump import (
     DumpSection,
     PretrainedTokenizer,
@@ -81,6 +81,7 @@ from kdcache.recipe.tree import write_yaml
 __all__ = [
     "AttentionMSETerm",
     "AttentionSignal",
+    "AugmentSection",
     "BeamsSignal",
     "CacheShare",
     "CheckpointSection",
