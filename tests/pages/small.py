@@ -1,4 +1,4 @@
-"""A page's command made small: its own words, and overrides behind them that shrink models and steps."""
+"""A page's command made small: its own words, and overrides that shrink models and steps."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from tests.dump import zoo
 from tests.dump.world import make_lines
 from tests.pages.blocks import ROOT, blocks
 
+VOCAB_SIZE = 36
 SIDES = {"src": "src", "tgt": "tgt", "de": "src", "en": "tgt"}
 
 
@@ -65,11 +66,11 @@ def _write(path: Path, lines: list[str]) -> None:
 
 def _marian(directory: Path, src: list[str], tgt: list[str]) -> None:
     """A Marian that knows how often each piece stands, and nothing else."""
-    tokenizer = train_sentencepiece([*src, *tgt], SentencePieceTokenizer(vocab_size=36), "pages")
+    tokenizer = train_sentencepiece([*src, *tgt], SentencePieceTokenizer(vocab_size=VOCAB_SIZE), "pages")
     directory.mkdir(parents=True)
     for name, data in tokenizer.files().items():
         (directory / name).write_bytes(data)
-    size, sides = tokenizer.vocab_size, ("encoder", "decoder")
+    size, sides = VOCAB_SIZE, ("encoder", "decoder")
     config = MarianConfig(
         d_model=16,
         **{f"{side}_layers": 6 for side in sides},
