@@ -7,9 +7,12 @@ import shlex
 from dataclasses import dataclass
 
 DEEN = "--dump.teacher.path models/deen --corpus.fields.src train.de --corpus.fields.tgt train.en"
-TEACHER_OF_ITS_OWN = (
-    "kdcache dump no-kd --out caches/tokens --corpus.fields.src train.de --corpus.fields.tgt "
-    "train.en --dump.tokenizers.teacher.path models/deen"
+#: A teacher that knows its 40 sentences by heart, for filters that ask what a teacher knows.
+TAUGHT = (
+    f"kdcache dump no-kd --out caches/tokens {DEEN}",
+    "kdcache train no-kd --cache caches/tokens --out runs/taught --train.max_steps 300 "
+    "--train.batch_tokens 500 --train.checkpoints.every_steps 300 --train.optimizer.lr 0.01 "
+    "--train.schedule.warmup_steps 30 --train.student.config.dropout 0",
 )
 
 
@@ -34,8 +37,8 @@ class Scene:
     slow: bool = True
 
 
-def _dump(recipe: str, out: str) -> str:
-    return f"kdcache dump {recipe} --out caches/{out} {DEEN}"
+def _dump(recipe: str, out: str, words: str = DEEN) -> str:
+    return f"kdcache dump {recipe} --out caches/{out} {words}"
 
 
 def _part(out: str, *more: str) -> str:
@@ -43,10 +46,13 @@ def _part(out: str, *more: str) -> str:
 
 
 #: Soft labels on references and on the best hypothesis, hypotheses, and hidden states.
-WHOLE = (
-    _dump("nmt-all", "whole --dump.signals.logits_best "
-          "'{kind: logits, source: src, stream: tgt, hypotheses: beams, hypothesis: 0}'"),
-)  # fmt: skip
+WHOLE = _dump(
+    "hybrid",
+    "whole --dump.signals.logits_best "
+    "'{kind: logits, source: src, stream: tgt, hypotheses: beams, hypothesis: 0}' "
+    "--dump.signals.encoder '{kind: hidden, side: encoder, stream: src}'",
+    DEEN.replace("models/deen", "runs/taught/best"),
+)
 SYSTEMS = "docs/systems.md"
 SCENES = [
     Scene(
@@ -56,7 +62,7 @@ SCENES = [
     ),
     Scene("docs/machines.md", dots=DEEN, before=(_dump("word-level", "deen"),)),
     Scene("docs/repair.md", before=(_dump("word-level", "deen"),)),
-    Scene("docs/recipes.md"),
+    Scene("docs/recipes.md", before=(_dump("word-level", "deen"),)),
     Scene("docs/stores.md"),
     Scene("docs/training.md", before=(_dump("word-level", "deen"),)),
     Scene("docs/while_dumping.md"),
@@ -64,7 +70,8 @@ SCENES = [
     Scene(
         "docs/compile.md",
         before=(
-            *WHOLE,
+            *TAUGHT,
+            WHOLE,
             *(_part(name) for name in ("deen", "a", "clean")),
             *(_part(f"{name} --fraction 0.5") for name in ("b", "noisy")),
             *(_part(f"part{n} --count {8 * n} --seed {n}") for n in (1, 2, 3)),
@@ -151,7 +158,7 @@ NAMES = {
     r"\bTEACHER\b": "models/deen",
     r"\bBERT\b": "models/bert",
     r"--cache CACHE\b": "--cache caches/deen",
-    r"--out CACHE\b": "--out caches/deen",
+    r"--out CACHE\b": "--out caches/new",
     r"\bRUN\b": "runs/run",
 }
 _LAUNCHER = re.compile(r"(?:torchrun|srun|sbatch) .*?(?=\bkdcache (?:dump|train) )")

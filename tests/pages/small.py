@@ -13,8 +13,8 @@ SIZES = {
     "d_model": 16,
     "encoder_ffn_dim": 32,
     "decoder_ffn_dim": 32,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
     "hidden_size": 16,
     "intermediate_size": 32,
     "num_attention_heads": 2,
@@ -41,6 +41,7 @@ EVALUATE = {
     "latency_sentences": 1,
 }
 PIECES = 30
+HYPOTHESIS = 12
 
 
 def shrunk(words: list[str]) -> list[str]:
@@ -66,6 +67,9 @@ def _dump(recipe: Recipe) -> list[str]:
     for name, tokenizer in recipe.dump.tokenizers.items():
         if tokenizer.kind == "sentencepiece":
             words += _overrides(f"dump.tokenizers.{name}", {"vocab_size": PIECES})
+    for name, signal in recipe.dump.signals.items():
+        if signal.kind == "beams":
+            words += _overrides(f"dump.signals.{name}", {"max_length": HYPOTHESIS})
     return words
 
 
@@ -74,7 +78,8 @@ def _train(recipe: Recipe, given: dict[str, str]) -> list[str]:
     words = _overrides("train", values)
     student = recipe.train.student
     config = getattr(student, "config", None) or {}
-    words += _overrides("train.student.config", {k: v for k, v in SIZES.items() if k in config})
+    sizes = {key: value for key, value in SIZES.items() if key in config}
+    words += _overrides("train.student.config", sizes)
     if recipe.train.validation is not None:
         words += _overrides("train.validation", {"every_steps": 2})
     return words

@@ -66,7 +66,9 @@ def _write(path: Path, lines: list[str]) -> None:
 
 def _marian(directory: Path, src: list[str], tgt: list[str]) -> None:
     """A Marian that knows how often each piece stands, and nothing else."""
-    tokenizer = train_sentencepiece([*src, *tgt], SentencePieceTokenizer(vocab_size=VOCAB_SIZE), "pages")
+    tokenizer = train_sentencepiece(
+        [*src, *tgt], SentencePieceTokenizer(vocab_size=VOCAB_SIZE), "pages"
+    )
     directory.mkdir(parents=True)
     for name, data in tokenizer.files().items():
         (directory / name).write_bytes(data)
@@ -88,5 +90,7 @@ def _marian(directory: Path, src: list[str], tgt: list[str]) -> None:
     torch.manual_seed(1)
     model = MarianMTModel(config)
     counts = Counter(i for ids in tokenizer.encode(tgt, target=True) for i in ids)
+    for silent in (3, tokenizer.tokens().index("▁")):
+        counts[silent] //= 10  # so that hypotheses have text; they end where they must
     model.final_logits_bias.copy_(torch.tensor([[math.log(0.1 + counts[i]) for i in range(size)]]))
     model.save_pretrained(directory)
