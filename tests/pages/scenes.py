@@ -176,7 +176,7 @@ def own_words(text: str) -> tuple[dict[str, str], list[str]] | None:
     """
     if text.startswith("sbatch"):
         text = text.removesuffix('"')  # of --wrap
-    text = _LAUNCHER.sub("", text)
+    text = re.sub(r'^eval "\$\((.*)\)"$', r"\1", _LAUNCHER.sub("", text))
     if not re.match(r"(?:[A-Z_]+=\S* )*(?:pip .* && )?kdcache ", text):
         return None
     words = shlex.split(text)
