@@ -175,7 +175,11 @@ def _add_train(parsers: Any) -> None:
     )
     command.add_argument("recipe", metavar="RECIPE", help="a YAML file or a built-in name")
     command.add_argument(
-        "--cache", metavar="CACHE", help="the cache to train from, a directory or URL"
+        "--cache",
+        action="append",
+        metavar="CACHE",
+        help="the cache to train from, a directory or URL; of a recipe with stages given once for "
+        "each, as STAGE=CACHE",
     )
     command.add_argument(
         "--out", metavar="RUN", help="the run directory; an unfinished one goes on"

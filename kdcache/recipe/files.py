@@ -74,7 +74,7 @@ def _read(name_or_path: str, folder: Path, below: tuple[Path, ...]) -> dict[str,
         raise RecipeError(
             f"{shown}: extends is {base!r}; expected a built-in recipe or a path beside the file"
         )
-    return _merged(_read(base, path.parent, (*below, path)), tree)
+    return merged(_read(base, path.parent, (*below, path)), tree)
 
 
 def _find(name_or_path: str, folder: Path) -> Path:
@@ -87,13 +87,13 @@ def _find(name_or_path: str, folder: Path) -> Path:
     return path
 
 
-def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree with another laid over it."""
+def merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree with another laid over it: mappings key by key, all else as a whole."""
     found = dict(base)
     for key, value in own.items():
         under = found.get(key)
         if isinstance(under, dict) and isinstance(value, dict):
-            found[key] = _merged(under, value)
+            found[key] = merged(under, value)
         else:
             found[key] = value
     return found
