@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 DEEN = "--dump.teacher.path models/deen --corpus.fields.src train.de --corpus.fields.tgt train.en"
 #: A teacher that knows its 40 sentences by heart, for filters that ask what a teacher knows.
@@ -26,6 +29,7 @@ class Scene:
         before: commands that the page takes for done.
         dots: what `...` stands for in a dump.
         removed: start of a command, and what a reader has taken away before it.
+        prepare: writes what else the reader has, into the folder.
         slow: whether it waits for `-m slow`.
     """
 
@@ -34,6 +38,7 @@ class Scene:
     before: tuple[str, ...] = ()
     dots: str = DEEN
     removed: tuple[tuple[str, str], ...] = ()
+    prepare: Callable[[Path], object] | None = None
     slow: bool = True
 
 
@@ -194,9 +199,14 @@ def mapped(words: list[str], dots: str) -> list[str]:
     text = " ".join(shlex.quote(word) for word in words if word != "...")
     for pattern, name in NAMES.items():
         text = re.sub(pattern, name, text)
-    found = shlex.split(text)
+    found = [name for word in shlex.split(text) for name in _files(word)]
     if "..." in words and words[0] == "dump":
         more = shlex.split(dots)
         for option, value in zip(more[::2], more[1::2], strict=True):
             found += [] if option in found else [option, value]
     return found
+
+
+def _files(word: str) -> list[str]:
+    """What a shell makes of a word with a star: the files that are there."""
+    return (sorted(glob.glob(word)) if word.endswith(".parquet") else []) or [word]

@@ -51,7 +51,7 @@ def shrunk(words: list[str]) -> list[str]:
     arguments = parse(parser, rest)
     if arguments.command == "dump":
         return [*words, *_dump(load_recipe(arguments.recipe, overrides))]
-    if arguments.command == "train":
+    if arguments.command in ("train", "sweep"):
         return [*words, *_train(load_recipe(arguments.recipe, overrides), dict(overrides))]
     if arguments.command == "evaluate":
         return [*words, *_overrides("evaluate", EVALUATE)]
