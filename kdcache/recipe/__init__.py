@@ -13,13 +13,14 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from kdcache.errors import RecipeError
-from kdcache.recipe.corpus import CorpusSection, TaskSection
+from kdcache.recipe.corpus import AugmentSection, CorpusSection, TaskSection
 from kdcache.recipe.dump import (
     DumpSection,
     PretrainedTokenizer,
     SentencePieceTokenizer,
     StreamSection,
     TokenizerSection,
+    WordPieceTokenizer,
     signal_streams,
 )
 from kdcache.recipe.faults import describe
@@ -80,6 +81,7 @@ from kdcache.recipe.tree import write_yaml
 __all__ = [
     "AttentionMSETerm",
     "AttentionSignal",
+    "AugmentSection",
     "BeamsSignal",
     "CacheShare",
     "CheckpointSection",
@@ -130,6 +132,7 @@ __all__ = [
     "TrainSection",
     "ValidationSection",
     "ValueSchedule",
+    "WordPieceTokenizer",
     "builtin_names",
     "dump_recipe",
     "load_recipe",
