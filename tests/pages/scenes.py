@@ -121,11 +121,11 @@ SCENES = [
     Scene(SYSTEMS, "causal-lm"),
     Scene(
         SYSTEMS,
-        "LightPAFF, GPT-2",
+        "LightPAFF",
         before=(
-            "kdcache dump causal-lm-small --out caches/text --corpus.fields.text english.txt",
-            "kdcache train causal-lm-small --cache caches/text --out runs/gpt2",
-            "kdcache train causal-lm-small --cache caches/text --out runs/pre-trained",
+            "kdcache dump causal-lm-small --out caches/gpt2 --corpus.fields.text english.txt",
+            "kdcache train causal-lm-small --cache caches/gpt2 --out runs/gpt2",
+            "kdcache train causal-lm-small --cache caches/gpt2 --out runs/gpt2-task",
         ),
     ),
     Scene(

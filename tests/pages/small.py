@@ -41,6 +41,7 @@ EVALUATE = {
     "latency_sentences": 1,
 }
 PIECES = 30
+MAX_TOKENS = 64  # as many as the teachers have positions
 HYPOTHESIS = 12
 
 
@@ -64,6 +65,8 @@ def _overrides(section: str, values: dict[str, Any]) -> list[str]:
 
 def _dump(recipe: Recipe) -> list[str]:
     words = _overrides("dump", DUMP)
+    if recipe.dump.max_tokens is not None:
+        words += _overrides("dump", {"max_tokens": min(recipe.dump.max_tokens, MAX_TOKENS)})
     for name, tokenizer in recipe.dump.tokenizers.items():
         if tokenizer.kind == "sentencepiece":
             words += _overrides(f"dump.tokenizers.{name}", {"vocab_size": PIECES})
@@ -76,7 +79,7 @@ def _dump(recipe: Recipe) -> list[str]:
 def _train(recipe: Recipe, given: dict[str, str]) -> list[str]:
     values = {key: value for key, value in TRAIN.items() if f"train.{key}" not in given}
     words = _overrides("train", values)
-    student = recipe.train.student
+    student = [recipe, *recipe.stages.values()][-1].train.student
     config = getattr(student, "config", None) or {}
     sizes = {key: value for key, value in SIZES.items() if key in config}
     words += _overrides("train.student.config", sizes)

@@ -40,6 +40,9 @@ def make_world(root: Path, more: bool = False) -> None:
     _write(root / "mono.de", [f"{line} again" for line in src[:12]])
     for name in ("english", "task", "dev", "test"):
         _write(root / f"{name}.txt", src)
+    _write(root / "both.txt", [*src, *tgt])
+    rows = [f"{line}\t{('no', 'yes')[len(line) % 2]}" for line in src[:20]]
+    _write(root / "task.tsv", ["sentence\tlabel", *rows])
     _write(root / "wanted.txt", ["1", "3", "8"])
     zoo.make("bert", "lm", root / "models" / "bert", [*src, *tgt])
     for ending in ("de", "en"):
