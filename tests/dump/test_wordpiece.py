@@ -62,7 +62,7 @@ def test_words_are_the_most_frequent():
 
 def test_too_small_a_vocabulary_is_refused_in_a_line():
     with pytest.raises(
-        ModelError, match="vocab_size is 20; the corpus has .* take at least"
+        ModelError, match=r"vocab_size is 20; the corpus has .* take at least"
     ) as found:
         trained(vocab_size=20)
     assert "\n" not in str(found.value)
