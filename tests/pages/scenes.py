@@ -116,6 +116,7 @@ SCENES = [
             "kdcache train causal-lm-small --cache caches/text --out runs/pre-trained",
         ),
     ),
+    Scene(SYSTEMS, "mkd"),
     Scene(
         SYSTEMS,
         "Ensembles and several teachers",
