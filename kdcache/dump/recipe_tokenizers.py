@@ -81,7 +81,8 @@ def _sentences(
 ) -> Iterator[str]:
     """Lines to train on: one field after another, the first `max_sentences` of each."""
     for field in tokenizer.fields:
-        texts = (text for batch in read_corpus(corpus) for text in batch.fields[field])
+        rows = read_corpus(corpus.without_copies)
+        texts = (text for batch in rows for text in batch.fields[field])
         yield from islice(texts, tokenizer.max_sentences)
 
 

@@ -68,6 +68,11 @@ class WordPieceTokenizer(Section):
         1_000_000, description="Train on the first this many lines of each field."
     )
 
+    @property
+    def mask(self) -> bool:
+        """It always has a mask token."""
+        return True
+
 
 TokenizerSection = Annotated[
     PretrainedTokenizer | SentencePieceTokenizer | WordPieceTokenizer, Field(discriminator="kind")
