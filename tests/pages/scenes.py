@@ -128,6 +128,7 @@ SCENES = [
             "kdcache train causal-lm-small --cache caches/gpt2 --out runs/gpt2-task",
         ),
     ),
+    Scene(SYSTEMS, "mkd"),
     Scene(
         SYSTEMS,
         "Ensembles and several teachers",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from kdcache.cli import _parser, _split_overrides
@@ -55,7 +56,11 @@ def shrunk(words: list[str]) -> list[str]:
     if arguments.command in ("train", "sweep"):
         return [*words, *_train(load_recipe(arguments.recipe, overrides), dict(overrides))]
     if arguments.command == "evaluate":
-        return [*words, *_overrides("evaluate", EVALUATE)]
+        run = Path(arguments.run_path) / "recipe.yaml"
+        corpus = load_recipe(str(run)).evaluate.corpus if run.is_file() else None
+        several = corpus is not None and bool(corpus.tasks)  # which have limits of their own
+        values = {k: v for k, v in EVALUATE.items() if not (several and k == "corpus.limit")}
+        return [*words, *_overrides("evaluate", values)]
     return words
 
 

@@ -45,6 +45,7 @@ def make_world(root: Path, more: bool = False) -> None:
     _write(root / "task.tsv", ["sentence\tlabel", *rows])
     _write(root / "wanted.txt", ["1", "3", "8"])
     zoo.make("bert", "lm", root / "models" / "bert", [*src, *tgt])
+    _tasks(root / "data", src)
     for ending in ("de", "en"):
         packed = root / "data" / "tatoeba_deen" / f"train.{ending}.gz"
         packed.parent.mkdir(parents=True, exist_ok=True)
@@ -61,6 +62,28 @@ def make_world(root: Path, more: bool = False) -> None:
         "dump: {teacher: {path: models/deen}}\n",
         encoding="utf-8",
     )
+
+
+def _tasks(data: Path, lines: list[str]) -> None:
+    """The files of the recipes mkd: a few rows of each task."""
+    single = {"banking77": ["train", "test"], "clinc150": ["train", "dev", "test"]}
+    pairs = {
+        "snli_10k": (["train", "dev"], ["entailment", "neutral", "contradiction"]),
+        "qnli_10k": (["train", "dev", "glue_dev"], ["entailment", "not_entailment"]),
+        "stsb_ccbysa": (["train", "dev", "test"], ["0.5", "2", "4.5"]),
+    }
+    rows = [[line, "in" if n % 2 else "out"] for n, line in enumerate(lines[:9])]
+    files = {
+        (name, split): (["sentence", "label"], rows) for name in single for split in single[name]
+    }
+    for name, (splits, labels) in pairs.items():
+        head = ["sentence1", "sentence2", "score" if name.startswith("stsb") else "label"]
+        both = zip(lines[:9], lines[9:18], strict=True)
+        rows = [[*pair, labels[n % len(labels)]] for n, pair in enumerate(both)]
+        files |= {(name, split): (head, rows) for split in splits}
+    for (name, split), (head, rows) in files.items():
+        (data / name).mkdir(parents=True, exist_ok=True)
+        _write(data / name / f"{split}.tsv", ["\t".join(row) for row in [head, *rows]])
 
 
 def _write(path: Path, lines: list[str]) -> None:
