@@ -56,11 +56,14 @@ class LogitsSpec:
         codec: how the distributions were made sparse.
         vocab_size: V, the teacher's.
         temperatures: where the tail is stored, ascending.
+        imported: whether others dumped them, so that the log-prob of the target was read off the
+            entries and proves nothing.
     """
 
     codec: Codec
     vocab_size: int
     temperatures: tuple[float, ...]
+    imported: bool = False
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,8 @@ def _gold(codes: np.ndarray) -> Tensor:
 def _decodable(record: SignalRecord, columns: Mapping[str, Ragged]) -> SignalBatch:
     """Columns of some samples as tensors."""
     if isinstance(record, LogitsRecord):
-        spec = LogitsSpec(record.codec, record.vocab_size, tuple(record.temperatures))
+        knots = tuple(record.temperatures)
+        spec = LogitsSpec(record.codec, record.vocab_size, knots, record.imported)
         return coded_labels(spec, columns)
     if isinstance(record, ClassesRecord):
         return _scores(record, columns)

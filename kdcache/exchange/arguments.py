@@ -1,0 +1,95 @@
+"""The arguments of `kdcache import` and `kdcache export`, and the options they stand for."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+IMPORTS = ("distillkit", "vllm", "axolotl", "nemo")
+
+
+def add_import_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `kdcache import`.
+
+    Args:
+        command: the parser of the command.
+    """
+    add = command.add_argument
+    add("format", choices=IMPORTS, metavar="FORMAT", help=f"whose files: {', '.join(IMPORTS)}")
+    add("files", nargs="+", metavar="FILE", help="Parquet (distillkit) or JSONL files, in order")
+    add("--out", required=True, metavar="CACHE", help="the new cache; an unfinished one goes on")
+    add("--tokenizer", required=True, metavar="PATH", help="of the teacher: a directory or hub id")
+    add("--teacher", metavar="NAME", help="what the cache calls the teacher (default: the format)")
+    add("--vocab-size", type=int, metavar="V", help="ids of the teacher (default: the tokenizer's)")
+    add("--top-k", type=int, metavar="K", help="keep the K most probable ids (default: all given)")
+    add(
+        "--values",
+        choices=("uint8", "float16", "float32"),
+        default="uint8",
+        help="how a log-prob is stored (default uint8)",
+    )
+    add("--text-field", metavar="NAME", help="key or column of the text (vllm: prompt)")
+    add("--messages-field", metavar="NAME", help="axolotl: key of the messages (default messages)")
+    add("--logprobs-field", metavar="NAME", help="axolotl: key of the log-probs (default logprobs)")
+    add(
+        "--compression-config",
+        metavar="FILE",
+        help="distillkit: how bytes are packed (default: compression_config.yaml beside the files)",
+    )
+    add("--max-tokens", type=int, metavar="N", help="leave out longer rows (default: none)")
+    add("--shard-tokens", type=int, default=1 << 20, metavar="N", help="most tokens of a shard")
+    add(
+        "--trust-ids",
+        action="store_true",
+        help="take the files' token ids as they are; they are compared with the tokenizer's else",
+    )
+    add(
+        "--no-gold-check",
+        action="store_true",
+        help="import labels that fit their tokens no better than the tokens beside them",
+    )
+
+
+def run_import(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Import as the arguments say.
+
+    Returns:
+        The summary of `import_files`.
+    """
+    for name in ("vocab_size", "top_k", "max_tokens", "shard_tokens"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            option = name.replace("_", "-")
+            arguments.error(f"argument --{option}: {value} is given, expected at least 1")
+    from kdcache.exchange.importer import ImportOptions, import_files
+
+    options = ImportOptions(
+        format=arguments.format,
+        tokenizer=arguments.tokenizer,
+        teacher=arguments.teacher,
+        vocab_size=arguments.vocab_size,
+        top_k=arguments.top_k,
+        values=arguments.values,
+        trust_ids=arguments.trust_ids,
+        gold_check=not arguments.no_gold_check,
+        text_field=arguments.text_field,
+        messages_field=arguments.messages_field,
+        logprobs_field=arguments.logprobs_field,
+        compression_config=arguments.compression_config,
+        max_tokens=arguments.max_tokens,
+        shard_tokens=arguments.shard_tokens,
+    )
+    return import_files(arguments.files, arguments.out, options)
+
+
+def add_export_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `kdcache export`.
+
+    Args:
+        command: the parser of the command.
+    """
+
+
+def run_export(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Export as the arguments say."""
+    raise NotImplementedError
