@@ -114,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_audit,
         _add_compile,
         _add_import,
+        _add_export,
         _add_quickstart,
         _add_recipes,
     ):
@@ -333,7 +334,7 @@ def _add_export(parsers: Any) -> None:
         "export",
         commands.export,
         "write a cache's samples and labels, or its hypotheses, in the form of others",
-        "kdcache export text caches/deen --out pseudo --beams beams",
+        "kdcache export text caches/deen --out pseudo --choice reference --n-best 5",
     )
     exchange_arguments.add_export_arguments(command)
 

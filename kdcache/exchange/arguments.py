@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from kdcache.compile.arguments import condition as parsed_condition
+from kdcache.compile.arguments import told
+
 IMPORTS = ("distillkit", "vllm", "axolotl", "nemo")
+EXPORTS = ("parquet", "text", "distillkit", "vllm")
 
 
 def add_import_arguments(command: argparse.ArgumentParser) -> None:
@@ -88,8 +92,87 @@ def add_export_arguments(command: argparse.ArgumentParser) -> None:
     Args:
         command: the parser of the command.
     """
+    add = command.add_argument
+    add("format", choices=EXPORTS, metavar="FORMAT", help=f"one of {', '.join(EXPORTS)}")
+    add("cache", metavar="CACHE", help="a finished cache, a directory or URL")
+    add("--out", required=True, metavar="DIR", help="a new folder; it appears when it is whole")
+    add("--signals", nargs="*", metavar="NAME", help="write these signals (default: all that fit)")
+    add(
+        "--filter",
+        action="append",
+        default=[],
+        type=told(parsed_condition),
+        metavar="CONDITION",
+        help="keep samples that fulfil it, as 'logits.loss < 3', 'tgt.length <= 50' or "
+        "'beams.bleu >= 20'; may be given again",
+    )
+    add(
+        "--top-k",
+        type=int,
+        metavar="K",
+        help="at most K exact entries of a label (default: all; of codec full 64)",
+    )
+    text = command.add_argument_group("text: pairs of lines for Marian, fairseq and OpenNMT")
+    text.add_argument(
+        "--choice",
+        choices=("best", "reference", "all"),
+        help="the hypotheses that become targets: the best (default), the closest to the reference "
+        "by BLEU, or all",
+    )
+    text.add_argument(
+        "--n-best", type=int, metavar="N", help="write also N hypotheses a source in Moses' form"
+    )
+    text.add_argument("--min-score", type=float, metavar="X", help="least score of a hypothesis")
+    text.add_argument("--name", metavar="STEM", help="of the files' names (default train)")
+    text.add_argument(
+        "--suffixes", nargs=2, metavar=("SRC", "TGT"), help="of their names (default src tgt)"
+    )
+    text.add_argument("--gzip", action="store_true", default=None, help="compress the files")
+    text.add_argument(
+        "--bleu-tokenizer",
+        default="13a",
+        metavar="NAME",
+        help="sacrebleu's, for sentence BLEU (default 13a)",
+    )
 
 
 def run_export(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Export as the arguments say."""
-    raise NotImplementedError
+    """Export as the arguments say.
+
+    Returns:
+        The summary of `export_cache`.
+    """
+    own = {
+        "choice": "choice",
+        "n_best": "n_best",
+        "min_score": "min_score",
+        "name": "name",
+        "suffixes": "suffixes",
+        "gzip": "zipped",
+    }
+    given = {key: getattr(arguments, name) for name, key in own.items()}
+    given = {key: value for key, value in given.items() if value is not None}
+    if arguments.format != "text" and given:
+        option = next(name for name, key in own.items() if key in given).replace("_", "-")
+        arguments.error(f"argument --{option}: goes with the format text")
+    for name in ("top_k", "n_best"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            option = name.replace("_", "-")
+            arguments.error(f"argument --{option}: {value} is given, expected at least 1")
+    names = [arguments.name or "train", *(arguments.suffixes or ("src", "tgt")), "nbest"]
+    if any("/" in name or not name for name in names) or len(set(names[1:])) < 3:
+        arguments.error(f"argument --suffixes: {names[1:3]} give no two names of files")
+    if "suffixes" in given:
+        given["suffixes"] = tuple(given["suffixes"])
+    from kdcache.exchange.exporter import ExportOptions, export_cache
+
+    options = ExportOptions(
+        format=arguments.format,
+        signals=arguments.signals,
+        filters=arguments.filter,
+        top_k=arguments.top_k,
+        bleu_tokenizer=arguments.bleu_tokenizer,
+        **given,
+    )
+    return export_cache(arguments.cache, arguments.out, options)
