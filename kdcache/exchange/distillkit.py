@@ -213,7 +213,7 @@ def _num_rows(path: str) -> int:
 def _opened(path: str) -> pq.ParquetFile:
     """A Parquet file, or an error in one line."""
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(path, pre_buffer=False)  # or a whole row group is in memory
     except (OSError, pa.ArrowException) as error:
         reason = str(error).split("\n")[0]
         raise CorpusError(f"{path}: cannot be read as Parquet: {reason}") from None

@@ -15,7 +15,7 @@ from typing import IO, Any, Literal, cast
 import numpy as np
 from tqdm import tqdm
 
-from kdcache.compile.hypotheses import SentenceBleu, Texts, all_tokens, closest
+from kdcache.compile.hypotheses import SentenceBleu, Texts, all_tokens
 from kdcache.formats.cache import Cache
 from kdcache.formats.signals import BeamsRecord
 
@@ -116,18 +116,22 @@ class TextExport:
             log_probs, scores = (found.fields[k].tolist() for k in ("log_prob", "score"))
             ends = found.offsets.tolist()
             here = slice(start - samples.start, stop - samples.start)
-            best = np.zeros(stop - start, dtype=np.int64)
-            if self._bleu is not None and np.diff(ends).all():
-                wanted = references[here].to_pylist()
-                best = closest(columns, texts, wanted, self._bleu)
-            for number, source in enumerate(sources[here].to_pylist()):
+            both = zip(sources[here].to_pylist(), references[here].to_pylist(), strict=True)
+            for number, (source, reference) in enumerate(both):
                 a, b = ends[number], ends[number + 1]
                 if kept[start + number]:
                     all_of = list(zip(texts[a:b], log_probs[a:b], scores[a:b], strict=True))
-                    every = list(range(b - a))
-                    chosen = every if self._choice == "all" else every[best[number] :][:1]
-                    yield source, all_of, chosen
+                    yield source, all_of, self._chosen(texts[a:b], reference)
                 bar.update(1)
+
+    def _chosen(self, texts: list[str], reference: str) -> list[int]:
+        """Which hypotheses of a sample become pairs, the first of equally close ones."""
+        if self._choice == "all" or not texts:
+            return list(range(len(texts)))
+        if self._bleu is None:
+            return [0]
+        scores = [self._bleu.score(text, reference) for text in texts]
+        return [scores.index(max(scores))]
 
     def _pairs(
         self,

@@ -140,9 +140,10 @@ def _signals(cache: Cache, options: ExportOptions) -> tuple[list[SignalRecord], 
             )
     if options.format != "parquet" and len(chosen) != 1:
         kind = "hypotheses (kind beams)" if options.format == "text" else "soft labels"
+        found = f"there are {chosen}: name one" if chosen else "it has none: dump one"
+        how = " with --signals" if chosen else ""
         raise RecipeError(
-            f"{cache.path}: {options.format} is made of one signal of {kind}, and there are "
-            f"{chosen}; name one with --signals"
+            f"{cache.path}: {options.format} is made of one signal of {kind}, and {found}{how}"
         )
     for name in chosen:
         cache.require_complete(name)
