@@ -39,7 +39,7 @@ class Alignment:
         Args:
             tokenizer: of the cache.
             trust_ids: take the file's ids as they are, whatever the tokenizer makes of the text.
-            vocab_size: V, ids that there are.
+            vocab_size: ids that texts may have.
         """
         self._tokenizer, self._trust, self._vocab_size = tokenizer, trust_ids, vocab_size
         self.compared = 0
@@ -71,8 +71,7 @@ class Alignment:
             at = int(outside[0])
             raise IdentityError(
                 f"{row.where}: token {at} is id {row.ids[at]}, and {self._tokenizer.path} has "
-                f"{self._vocab_size} ids: name the tokenizer of the teacher that was dumped, or "
-                "--vocab-size"
+                f"{self._vocab_size} ids: name the tokenizer of the teacher that was dumped"
             )
         text = row.text
         if text is None:

@@ -115,7 +115,8 @@ def import_files(
     pad_id = tokenizer.special_ids["pad_id"]
     reader = reader_of([str(path) for path in paths], options, None if pad_id == ends else pad_id)
     vocab_size = options.vocab_size or tokenizer.vocab_size
-    alignment = Alignment(tokenizer, options.trust_ids, vocab_size)
+    known = min(vocab_size, tokenizer.vocab_size)
+    alignment = Alignment(tokenizer, options.trust_ids, known)
     top_k = _pilot(reader, alignment, options, vocab_size)
     with CacheWriter(out) as writer:
         _write_samples(writer, reader, alignment, tokenizer, options)

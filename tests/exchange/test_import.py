@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from kdcache.cli import main
 from kdcache.errors import CorpusError, IdentityError, RecipeError
 from kdcache.exchange.importer import ImportOptions, import_files
 from kdcache.formats.cache import open_cache
@@ -296,6 +297,60 @@ def test_bytes_of_another_config_are_refused(data, tmp_path):
     config.unlink()
     with pytest.raises(RecipeError, match=r"compression_config\.yaml: no such file"):
         bring(data, files, tmp_path / "c", "distillkit")
+
+
+def test_the_command_tells_what_it_did(data, tmp_path, capsys):
+    short = data.tokenizer("a")["input_ids"]
+    assert len(short) == 1
+    bare = {"prompt": "a", "prompt_token_ids": short, "prompt_logprobs": [None]}
+    none = {"prompt": "", "prompt_token_ids": [], "prompt_logprobs": []}
+    rows = [peers.vllm_row(data.texts[n], data.ids[n], data.log_probs[n], K) for n in range(9)]
+    path = peers.write_jsonl(tmp_path / "few.jsonl", [rows[0], none, bare, *rows[1:]])
+    tokenizer, out = str(data.root / "tokenizer"), str(tmp_path / "cache")
+    words = ["import", "vllm", str(path), "--tokenizer", tokenizer, "--out", out]
+    most = max(map(len, data.ids[:9])) - 1
+    assert main([*words, "--max-tokens", str(most), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    long = [n for n in range(9) if len(data.ids[n]) > most]
+    kept = [*data.ids[:1], short, *data.ids[1:9]]
+    assert summary["dropped"] == {"empty": 0, "no_tokens": 1, "too_long": len(long)}
+    assert [ids for ids, *_ in _tokens(out)] == [ids for ids in kept if len(ids) <= most]
+    assert len(long) > 0
+    assert main(["audit", out]) == 1
+    assert "'logits' was imported, and its teacher is not at hand" in capsys.readouterr().err
+    assert main(words) == 0  # what stands stays, whatever else is asked for
+    shown = capsys.readouterr().out
+    assert "shards skipped                  1" in shown
+    assert "limit: no tail" in shown
+    with pytest.raises(SystemExit):
+        main([*words, "--top-k", "0"])
+    assert "argument --top-k: 0 is given" in capsys.readouterr().err
+
+
+def _tokens(path):
+    """Tokens of every sample, with the labels left alone."""
+    cache = open_cache(path)
+    for shard in range(cache.num_shards):
+        stream = cache.samples(shard).streams["text"]
+        ids = join_ids(stream.fields).tolist()
+        for a, b in zip(stream.offsets, stream.offsets[1:], strict=False):
+            yield (ids[a:b],)
+
+
+def test_an_imported_cache_is_compiled_as_any_other(data, tmp_path):
+    from kdcache.compile import CompileOptions, compile_caches
+
+    bring(data, peers.write_vllm(data), tmp_path / "cache", "vllm", shard_tokens=1 << 20)
+    codec = {"name": "topk", "k": 2, "values": "float32"}
+    options = CompileOptions(codecs={"logits": codec}, filters=["text.length <= 14"])
+    compile_caches([tmp_path / "cache"], tmp_path / "small", options)
+    few = [n for n, ids in enumerate(data.ids) if len(ids) <= 14]
+    found = stored(tmp_path / "small")
+    assert len(found) == len(few) > 3
+    for (ids, _, entries, tail, _), n in zip(found, few, strict=True):
+        assert ids == data.ids[n]
+        expect(entries, tail, data.log_probs[n], k=2)
+    assert open_cache(tmp_path / "small").signal("logits").imported
 
 
 def test_an_interrupted_import_goes_on(data, tmp_path, monkeypatch):
