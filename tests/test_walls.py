@@ -97,14 +97,7 @@ def test_exchange_runs_no_teacher_and_no_student() -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [
-        ("--help",),
-        ("--version",),
-        ("dump", "--help"),
-        ("train", "--help"),
-        ("import", "--help"),
-        ("recipes",),
-    ],
+    [("--help",), ("dump", "--help"), ("import", "--help"), ("recipes",), ("completion", "bash")],
     ids=" ".join,
 )
 def test_the_face_starts_without_torch(words: tuple[str, ...]) -> None:

@@ -30,27 +30,24 @@ def add_import_arguments(command: argparse.ArgumentParser) -> None:
         "--values",
         choices=("uint8", "float16", "float32"),
         default="uint8",
-        help="how a log-prob is stored (default uint8)",
+        metavar="TYPE",
+        help="of a stored log-prob: uint8 (default), float16, float32",
     )
-    add("--text-field", metavar="NAME", help="key or column of the text (vllm: prompt)")
-    add("--messages-field", metavar="NAME", help="axolotl: key of the messages (default messages)")
-    add("--logprobs-field", metavar="NAME", help="axolotl: key of the log-probs (default logprobs)")
-    add(
-        "--compression-config",
-        metavar="FILE",
-        help="distillkit: how bytes are packed (default: compression_config.yaml beside the files)",
-    )
+    add("--text", metavar="KEY", help="key or column of the text (vllm: prompt)")
+    add("--messages", metavar="KEY", help="axolotl: key of the messages")
+    add("--logprobs", metavar="KEY", help="axolotl: key of the log-probs")
+    add("--packing", metavar="FILE", help="distillkit: its compression_config.yaml, if elsewhere")
     add("--max-tokens", type=int, metavar="N", help="leave out longer rows (default: none)")
     add("--shard-tokens", type=int, default=1 << 20, metavar="N", help="most tokens of a shard")
     add(
         "--trust-ids",
         action="store_true",
-        help="take the files' token ids as they are; they are compared with the tokenizer's else",
+        help="do not compare the files' token ids with the tokenizer's",
     )
     add(
         "--no-gold-check",
         action="store_true",
-        help="import labels that fit their tokens no better than the tokens beside them",
+        help="do not ask whether labels fit their tokens",
     )
 
 
@@ -76,10 +73,10 @@ def run_import(arguments: argparse.Namespace) -> dict[str, Any]:
         values=arguments.values,
         trust_ids=arguments.trust_ids,
         gold_check=not arguments.no_gold_check,
-        text_field=arguments.text_field,
-        messages_field=arguments.messages_field,
-        logprobs_field=arguments.logprobs_field,
-        compression_config=arguments.compression_config,
+        text_field=arguments.text,
+        messages_field=arguments.messages,
+        logprobs_field=arguments.logprobs,
+        compression_config=arguments.packing,
         max_tokens=arguments.max_tokens,
         shard_tokens=arguments.shard_tokens,
     )
@@ -103,8 +100,8 @@ def add_export_arguments(command: argparse.ArgumentParser) -> None:
         default=[],
         type=told(parsed_condition),
         metavar="CONDITION",
-        help="keep samples that fulfil it, as 'logits.loss < 3', 'tgt.length <= 50' or "
-        "'beams.bleu >= 20'; may be given again",
+        help="keep samples that fulfil it, as 'logits.loss < 3' or 'beams.bleu >= 20'; again and "
+        "again",
     )
     add(
         "--top-k",
@@ -116,8 +113,9 @@ def add_export_arguments(command: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--choice",
         choices=("best", "reference", "all"),
-        help="the hypotheses that become targets: the best (default), the closest to the reference "
-        "by BLEU, or all",
+        metavar="WHICH",
+        help="which hypotheses become targets: the best (default), the closest to the reference by "
+        "BLEU, or all",
     )
     text.add_argument(
         "--n-best", type=int, metavar="N", help="write also N hypotheses a source in Moses' form"
@@ -129,10 +127,7 @@ def add_export_arguments(command: argparse.ArgumentParser) -> None:
     )
     text.add_argument("--gzip", action="store_true", default=None, help="compress the files")
     text.add_argument(
-        "--bleu-tokenizer",
-        default="13a",
-        metavar="NAME",
-        help="sacrebleu's, for sentence BLEU (default 13a)",
+        "--bleu-tokenizer", default="13a", metavar="NAME", help="sacrebleu's (default 13a)"
     )
 
 

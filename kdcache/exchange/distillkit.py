@@ -82,7 +82,7 @@ class DistillkitReader:
             if config is None and not beside.is_file():
                 raise RecipeError(
                     f"{beside}: no such file, and it says how {paths[0]} is compressed; name it "
-                    "with --compression-config"
+                    "with --packing"
                 )
             self._config = read_config(config or beside)
 

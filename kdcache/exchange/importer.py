@@ -136,13 +136,13 @@ def check_options(options: ImportOptions) -> None:
         RecipeError: with the option.
     """
     own = {
-        "text_field": ("distillkit", "vllm", "nemo"),
-        "messages_field": ("axolotl",),
-        "logprobs_field": ("axolotl",),
-        "compression_config": ("distillkit",),
+        "--text": (options.text_field, ("distillkit", "vllm", "nemo")),
+        "--messages": (options.messages_field, ("axolotl",)),
+        "--logprobs": (options.logprobs_field, ("axolotl",)),
+        "--packing": (options.compression_config, ("distillkit",)),
     }
-    for name, formats in own.items():
-        if getattr(options, name) is not None and options.format not in formats:
+    for name, (value, formats) in own.items():
+        if value is not None and options.format not in formats:
             raise RecipeError(
                 f"import {options.format}: {name} is of {' and '.join(formats)}; leave it out"
             )

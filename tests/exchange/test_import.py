@@ -262,7 +262,7 @@ BAD_ROWS = {
         "line 4: no log-probs: expected the key 'prompt_logprobs'",
     ),
     "another vocabulary": (lambda row: None, {"vocab_size": 50}, "line 1: token 0 is id .* has 50"),
-    "another's option": (lambda row: None, {"messages_field": "m"}, "messages_field is of axolotl"),
+    "another's option": (lambda row: None, {"messages_field": "m"}, "--messages is of axolotl"),
 }
 
 
