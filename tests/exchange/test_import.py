@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -316,6 +317,12 @@ def test_the_command_tells_what_it_did(data, tmp_path, capsys):
     assert summary["dropped"] == {"empty": 0, "no_tokens": 1, "too_long": len(long)}
     assert [ids for ids, *_ in _tokens(out)] == [ids for ids in kept if len(ids) <= most]
     assert len(long) > 0
+    [broken] = Path(out, "samples").iterdir()
+    raw = broken.read_bytes()
+    broken.write_bytes(raw[:600] + b"?" + raw[601:])
+    assert main(["verify", out, "--repair"]) == 1
+    assert "it was imported; name a copy of it by --mirror" in capsys.readouterr().out
+    broken.write_bytes(raw)
     assert main(["audit", out]) == 1
     assert "'logits' was imported, and its teacher is not at hand" in capsys.readouterr().err
     assert main(words) == 0  # what stands stays, whatever else is asked for
@@ -417,7 +424,8 @@ def test_a_student_learns_from_an_imported_cache(data, tmp_path):
     losses = [found["loss"] for found in map(json.loads, metrics) if "loss" in found]
     assert losses[-1] < losses[0]
     # Labels that slid get in when the check is off; the student's own check then finds them.
-    files, _ = peers.write_distillkit(data, tmp_path / "bad", shift=1)
+    # So many entries that they hold a third of the tokens by chance, with values that agree.
+    files, _ = peers.write_distillkit(data, tmp_path / "bad", shift=1, k=100, plain=True)
     bring(data, files, tmp_path / "shifted", "distillkit", gold_check=False)
     with pytest.raises(TrainingError, match="labels are shifted against their targets"):
         train(recipe, tmp_path / "shifted", tmp_path / "other")
