@@ -56,8 +56,7 @@ class LogitsSpec:
         codec: how the distributions were made sparse.
         vocab_size: V, the teacher's.
         temperatures: where the tail is stored, ascending.
-        imported: whether others dumped them, so that the log-prob of the target was read off the
-            entries and proves nothing.
+        imported: whether others dumped them, so that `gold` is what the entries say.
     """
 
     codec: Codec

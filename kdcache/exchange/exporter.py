@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from tqdm import tqdm
 
 from kdcache.compile.measures import fulfilled, has_measure, measure
 from kdcache.compile.options import Condition
@@ -83,34 +84,7 @@ def export_cache(path: str | Path, out: str | Path, options: ExportOptions) -> d
         output_folder(out) as folder,
         progress(cache.num_samples, options.format, "sample") as bar,
     ):
-        more: dict[str, Any] = {}
-        if options.format == "parquet":
-            logits = [record for record in records if isinstance(record, LogitsRecord)]
-            beams = [record for record in records if isinstance(record, BeamsRecord)]
-            written = ParquetExport(cache, logits, beams, options.top_k).run(folder, kept, bar)
-        elif options.format == "text":
-            [record] = records
-            assert isinstance(record, BeamsRecord), "signals were chosen by kind"
-            chosen = options.choice, options.n_best, options.min_score, options.bleu_tokenizer
-            text = TextExport(cache, record, *chosen)
-            names = options.name, options.suffixes, options.zipped
-            written = text.run(folder, *names, kept, bar)
-            more = {
-                "mended": text.mended,
-                "empty": text.empty,
-                "low_score": text.low,
-                "without_hypotheses": text.none,
-            }
-        else:
-            [record] = records
-            assert isinstance(record, LogitsRecord), "signals were chosen by kind"
-            if options.format == "vllm":
-                written = write_vllm(cache, record, options.top_k, folder, kept, bar)
-            else:
-                most = record.codec.max_exact(record.vocab_size)
-                usual = FULL_TOP_K if record.codec.name == "full" else most
-                k = min(most, options.top_k or usual)
-                written = write_distillkit(cache, record, k, folder, kept, bar)
+        written, more = _write(cache, records, options, folder, kept, bar)
     files = written_files(out)
     return {
         "cache": str(path),
@@ -125,6 +99,35 @@ def export_cache(path: str | Path, out: str | Path, options: ExportOptions) -> d
         "files": [file["name"] for file in files],
         "bytes": sum(int(str(file["bytes"])) for file in files),
     }
+
+
+def _write(
+    cache: Cache,
+    records: Sequence[SignalRecord],
+    options: ExportOptions,
+    folder: Path,
+    kept: np.ndarray,
+    bar: tqdm[Any],
+) -> tuple[int, dict[str, int]]:
+    """Write the files; how many rows, lines or pairs, and what was counted besides."""
+    if options.format == "parquet":
+        logits = [record for record in records if isinstance(record, LogitsRecord)]
+        beams = [record for record in records if isinstance(record, BeamsRecord)]
+        return ParquetExport(cache, logits, beams, options.top_k).run(folder, kept, bar), {}
+    [record] = records
+    if isinstance(record, BeamsRecord):
+        chosen = options.choice, options.n_best, options.min_score, options.bleu_tokenizer
+        text = TextExport(cache, record, *chosen)
+        written = text.run(folder, options.name, options.suffixes, options.zipped, kept, bar)
+        counts = {"mended": text.mended, "empty": text.empty, "low_score": text.low}
+        return written, counts | {"without_hypotheses": text.none}
+    assert isinstance(record, LogitsRecord), "signals were chosen by kind"
+    if options.format == "vllm":
+        return write_vllm(cache, record, options.top_k, folder, kept, bar), {}
+    most = record.codec.max_exact(record.vocab_size)
+    usual = FULL_TOP_K if record.codec.name == "full" else most
+    k = min(most, options.top_k or usual)
+    return write_distillkit(cache, record, k, folder, kept, bar), {}
 
 
 def _signals(cache: Cache, options: ExportOptions) -> tuple[list[SignalRecord], list[str]]:

@@ -20,6 +20,8 @@ def output_folder(out: str | Path) -> Iterator[Path]:
         StorageError: there is something at `out`.
     """
     path = Path(out)
+    if "://" in str(out):
+        raise StorageError(f"{out}: exports go to a folder of this machine; name one, and copy it")
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise StorageError(f"{out}: there is something already; choose another output")
     path.parent.mkdir(parents=True, exist_ok=True)

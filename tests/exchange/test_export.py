@@ -251,6 +251,8 @@ def test_an_output_is_whole_or_not_there(cache, tmp_path, monkeypatch, capsys):
     first = [p.read_bytes() for p in sorted((tmp_path / "out").iterdir())]
     assert main(words) == 1
     assert "there is something already" in capsys.readouterr().err
+    assert main([*words[:4], "s3://bucket/out"]) == 1
+    assert "a folder of this machine" in capsys.readouterr().err
     words[4] = str(tmp_path / "again")
     assert main(words) == 0
     assert [p.read_bytes() for p in sorted((tmp_path / "again").iterdir())] == first
