@@ -29,7 +29,7 @@ kdcache train word-level --cache CACHE --out RUN \\
     --train.objective.1.temperature 2 \\
     --train.objective.2 '{loss: forward_kl, weight: 0.1, temperature: 4}' \\
     --train.student.config.encoder_layers 3
-kdcache dump word-level --out CACHE --dump.signals.logits.codec '{name: topk, k: 12}'
+kdcache dump word-level --out CACHE ... --dump.signals.logits.codec '{name: topk, k: 12}'
 ```
 
 Paths of files are relative to the directory that the command runs in.

@@ -309,6 +309,43 @@ class SampleWriter:
         )
 
 
+def check_copies(
+    corpus: CorpusSection, streams: Mapping[str, StreamSection], tokenizers: Mapping[str, Tokenizer]
+) -> None:
+    """Refuse masked copies of text whose tokenizer takes the mask for something else.
+
+    Args:
+        corpus: the recipe's.
+        streams: the recipe's.
+        tokenizers: by name; streams of others are not looked at.
+
+    Raises:
+        ModelError: the mask is not its mask token, or the text is of messages.
+    """
+    if corpus.augment is None:
+        return
+    masked = {name for task in corpus.parts for name in corpus.masked_fields(task)}
+    for name, stream in streams.items():
+        tokenizer = tokenizers.get(stream.tokenizer)
+        if tokenizer is None or not masked & {stream.field, stream.pair}:
+            continue
+        where, mask = f"corpus.augment: stream {name!r}", corpus.augment.mask
+        if stream.template == "chat":
+            raise ModelError(
+                f"{where} is of messages, whose words cannot be masked; leave field "
+                f"{stream.field!r} out of augment.fields"
+            )
+        own = "none" if tokenizer.mask_id is None else repr(tokenizer.tokens()[tokenizer.mask_id])
+        if (
+            tokenizer.mask_id is None
+            or tokenizer.encode([mask], stream.target)[0].count(tokenizer.mask_id) != 1
+        ):
+            raise ModelError(
+                f"{where}: augment.mask is {mask!r}, the mask token of its tokenizer "
+                f"({tokenizer.path}) is {own}; give that one, or a tokenizer that has one"
+            )
+
+
 def check_templates(
     streams: Mapping[str, StreamSection], tokenizers: Mapping[str, Tokenizer]
 ) -> None:

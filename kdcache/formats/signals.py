@@ -113,7 +113,7 @@ class LogitsRecord(SignalRecord):
     may_name = frozenset({"masks", "hypotheses"})
 
     kind: Literal["logits"] = "logits"
-    at: Literal["targets", "positions", "masked", "segment"]
+    at: Literal["targets", "positions", "masked", "segment", "segment_in_place"]
     hypothesis: Literal["all"] | Count = 0
     vocab_size: VocabSize
     codec: Codec
@@ -125,7 +125,7 @@ class LogitsRecord(SignalRecord):
             self.codec.max_exact(self.vocab_size)
         except OverflowError:
             raise ValueError("codec: its parameters are out of range") from None
-        if (self.masks is not None) != (self.at in ("masked", "segment")):
+        if (self.masks is not None) != (self.at in ("masked", "segment", "segment_in_place")):
             raise ValueError(f"at {self.at!r} with masks {self.masks!r}")
         if self.hypotheses is not None and self.at != "targets":
             raise ValueError(f"at {self.at!r} with hypotheses {self.hypotheses!r}")

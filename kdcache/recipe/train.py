@@ -56,16 +56,23 @@ class TaskHead(Section):
         return self
 
 
+StudentKind = Literal[
+    "encoder_decoder", "masked_lm", "masked_seq2seq", "causal_lm", "classifier", "multi_task"
+]
+
+
 class StudentSection(Section):
     """The model that is trained."""
 
-    kind: Literal["encoder_decoder", "masked_lm", "causal_lm", "classifier", "multi_task"] = Field(
+    kind: StudentKind = Field(
         "encoder_decoder",
         description="What the model is. All but an encoder_decoder read train.source, which is "
         "train.target too. masked_lm: with tokens masked, and predicts what stood there (BERT). "
-        "causal_lm: predicts every token but the first from those before it, of a chat those that "
-        "the assistant wrote (GPT-2, Llama). classifier: says of a whole text or pair which class "
-        "it is of, or a number. multi_task: an encoder with a head for each of several tasks.",
+        "masked_seq2seq: an encoder-decoder that reads with a segment masked, and predicts the "
+        "segment (MASS). causal_lm: predicts every token but the first from those before it, of a "
+        "chat those that the assistant wrote (GPT-2, Llama). classifier: says of a whole text or "
+        "pair which class it is of, or a number. multi_task: an encoder with a head for each of "
+        "several tasks.",
     )
     labels: Annotated[list[str], Field(min_length=1)] | None = Field(
         None,

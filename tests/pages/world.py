@@ -18,6 +18,7 @@ from tests.dump.world import make_lines
 from tests.exchange import peers
 from tests.pages.blocks import ROOT, blocks
 
+VOCAB_SIZE = 36
 SIDES = {"src": "src", "tgt": "tgt", "de": "src", "en": "tgt"}
 
 
@@ -40,6 +41,9 @@ def make_world(root: Path, more: bool = False) -> None:
     _write(root / "mono.de", [f"{line} again" for line in src[:12]])
     for name in ("english", "task", "dev", "test"):
         _write(root / f"{name}.txt", src)
+    _write(root / "both.txt", [*src, *tgt])
+    rows = [f"{line}\t{('no', 'yes')[len(line) % 2]}" for line in src[:20]]
+    _write(root / "task.tsv", ["sentence\tlabel", *rows])
     _write(root / "wanted.txt", ["1", "3", "8"])
     zoo.make("bert", "lm", root / "models" / "bert", [*src, *tgt])
     for ending in ("de", "en"):
@@ -78,11 +82,13 @@ def _write(path: Path, lines: list[str]) -> None:
 
 def _marian(directory: Path, src: list[str], tgt: list[str]) -> None:
     """A Marian that knows how often each piece stands, and nothing else."""
-    tokenizer = train_sentencepiece([*src, *tgt], SentencePieceTokenizer(vocab_size=36), "pages")
+    tokenizer = train_sentencepiece(
+        [*src, *tgt], SentencePieceTokenizer(vocab_size=VOCAB_SIZE), "pages"
+    )
     directory.mkdir(parents=True)
     for name, data in tokenizer.files().items():
         (directory / name).write_bytes(data)
-    size, sides = tokenizer.vocab_size, ("encoder", "decoder")
+    size, sides = VOCAB_SIZE, ("encoder", "decoder")
     config = MarianConfig(
         d_model=16,
         **{f"{side}_layers": 6 for side in sides},
@@ -100,5 +106,7 @@ def _marian(directory: Path, src: list[str], tgt: list[str]) -> None:
     torch.manual_seed(1)
     model = MarianMTModel(config)
     counts = Counter(i for ids in tokenizer.encode(tgt, target=True) for i in ids)
+    for silent in (3, tokenizer.tokens().index("▁")):
+        counts[silent] //= 10  # so that hypotheses have text; they end where they must
     model.final_logits_bias.copy_(torch.tensor([[math.log(0.1 + counts[i]) for i in range(size)]]))
     model.save_pretrained(directory)

@@ -13,7 +13,9 @@ from kdcache.cli import main
 from kdcache.formats.cache import open_cache
 from kdcache.recipe import dump_recipe, load_recipe, parse_recipe
 from kdcache.recipe.tree import read_yaml
+from kdcache.train.evaluation.evaluate import count_parameters
 from kdcache.train.runs.trainer import Trainer
+from kdcache.train.students.student import build_student
 from tests.train import many_ranks
 from tests.train.conftest import make_lines
 from tests.train.test_masked_lm import BERT, save_tokenizer
@@ -210,6 +212,10 @@ def test_caches_and_outputs_that_do_not_fit_are_refused(world, tmp_path, capsys)
         found = said(name, "lightpaff-bert:middle", "--out", "x", "--print-recipe")
         assert "there is no stage 'middle'; it has pretraining, finetuning" in found
     assert "it has none" in said("train", "word-level:one", "--print-recipe")
+    more = ["--stages.finetuning.train.seed", "7", "--print-recipe"]
+    assert "of stage pretraining alone" in said("train", "lightpaff-bert:pretraining", *more)
+    assert main(["train", "lightpaff-bert:finetuning", *more]) == 0
+    assert "seed: 7" in capsys.readouterr().out
     words = ["--corpus.fields.text", str(world.root / "text")]
     found = said("dump", "lightpaff-bert", "--out", str(tmp_path / "x"), *words)
     assert "name one of lightpaff-bert-small:pretraining, lightpaff-bert-small:fin" in found
@@ -234,3 +240,33 @@ def test_a_resolved_recipe_of_stages_is_read_back_as_it_is():
         assert dump_recipe(parse_recipe(read_yaml(text))) == text
         assert recipe.stages["finetuning"].name == f"{recipe.name}:finetuning"
         assert load_recipe(f"{name}:finetuning") == recipe.stages["finetuning"]
+
+
+#: Recipe, pieces of the vocabulary, and millions of parameters as published and as they are here.
+SIZES = [
+    ("lightpaff-bert-paper:pretraining", 30522, 25, 25.6),
+    ("lightpaff-bert-paper:finetuning", 30522, 25, 25.6),
+    ("lightpaff-bert-paper:finetuning", 21128, 20, 20.8),  # BERT's Chinese vocabulary
+    ("lightpaff-gpt2-paper:finetuning", 50257, 67, 67.7),
+    ("lightpaff-mass-paper:pretraining", 32000, 42, 41.6),
+]
+
+
+@pytest.mark.parametrize(("name", "vocab_size", "published", "ours"), SIZES)
+def test_parameters_are_those_of_the_paper(name, vocab_size, published, ours):
+    tokenizer = SimpleNamespace(pad_id=0, eos_id=3, bos_id=2)
+    with torch.device("meta"):
+        model = build_student(load_recipe(name).train.student, tokenizer, vocab_size, 1)
+    found = count_parameters(model)["total"] / 1e6
+    assert round(found, 1) == ours
+    assert found == pytest.approx(published, rel=0.045)
+
+
+def test_lambdas_are_the_papers():
+    said = {"bert": (0.0, 1.0), "gpt2": (0.6, 0.4), "mass": (0.3, 0.7)}
+    for name, weights in said.items():
+        for scale in ("small", "paper"):
+            objective = load_recipe(f"lightpaff-{name}-{scale}:pretraining").train.objective
+            assert [term.loss for term in objective] == ["cross_entropy", "forward_kl"]
+            assert tuple(term.weight for term in objective) == weights
+            assert objective[1].temperature == 1

@@ -26,7 +26,7 @@ from kdcache.train.runs.run import IDENTITY, RECIPE, write_text
 logger = logging.getLogger(__name__)
 
 #: Kinds of students that go on as another kind: all weights but those of its head are kept.
-GOES_ON_AS = {("masked_lm", "classifier")}
+GOES_ON_AS = {("masked_lm", "classifier"), ("masked_seq2seq", "encoder_decoder")}
 
 
 def caches_of_stages(recipe: Recipe, given: Sequence[str]) -> dict[str, str | None]:
@@ -132,7 +132,8 @@ def _check_follows(
     if other.kind != student.kind and (other.kind, student.kind) not in GOES_ON_AS:
         raise RecipeError(
             f"train.student.kind is {student.kind}, which a {other.kind} of stage {name} cannot "
-            "become; give both the same, or a masked_lm before a classifier"
+            "become; give both the same, or a masked_lm before a classifier, or a masked_seq2seq "
+            "before an encoder_decoder"
         )
     for key in ("path", "config", "layers"):
         if getattr(student, key) != getattr(other, key):
