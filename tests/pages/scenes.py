@@ -87,6 +87,13 @@ SCENES = [
         ),
         removed=(("kdcache compile wire/deen", "caches/deen"),),
     ),
+    Scene(
+        "docs/exchange.md",
+        before=(
+            "kdcache dump nmt-all --out caches/deen --dump.teacher.path models/deen "
+            "--corpus.fields.src train.de --corpus.fields.tgt train.en",
+        ),
+    ),
     Scene(SYSTEMS, "One dump for all"),
     Scene(SYSTEMS, "word-level"),
     Scene(SYSTEMS, "sequence-level"),

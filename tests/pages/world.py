@@ -15,6 +15,7 @@ from kdcache.dump.tokenize import train_sentencepiece
 from kdcache.recipe import SentencePieceTokenizer
 from tests.dump import zoo
 from tests.dump.world import make_lines
+from tests.exchange import peers
 from tests.pages.blocks import ROOT, blocks
 
 VOCAB_SIZE = 36
@@ -51,6 +52,7 @@ def make_world(root: Path, more: bool = False) -> None:
         packed.parent.mkdir(parents=True, exist_ok=True)
         packed.write_bytes(gzip.compress((root / f"train.{ending}").read_bytes()))
     shutil.copytree(root / "models" / "deen", root / "models" / "tatoeba-deen")
+    _peers(root)
     for name in ("tour.yaml", "tour_seventh.yaml"):
         shutil.copy(ROOT / "docs" / name, root)
     for block in blocks("docs/systems.md"):
@@ -84,6 +86,17 @@ def _tasks(data: Path, lines: list[str]) -> None:
     for (name, split), (head, rows) in files.items():
         (data / name).mkdir(parents=True, exist_ok=True)
         _write(data / name / f"{split}.tsv", ["\t".join(row) for row in [head, *rows]])
+
+
+def _peers(root: Path) -> None:
+    """What others dumped with a causal teacher, whose tokenizer is kept."""
+    data = peers.dumped(root)
+    (root / "tokenizer").rename(root / "models" / "teacher")
+    peers.write_distillkit(data, root / "capture", kind="curve")
+    peers.write_vllm(data, "prompt_logprobs.jsonl.gz")
+    peers.write_vllm(data, "prompts.jsonl", k=10)
+    peers.write_axolotl(data, "chats.jsonl")
+    peers.write_nemo(data, "train_with_logits_0.jsonl")
 
 
 def _write(path: Path, lines: list[str]) -> None:
