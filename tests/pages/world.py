@@ -36,6 +36,7 @@ def make_world(root: Path, more: bool = False) -> None:
             lines = src if side == "src" else tgt
             _write(root / f"{split}.{ending}", lines[rows])
     _marian(root / "models" / "deen", src, tgt)
+    _peers(root)
     if not more:
         return
     _write(root / "mono.de", [f"{line} again" for line in src[:12]])
@@ -52,7 +53,6 @@ def make_world(root: Path, more: bool = False) -> None:
         packed.parent.mkdir(parents=True, exist_ok=True)
         packed.write_bytes(gzip.compress((root / f"train.{ending}").read_bytes()))
     shutil.copytree(root / "models" / "deen", root / "models" / "tatoeba-deen")
-    _peers(root)
     for name in ("tour.yaml", "tour_seventh.yaml"):
         shutil.copy(ROOT / "docs" / name, root)
     for block in blocks("docs/systems.md"):
