@@ -235,10 +235,10 @@ def test_f1_of_two_classes():
     assert binary_f1(gold * 0, said * 0) == 0
 
 
-def batches_of(made, count, batch_tokens=100, **options):
+def batches_of(made, count, batch_tokens=100, window=3, **options):
     """Some global batches: rows of all micro-batches of a rank, and where the stream stands."""
     stream = BatchStream(
-        *(made.cache, ["text"], made.objective.signals, batch_tokens, made.section.seed, 3),
+        *(made.cache, ["text"], made.objective.signals, batch_tokens, made.section.seed, window),
         **{"gold": made.objective.gold, "tasks": made.objective.tasks, **options},
     )
     with closing(iter(stream)) as batches:
@@ -279,6 +279,17 @@ def test_batches_are_of_one_task_and_mixed(world):
     for at in range(0, both - 3, 5):
         again = batches_of(made, 2, state=first[at].state)
         assert [b.rows.tolist() for b in again] == [b.rows.tolist() for b in first[at + 1 : at + 3]]
+    assert any(len(set(m.unit.tolist())) < len(m) for batch in first for m in batch.micro)
+    # Most windows of a shard have nothing of one task: they are passed over, and it goes on.
+    alone = make_trainer(world, tasks=["rank"], validation={})
+    few = batches_of(alone, 30, window=1)
+    per_epoch = {epoch: [r for b in few if b.epoch == epoch for r in b.rows] for epoch in (0, 1)}
+    ranks = [n for n, row in enumerate(rows) if row["task"] == "rank"]
+    assert sorted(per_epoch[0]) == sorted(per_epoch[1]) == ranks
+    assert per_epoch[0] != per_epoch[1]
+    for at in range(28):
+        (again,) = batches_of(alone, 1, window=1, state=few[at].state)
+        assert again.rows.tolist() == few[at + 1].rows.tolist()
     with pytest.raises(IdentityError, match="digest"):
         batches_of(made, 1, state=first[0].state, tasks=None)
 
