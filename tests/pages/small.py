@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from kdcache.cli import _parser, _split_overrides
@@ -55,7 +56,12 @@ def shrunk(words: list[str]) -> list[str]:
     if arguments.command in ("train", "sweep"):
         return [*words, *_train(load_recipe(arguments.recipe, overrides), dict(overrides))]
     if arguments.command == "evaluate":
-        return [*words, *_overrides("evaluate", EVALUATE)]
+        values = dict(EVALUATE)
+        own = Path(arguments.run_path) / "recipe.yaml"
+        corpus = load_recipe(str(own), overrides).evaluate.corpus if own.is_file() else None
+        if corpus is not None and corpus.tasks:
+            del values["corpus.limit"]  # every task has its own
+        return [*words, *_overrides("evaluate", values)]
     return words
 
 
