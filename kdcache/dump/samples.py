@@ -121,11 +121,31 @@ class SampleWriter:
             closing(encoded(taken, self._streams, self._tokenizers, processes)) as batches,
         ):
             for batch, streams in batches:
-                self._add(self._fitting(batch, streams))
-                self._num_rows += batch.num_read
-                self._dropped["empty"] += batch.dropped
+                self.take(self._fitting(batch, streams), batch.num_read, {"empty": batch.dropped})
                 bar.update(batch.num_read)
                 stopping.check()
+        return self.finish()
+
+    def take(self, chunk: Chunk, num_rows: int, dropped: Mapping[str, int]) -> None:
+        """Take in samples, in the order of their rows; write every shard that they fill.
+
+        Args:
+            chunk: the samples, perhaps none.
+            num_rows: rows that were read for them.
+            dropped: reason to how many of these are none of the samples.
+        """
+        self._add(chunk)
+        self._num_rows += num_rows
+        for reason, count in dropped.items():
+            self._dropped[reason] += count
+
+    def finish(self) -> Manifest:
+        """Write the last shard, commit all, and write the manifest.
+
+        Raises:
+            CorpusError: no sample was taken.
+            IdentityError: an interrupted dump wrote other samples here.
+        """
         if self._pending:
             self._write_shard()
         if not self._commits:

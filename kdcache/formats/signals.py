@@ -18,6 +18,10 @@ Few = Annotated[int, Field(ge=1, lt=1 << 16)]
 Side = Literal["encoder", "decoder"]
 
 
+#: Kind of a teacher that others ran: its labels were imported, and it cannot be run again.
+IMPORTED = "imported"
+
+
 def _ascending(layers: tuple[int, ...]) -> tuple[int, ...]:
     if list(layers) != sorted(set(layers)):
         raise ValueError(f"layers {list(layers)} do not ascend")
@@ -91,6 +95,11 @@ class SignalRecord(Record):
                 (teacher or {}).pop(key, None)
         text = json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return xxhash.xxh3_128_hexdigest(text.encode())
+
+    @property
+    def imported(self) -> bool:
+        """Whether its labels come from another project's files."""
+        return self.teacher is not None and self.teacher.kind == IMPORTED
 
     @property
     def inputs(self) -> list[str]:

@@ -29,7 +29,8 @@ def short_names() -> list[str]:
 def read_file(name_or_path: str) -> dict[str, Any]:
     """Plain values of a recipe file, on top of those of the recipe that it extends.
 
-    Mappings are merged key by key; lists and plain values take the place of what was there.
+    Mappings are merged key by key; lists and plain values take the place of what was there, and so
+    does a model's config of another `model_type`.
 
     Args:
         name_or_path: a YAML file, or the name of a built-in recipe.

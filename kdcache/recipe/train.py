@@ -85,6 +85,11 @@ class StudentSection(Section):
         description="Of a classifier on a cache with tasks: only gold labels of this task count. "
         "null: of the task of the objective's classes signals, else of all.",
     )
+    range: tuple[Number, Number] | None = Field(
+        None,
+        description="Of a classifier with a single label, the lowest and the highest gold number; "
+        "another is refused with its row. null: any number.",
+    )
     tasks: dict[Identifier, TaskHead] = Field(
         default_factory=dict,
         description="Of a multi_task student, its tasks by their names in the cache. Empty: those "
@@ -125,11 +130,14 @@ class StudentSection(Section):
 
     @model_validator(mode="after")
     def _of_a_classifier(self) -> StudentSection:
-        given = [name for name in ("labels", "task") if getattr(self, name) is not None]
+        given = [name for name in ("labels", "task", "range") if getattr(self, name) is not None]
         if given and self.kind != "classifier":
             raise ValueError(f"{given[0]} goes with kind classifier; kind is {self.kind}")
         if len(set(self.labels or ())) < len(self.labels or ()):
             raise ValueError(f"labels names one twice: {self.labels}")
+        low, high = self.range or (0, 1)
+        if low >= high or (self.range is not None and len(self.labels or [""]) > 1):
+            raise ValueError("range is [lowest, highest] of a classifier with a single label")
         return self
 
     @model_validator(mode="after")

@@ -58,33 +58,6 @@ WHOLE = _dump(
     "--dump.signals.encoder '{kind: hidden, side: encoder, stream: src}'",
     DEEN.replace("models/deen", "runs/taught/best"),
 )
-
-
-def _tasks(folder: Path) -> None:
-    """The five tasks of mkd, of some rows each."""
-    verbs = ("sees", "hears", "likes")
-    tasks = {
-        "banking77": (("train", "test"), verbs),
-        "clinc150": (("train", "dev", "test"), verbs),
-        "snli_10k": (("train", "dev"), ("entailment", "neutral", "contradiction")),
-        "qnli_10k": (("train", "dev", "glue_dev"), ("entailment", "not_entailment")),
-        "stsb_ccbysa": (("train", "dev", "test"), ("0.5", "2.5", "5.0")),
-    }
-    for name, (splits, labels) in tasks.items():
-        single = name in ("banking77", "clinc150")
-        header = "sentence" if single else "sentence1\tsentence2"
-        header += "\tscore" if name == "stsb_ccbysa" else "\tlabel"
-        rows = [header]
-        for number in range(12):
-            text = f"the cat {verbs[number % 3]} the dog {number}"
-            text += "" if single else f"\tthe dog {verbs[number % 2]} it"
-            rows.append(f"{text}\t{labels[number % len(labels)]}")
-        for split in splits:
-            path = folder / "data" / name / f"{split}.tsv"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
-
-
 SYSTEMS = "docs/systems.md"
 SCENES = [
     Scene(
@@ -113,6 +86,13 @@ SCENES = [
             _dump("word-level", "fine"),
         ),
         removed=(("kdcache compile wire/deen", "caches/deen"),),
+    ),
+    Scene(
+        "docs/exchange.md",
+        before=(
+            "kdcache dump nmt-all --out caches/deen --dump.teacher.path models/deen "
+            "--corpus.fields.src train.de --corpus.fields.tgt train.en",
+        ),
     ),
     Scene(SYSTEMS, "One dump for all"),
     Scene(SYSTEMS, "word-level"),
@@ -155,7 +135,7 @@ SCENES = [
             "kdcache train causal-lm-small --cache caches/gpt2 --out runs/gpt2-task",
         ),
     ),
-    Scene(SYSTEMS, "mkd", prepare=_tasks),
+    Scene(SYSTEMS, "mkd"),
     Scene(
         SYSTEMS,
         "Ensembles and several teachers",
@@ -167,10 +147,6 @@ SCENES = [
 #: recipes and overrides resolved.
 PARSED = {
     "kdcache quickstart": "tests/test_quickstart.py runs it; it takes minutes",
-}
-#: The same of whole sections.
-PARSED_SECTIONS = {
-    (SYSTEMS, "BERT students"): "tests/train/test_bert_students.py has the teachers they need",
 }
 #: Other programs, and who answers for them.
 NOT_OURS = {

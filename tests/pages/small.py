@@ -56,11 +56,10 @@ def shrunk(words: list[str]) -> list[str]:
     if arguments.command in ("train", "sweep"):
         return [*words, *_train(load_recipe(arguments.recipe, overrides), dict(overrides))]
     if arguments.command == "evaluate":
-        values = dict(EVALUATE)
-        own = Path(arguments.run_path) / "recipe.yaml"
-        corpus = load_recipe(str(own), overrides).evaluate.corpus if own.is_file() else None
-        if corpus is not None and corpus.tasks:
-            del values["corpus.limit"]  # every task has its own
+        run = Path(arguments.run_path) / "recipe.yaml"
+        corpus = load_recipe(str(run)).evaluate.corpus if run.is_file() else None
+        several = corpus is not None and bool(corpus.tasks)  # which have limits of their own
+        values = {k: v for k, v in EVALUATE.items() if not (several and k == "corpus.limit")}
         return [*words, *_overrides("evaluate", values)]
     return words
 

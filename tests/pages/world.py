@@ -15,6 +15,7 @@ from kdcache.dump.tokenize import train_sentencepiece
 from kdcache.recipe import SentencePieceTokenizer
 from tests.dump import zoo
 from tests.dump.world import make_lines
+from tests.exchange import peers
 from tests.pages.blocks import ROOT, blocks
 
 VOCAB_SIZE = 36
@@ -45,11 +46,13 @@ def make_world(root: Path, more: bool = False) -> None:
     _write(root / "task.tsv", ["sentence\tlabel", *rows])
     _write(root / "wanted.txt", ["1", "3", "8"])
     zoo.make("bert", "lm", root / "models" / "bert", [*src, *tgt])
+    _tasks(root / "data", src)
     for ending in ("de", "en"):
         packed = root / "data" / "tatoeba_deen" / f"train.{ending}.gz"
         packed.parent.mkdir(parents=True, exist_ok=True)
         packed.write_bytes(gzip.compress((root / f"train.{ending}").read_bytes()))
     shutil.copytree(root / "models" / "deen", root / "models" / "tatoeba-deen")
+    _peers(root)
     for name in ("tour.yaml", "tour_seventh.yaml"):
         shutil.copy(ROOT / "docs" / name, root)
     for block in blocks("docs/systems.md"):
@@ -61,6 +64,39 @@ def make_world(root: Path, more: bool = False) -> None:
         "dump: {teacher: {path: models/deen}}\n",
         encoding="utf-8",
     )
+
+
+def _tasks(data: Path, lines: list[str]) -> None:
+    """The files of the recipes mkd: a few rows of each task."""
+    single = {"banking77": ["train", "test"], "clinc150": ["train", "dev", "test"]}
+    pairs = {
+        "snli_10k": (["train", "dev"], ["entailment", "neutral", "contradiction"]),
+        "qnli_10k": (["train", "dev", "glue_dev"], ["entailment", "not_entailment"]),
+        "stsb_ccbysa": (["train", "dev", "test"], ["0.5", "2", "4.5"]),
+    }
+    rows = [[line, "in" if n % 2 else "out"] for n, line in enumerate(lines[:9])]
+    files = {
+        (name, split): (["sentence", "label"], rows) for name in single for split in single[name]
+    }
+    for name, (splits, labels) in pairs.items():
+        head = ["sentence1", "sentence2", "score" if name.startswith("stsb") else "label"]
+        both = zip(lines[:9], lines[9:18], strict=True)
+        rows = [[*pair, labels[n % len(labels)]] for n, pair in enumerate(both)]
+        files |= {(name, split): (head, rows) for split in splits}
+    for (name, split), (head, rows) in files.items():
+        (data / name).mkdir(parents=True, exist_ok=True)
+        _write(data / name / f"{split}.tsv", ["\t".join(row) for row in [head, *rows]])
+
+
+def _peers(root: Path) -> None:
+    """What others dumped with a causal teacher, whose tokenizer is kept."""
+    data = peers.dumped(root)
+    (root / "tokenizer").rename(root / "models" / "teacher")
+    peers.write_distillkit(data, root / "capture", kind="curve")
+    peers.write_vllm(data, "prompt_logprobs.jsonl.gz")
+    peers.write_vllm(data, "prompts.jsonl", k=10)
+    peers.write_axolotl(data, "chats.jsonl")
+    peers.write_nemo(data, "train_with_logits_0.jsonl")
 
 
 def _write(path: Path, lines: list[str]) -> None:

@@ -21,6 +21,7 @@ from tests.train.conftest import make_lines
 from tests.train.test_masked_lm import BERT, save_tokenizer
 
 LABELS = ["no", "yes"]
+STAGES = ["pretraining", "finetuning"]
 TINY = {
     "train.student.config.hidden_size": "16",
     "train.student.config.num_hidden_layers": "1",
@@ -147,7 +148,15 @@ def test_stages_are_one_command_and_go_on_where_they_stopped(world, tmp_path, mo
 def test_a_stage_does_not_go_on_from_another_start(world, tmp_path, capsys):
     run = tmp_path / "run"
     assert main(command(world, run)) == 0
+    run = run.rename(tmp_path / "moved")  # a folder may move
+    assert main(command(world, run)) == 0
     (run / "pretraining").rename(tmp_path / "gone")
+    (run / "finetuning").rename(run / "later")
+    (run / "later" / "recipe.yaml").rename(tmp_path / "recipe.yaml")
+    assert main(["evaluate", str(run)]) == 1
+    assert "its last stage, finetuning, has not begun; finish" in capsys.readouterr().err
+    (tmp_path / "recipe.yaml").rename(run / "later" / "recipe.yaml")
+    (run / "later").rename(run / "finetuning")
     assert main(command(world, run)) == 1
     assert "stage finetuning: " in (said := capsys.readouterr().err.splitlines()[-1])
     assert "holds another run: cache.start.digest" in said
@@ -260,6 +269,26 @@ def test_parameters_are_those_of_the_paper(name, vocab_size, published, ours):
     found = count_parameters(model)["total"] / 1e6
     assert round(found, 1) == ours
     assert found == pytest.approx(published, rel=0.045)
+
+
+def test_a_stage_without_distillation_needs_no_teacher():
+    """The six rows of the paper's Table 7, by the overrides that docs/systems.md gives."""
+    hard = [("objective.0.weight", "1"), ("objective.1.weight", "0")]
+    first, second = ([(f"stages.{s}.train.{k}", v) for k, v in hard] for s in STAGES)
+    both = [(f"train.{k}", v) for k, v in hard]
+    for name in ("bert", "gpt2", "mass"):
+        for overrides, soft in (
+            (both, []),
+            (second, STAGES[:1]),
+            (first, STAGES[1:]),
+            ([], STAGES),
+        ):
+            stages = load_recipe(f"lightpaff-{name}", overrides).stages
+            used = {s: [t.loss for t in one.train.objective if t.used] for s, one in stages.items()}
+            assert [s for s in STAGES if any("kl" in loss for loss in used[s])] == soft
+            assert all(used[s] for s in STAGES)
+        alone = load_recipe(f"lightpaff-{name}:finetuning", both)
+        assert [t.used for t in alone.train.objective] == [True, False]
 
 
 def test_lambdas_are_the_papers():
