@@ -148,6 +148,10 @@ SCENES = [
 PARSED = {
     "kdcache quickstart": "tests/test_quickstart.py runs it; it takes minutes",
 }
+#: The same of whole sections.
+PARSED_SECTIONS = {
+    (SYSTEMS, "BERT students"): "tests/train/test_bert_students.py has the teachers they need",
+}
 #: Other programs, and who answers for them.
 NOT_OURS = {
     "pip": "installs from a package registry",
