@@ -151,6 +151,7 @@ PARSED = {
 #: The same of whole sections.
 PARSED_SECTIONS = {
     (SYSTEMS, "BERT students"): "tests/train/test_bert_students.py has the teachers they need",
+    (SYSTEMS, "Bi-attentive BiLSTM"): "tests/train/test_bilstm_students.py trains them",
 }
 #: Other programs, and who answers for them.
 NOT_OURS = {
