@@ -39,6 +39,9 @@ class BiAttentiveConfig(PreTrainedConfig):
             Glorot-uniform.
         pad_token_id: whose embedding is zero and stays so; None: no such id.
         keys: others of transformers.
+
+    Raises:
+        ValueError: a size is below 1, or dropout no share.
     """
 
     model_type = MODEL_TYPE
@@ -56,6 +59,18 @@ class BiAttentiveConfig(PreTrainedConfig):
         pad_token_id: int | None = 0,
         **keys: Any,
     ) -> None:
+        sizes = {
+            "vocab_size": vocab_size,
+            "embedding_size": embedding_size,
+            "feed_forward_size": feed_forward_size,
+            "lstm_size": lstm_size,
+            "hidden_size": hidden_size,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} is {size}; expected at least 1")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}; expected 0 or more, and less than 1")
         self.vocab_size = vocab_size
         self.embedding_size = embedding_size
         self.feed_forward_size = feed_forward_size

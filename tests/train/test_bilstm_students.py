@@ -144,9 +144,13 @@ def test_a_run_ends_in_a_model_that_can_be_scored(world, tmp_path):
 def test_scores_of_other_text_are_refused(world):
     with pytest.raises(IdentityError, match=r"describes stream 'text', the student's .* 'first'"):
         Trainer(recipe(world, "first").train, world.cache)
-    wrong = recipe(world, config={"d_model": 4})
-    with pytest.raises(ModelError, match="a bi_attentive config has no d_model"):
-        Trainer(wrong.train, world.cache)
+    for config, message in (
+        ({"d_model": 4}, "a bi_attentive config has no d_model"),
+        ({"lstm_size": 0}, "bi_attentive: lstm_size is 0; expected at least 1"),
+        ({"dropout": 1.5}, "bi_attentive: dropout is 1.5; expected"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            Trainer(recipe(world, config=config).train, world.cache)
 
 
 def test_a_config_of_another_model_takes_the_place_of_one(tmp_path):
