@@ -114,7 +114,16 @@ class OrderState:
     def advanced(self, num_batches: int, num_windows: int) -> OrderState:
         """The state after this batch of a window with `num_batches`, of `num_windows`."""
         if self.batch + 1 < num_batches:
-            return replace(self, batch=self.batch + 1)
+            # What `replace` does, which is slow for something done so often.
+            return OrderState(
+                digest=self.digest,
+                version=self.version,
+                seed=self.seed,
+                epoch=self.epoch,
+                window=self.window,
+                batch=self.batch + 1,
+                shards=self.shards,
+            )
         if self.window + 1 < num_windows:
             return replace(self, window=self.window + 1, batch=0)
         return replace(self, epoch=self.epoch + 1, window=0, batch=0, shards=None)
@@ -204,8 +213,12 @@ def micro_batches(
     Returns:
         Its slices; none where the batch has fewer samples than there are slices before.
     """
-    parts = np.array_split(batch, accumulate * world)[rank::world]
-    return [part for part in parts if len(part)]
+    slices = accumulate * world
+    least, more = divmod(len(batch), slices)  # the first `more` slices have one more
+    return [
+        batch[number * least + min(number, more) : (number + 1) * least + min(number + 1, more)]
+        for number in range(rank, min(slices, len(batch)), world)
+    ]
 
 
 def _key(digest: str, seed: int, epoch: int, purpose: str, window: int = 0) -> int:
