@@ -7,16 +7,20 @@ import pytest
 import torch
 
 from kdcache.errors import FormatError
+from kdcache.formats import joined
 from kdcache.formats.cache import open_cache
 from kdcache.formats.dense import SCALE, VALUES
 from kdcache.formats.mapped_array import MappedArray
 from kdcache.formats.ragged import offsets_of
 from kdcache.labels import decode, densify
+from kdcache.train.batches import pad
 from kdcache.train.batches.batch import Batch, CodedLabels, DenseRows, Hypotheses, Masked, Scores
 from kdcache.train.batches.stream import BatchStream
 from tests.formats import kinds as plain
 from tests.formats.labels import VOCAB, teacher_log_probs
 from tests.report import kinds as varied
+
+pytestmark = pytest.mark.usefixtures("copying")  # everything by numpy, and by compiled code
 
 
 @pytest.fixture(scope="module")
@@ -262,3 +266,34 @@ def test_tensors_of_all_kinds_move(made):
     assert moved.streams["tgt"].ids.device.type == "meta"
     assert moved.rows is micro.rows
     assert micro.to("cpu") is micro
+
+
+@pytest.mark.parametrize("corpus", ["made", "others"])
+def test_compiled_code_changes_no_bit(request, compiled, monkeypatch, corpus):
+    """Batches of all streams and signals: one digest by numpy and by compiled code."""
+    fixture = request.getfixturevalue(corpus)
+    cache = open_cache(fixture.root if corpus == "made" else fixture.path)
+    found = []
+    for library in (None, compiled):
+        for module in (joined, pad):
+            monkeypatch.setattr(module, "library", lambda library=library: library)
+        options = {"accumulate": 2, "max_epochs": 1, "threads": 2}
+        names = list(cache.manifest.streams), sorted(cache.signals)
+        stream = BatchStream(cache, *names, 60, 3, 2, **options)
+        tensors = [
+            (
+                name,
+                field,
+                value.dtype,
+                value.shape,
+                value.flatten().clone().view(torch.uint8).tolist(),
+            )
+            for batch in stream
+            for micro in batch.micro
+            for name, record in {**micro.streams, **micro.signals}.items()
+            for field, value in vars(record).items()
+            if isinstance(value, torch.Tensor)
+        ]
+        found.append(tensors)
+    assert len(found[0]) > 100
+    assert found[0] == found[1]
