@@ -6,6 +6,9 @@ both streams (padded ids and masks) and of the labels (counts, ids, codes and ta
 sparse row batch); `stream_peers/peer_samples.py` lists them all. Before the clock runs, some
 batches of each are compared with those that kdcache makes of the same samples, bit for bit.
 
+kdcache copies by compiled code, which an installation has where there is a C compiler (`compiled`
+in the result; it is built here if it is missing), unless --numpy leaves it out.
+
 kdcache fills batches to a token budget, from samples of similar length; its peers take as many
 samples a batch as kdcache does on average, in the order of their own shuffling, and pad more. What
 is counted are target tokens, not padding. Each way has a process of its own and one thread for
@@ -38,6 +41,7 @@ from stream_peers.kdcache_tensors import SIGNAL, tensors_of
 from stream_peers.peer_loop import digest
 from stream_ways import OURS, PEERS, Ways
 
+from kdcache.formats import native
 from kdcache.formats.cache import Cache, open_cache
 from kdcache.formats.codec import ThresholdCodec, TopKCodec
 from kdcache.formats.window import WindowReader
@@ -251,6 +255,20 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def prepare(numpy_alone: bool) -> bool:
+    """Whether kdcache has compiled code, here and in the processes that are started."""
+    if numpy_alone:
+        os.environ[native.OFF] = "1"
+        return False
+    if native.library() is None:
+        native.library.cache_clear()
+        try:
+            native.build()
+        except (native.NotBuilt, OSError) as error:
+            log(f"kdcache has no compiled code: {error}")
+    return native.library() is not None
+
+
 def main() -> None:
     """Print one JSON object on the last line."""
     parser = argparse.ArgumentParser(
@@ -265,6 +283,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="of a turn (default 1, quick 0.5)")
     parser.add_argument("--turns", type=int, help="default 5, quick 1")
     parser.add_argument("--growth-shards", type=_numbers, help="default 4,66; quick 2,8")
+    parser.add_argument("--numpy", action="store_true", help="leave compiled code out")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results")
     args = parser.parse_args()
     quick = args.quick
@@ -277,6 +296,7 @@ def main() -> None:
     args.growth_tokens = 200_000 if quick else 3_000_000
     args.growth_batches = 100 if quick else 7_000
     wanted = list(PEERS) if args.peers is None else args.peers.split(";") if args.peers else []
+    compiled = prepare(args.numpy)
     venvs = Path(args.venvs or Path.home() / ".cache/kdcache-bench/peers").resolve()
     venvs.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
@@ -292,6 +312,7 @@ def main() -> None:
             "benchmark": "bench_stream",
             "generated_data": True,
             "quick": quick,
+            "compiled": compiled,
             "turns": args.turns,
             "seconds_a_turn": args.seconds,
             "load": os.getloadavg()[0],

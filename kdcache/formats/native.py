@@ -18,6 +18,8 @@ from pathlib import Path
 SOURCE = Path(__file__).with_name("native.c")
 #: What the C compiler is called, unless the environment's CC says otherwise.
 COMPILERS = ("cc", "gcc", "clang")
+#: Environment variable that leaves the library alone, to see what it brings.
+OFF = "KDCACHE_NO_COMPILED"
 FLAGS = ("-O3", "-std=c99", "-shared", "-fPIC")
 
 
@@ -89,8 +91,8 @@ def load(path: Path) -> ctypes.CDLL | None:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library of this installation; None where it was not built."""
-    return load(library_path())
+    """The library of this installation; None where it was not built, or is not wanted."""
+    return None if os.environ.get(OFF) else load(library_path())
 
 
 if __name__ == "__main__":

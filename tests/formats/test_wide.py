@@ -166,6 +166,18 @@ def test_nothing_is_compiled_where_nothing_can(tmp_path, monkeypatch):
     assert native.load(native.library_path(tmp_path)) is None
 
 
+def test_the_library_can_be_left_out(compiled, monkeypatch):
+    monkeypatch.setattr(native, "load", lambda path: compiled)
+    native.library.cache_clear()
+    try:
+        assert native.library() is compiled
+        native.library.cache_clear()
+        monkeypatch.setenv(native.OFF, "1")
+        assert native.library() is None
+    finally:
+        native.library.cache_clear()
+
+
 def test_a_compiler_that_fails_is_named_with_its_words(tmp_path, monkeypatch):
     def fail(command, **_):
         raise subprocess.CalledProcessError(1, command, stderr="no room\n")

@@ -36,8 +36,9 @@ from kdcache.train.batches.order import (
 
 #: Blocks of global batches made ahead of need.
 PREFETCH = 3
-#: Bytes of a block: so many that Python's cost of a batch is shared, so few that they lie in cache.
-BLOCK_BYTES = 1 << 22
+#: Stored bytes of a block: so many that Python's cost of a batch is shared, so few that some blocks
+#: are no burden.
+BLOCK_BYTES = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,8 @@ class BatchStream:
                         "the checkpoint is damaged, start a new run"
                     )
                 block: list[_Planned] = []
-                own_bytes, size = reader.sample_bytes / self.world, 0.0
+                own_bytes = reader.sample_bytes(self._gatherer.layers) / self.world
+                size = 0.0
                 for batch in batches[state.batch :]:
                     epoch, state = state.epoch, state.advanced(len(batches), len(windows))
                     block.append(_Planned(reader, batch, state, epoch, pinned, gold))
