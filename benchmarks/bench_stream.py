@@ -16,7 +16,8 @@ kernels; a peer has the faster of no and two worker processes, found out before 
 --quick.
 Ways take turns (A B C A B C ...); medians with the smallest and largest. `over_memcpy` is the rate
 over that of a plain numpy copy of the same bytes into memory that is there, `over_clone` over that
-of cloning the same tensors; `over_best_peer` over the fastest peer.
+of cloning the same tensors; `over_best_peer` over the fastest peer. There kdcache gathers with one
+thread; `two_threads` has the same ratios for two.
 
 Peers are installed with pip, in virtual environments of their own under --venvs, on demand. One
 that cannot be installed or fails is named as such in the result.
@@ -198,13 +199,24 @@ def summary(
     """Rates of all ways that went through all turns, and kdcache's over theirs."""
     names = [name for name in turns[-1] if all(name in once for once in turns)]
     rates = {name: [once[name]["tokens_per_second"] for once in turns] for name in names}
-    over = {
-        name: spread([mine / his for mine, his in zip(rates["kdcache"], rates[name], strict=True)])
-        for name in names
-        if name != "kdcache"
-    }
     peers = [name for name in names if name not in OURS]
     best = max(peers, key=lambda name: statistics.median(rates[name]), default=None)
+
+    def over(mine: str) -> dict[str, dict[str, float]]:
+        return {
+            name: spread([a / b for a, b in zip(rates[mine], rates[name], strict=True)])
+            for name in names
+            if name != mine
+        }
+
+    def ratios(mine: str) -> dict[str, Any]:
+        found = over(mine)
+        return {
+            "over_memcpy": found["copy"]["median"],
+            "over_clone": found["clone"]["median"],
+            "over_best_peer": found[best]["median"] if best else None,
+        }
+
     return {
         "tokens_per_second": {name: spread(each) for name, each in rates.items()},
         "first_batch_seconds": {
@@ -213,11 +225,10 @@ def summary(
             if name not in ("copy", "clone")
         },
         "workers": {name: ways.workers[name, codec, budget] for name in peers},
-        "kdcache_over": over,
-        "over_memcpy": over["copy"]["median"],
-        "over_clone": over["clone"]["median"],
+        "kdcache_over": over("kdcache"),
         "best_peer": best,
-        "over_best_peer": over[best]["median"] if best else None,
+        **ratios("kdcache"),
+        "two_threads": ratios("kdcache, two threads"),
     }
 
 
@@ -230,7 +241,7 @@ def table(result: dict[str, Any]) -> str:
                 f"{codec}, {budget} tokens or {cell['samples_per_batch']} samples a batch, "
                 f"{cell['bytes_per_token']:.0f} bytes/token: over_memcpy "
                 f"{cell['over_memcpy']:.3f}, over_clone {cell['over_clone']:.3f}, "
-                f"over_best_peer {cell['over_best_peer']}"
+                f"over_best_peer {cell['over_best_peer']}; with two threads {cell['two_threads']}"
             )
             for name, rate in cell["tokens_per_second"].items():
                 over = cell["kdcache_over"].get(name, {"median": 1})["median"]

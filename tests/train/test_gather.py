@@ -12,6 +12,7 @@ from kdcache.formats.cache import open_cache
 from kdcache.formats.dense import SCALE, VALUES
 from kdcache.formats.mapped_array import MappedArray
 from kdcache.formats.ragged import offsets_of
+from kdcache.formats.window import WindowReader
 from kdcache.labels import decode, densify
 from kdcache.train.batches import pad
 from kdcache.train.batches.batch import Batch, CodedLabels, DenseRows, Hypotheses, Masked, Scores
@@ -248,6 +249,18 @@ def test_counts_are_those_of_all_ranks(made):
             assert batch.num_tokens == wanted["tgt"]
             mine += sum(len(micro.streams["tgt"].flat) for micro in batch.micro)
     assert 0 < mine < cache.stream("tgt").num_tokens
+
+
+@pytest.mark.parametrize("name", ["hidden", "hidden_int8"])
+def test_dense_rows_count_in_the_bytes_of_a_sample(made, name):
+    """Blocks are cut by them: a sample's hidden states are a thousand times its ids."""
+    window = WindowReader(open_cache(made.root), [0, 1], ["tgt"], [name])
+    every = np.arange(window.num_samples)
+    for layers in ((0,), (0, 1)):
+        values, scale, _ = window.take_dense(name, every, layers)
+        wanted = values.nbytes + (0 if scale is None else scale.nbytes)
+        found = window.sample_bytes({name: layers}) - window.sample_bytes({})
+        assert found * len(every) == pytest.approx(wanted)
 
 
 def test_tensors_of_all_kinds_move(made):
