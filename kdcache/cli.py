@@ -23,14 +23,15 @@ from kdcache.commands import Overrides
 from kdcache.compile import arguments as compile_arguments
 from kdcache.dump.ranks import Ranks, parse_ranks
 from kdcache.errors import KDCacheError, StoppedError
+from kdcache.exchange import arguments as exchange_arguments
+from kdcache.usage import parse
 
 _OVERRIDE = re.compile(r"--([A-Za-z_]\w*(?:\.\w+)+)(?:=(.*))?", re.DOTALL)
 _HOW_TO_OVERRIDE = (
     "overrides:\n"
-    "  Any value of the recipe can be set by its dotted path, as in --train.max_steps 200,\n"
-    "  items of a list by number: --train.objective.0.weight 0.3. To list all values:\n"
-    "  {command} --print-recipe\n"
-    "  docs/recipes.md says what each means."
+    "  Any value of the recipe is set by its dotted path: --train.max_steps 200;\n"
+    "  items of a list by number: --train.objective.0.weight 0.3. All values:\n"
+    "  {command} --print-recipe      (docs/recipes.md: their meaning)"
 )
 
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; bad usage leaves by SystemExit(2)."""
     parser = _parser()
     words, overrides = _split_overrides(list(sys.argv[1:] if argv is None else argv), parser)
-    arguments = parser.parse_args(words)
+    arguments = parse(parser, words)
     if overrides and not arguments.takes_overrides:
         parser.error(f"{arguments.command} takes no overrides, found --{overrides[0][0]}")
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
@@ -112,8 +113,11 @@ def _parser() -> argparse.ArgumentParser:
         _add_verify,
         _add_audit,
         _add_compile,
+        _add_import,
+        _add_export,
         _add_quickstart,
         _add_recipes,
+        _add_completion,
     ):
         add(parsers)
     return parser
@@ -174,7 +178,11 @@ def _add_train(parsers: Any) -> None:
     )
     command.add_argument("recipe", metavar="RECIPE", help="a YAML file or a built-in name")
     command.add_argument(
-        "--cache", metavar="CACHE", help="the cache to train from, a directory or URL"
+        "--cache",
+        action="append",
+        metavar="CACHE",
+        help="the cache to train from, a directory or URL; of a recipe with stages given once for "
+        "each, as STAGE=CACHE",
     )
     command.add_argument(
         "--out", metavar="RUN", help="the run directory; an unfinished one goes on"
@@ -311,6 +319,31 @@ def _add_compile(parsers: Any) -> None:
     compile_arguments.add_arguments(command)
 
 
+def _add_import(parsers: Any) -> None:
+    """Take in another project's dump."""
+    command = _command(
+        parsers,
+        "import",
+        commands.import_,
+        "make a cache of the top-k log-probs that another project dumped",
+        "kdcache import distillkit capture/*.parquet --tokenizer models/teacher \\\n"
+        "      --out caches/captured",
+    )
+    exchange_arguments.add_import_arguments(command)
+
+
+def _add_export(parsers: Any) -> None:
+    """Write what others read."""
+    command = _command(
+        parsers,
+        "export",
+        commands.export,
+        "write a cache's samples and labels, or its hypotheses, in the form of others",
+        "kdcache export text caches/deen --out pseudo --choice reference --n-best 5",
+    )
+    exchange_arguments.add_export_arguments(command)
+
+
 def _add_quickstart(parsers: Any) -> None:
     """Tell the whole story."""
     command = _command(
@@ -331,6 +364,20 @@ def _add_quickstart(parsers: Any) -> None:
 def _add_recipes(parsers: Any) -> None:
     """List recipes."""
     _command(parsers, "recipes", commands.recipes, "list the built-in recipes", "kdcache recipes")
+
+
+def _add_completion(parsers: Any) -> None:
+    """Complete words in a shell."""
+    command = _command(
+        parsers,
+        "completion",
+        commands.completion,
+        "print a script that completes words in a shell",
+        'eval "$(kdcache completion bash)"    # in ~/.bashrc; zsh in ~/.zshrc the same\n'
+        "  kdcache completion fish | source     # in ~/.config/fish/config.fish",
+    )
+    command.add_argument("shell", choices=("bash", "zsh", "fish"), help="which shell")
+    command.set_defaults(parser=_parser)
 
 
 def _command(

@@ -5,11 +5,12 @@ import re
 
 import pytest
 
+from kdcache.cli import main
 from kdcache.errors import StorageError
 from kdcache.formats.cache import open_cache
 from kdcache.quickstart import grammar
 from kdcache.quickstart.outcome import summary_text
-from kdcache.quickstart.plan import FULL, Paths, student_recipe, teacher_recipe
+from kdcache.quickstart.plan import FULL, QUICK, Paths, student_recipe, teacher_recipe
 from kdcache.quickstart.story import run
 from kdcache.recipe import load_recipe
 
@@ -63,12 +64,14 @@ def test_students_share_everything_but_the_objective(story):
         assert getattr(without, section) == getattr(distilled, section)
 
 
-def test_the_cache_holds_the_training_pairs(story):
+def test_the_cache_holds_the_first_of_the_pairs_that_the_teacher_learned_from(story):
     out, _ = story
+    lines = (out / "corpus" / "train.src").read_text(encoding="utf-8").splitlines()
+    assert open_cache(out / "tokens").num_samples == len(lines) == QUICK.pairs["train"]
     cache = open_cache(out / "cache")
     assert cache.complete("logits")
-    lines = (out / "corpus" / "train.src").read_text(encoding="utf-8").splitlines()
-    assert cache.num_samples == len(lines)
+    assert cache.num_samples == QUICK.student_pairs < len(lines)
+    assert (out / "report.html").read_text(encoding="utf-8").count(f"{len(lines)} sentence") == 1
 
 
 def test_what_is_finished_is_not_done_again(story):
@@ -85,6 +88,18 @@ def test_what_is_finished_is_not_done_again(story):
     assert {path: path.stat().st_mtime_ns for path in watched} == before
     assert {**again, "seconds": 0} == {**first, "seconds": 0}
     assert (out / "report.html").is_file()
+
+
+def test_what_it_leaves_serves_the_readmes_commands(story, tmp_path, monkeypatch):
+    """The README says so: teacher and text under these names."""
+    monkeypatch.chdir(story[0].parent)
+    left = story[0].name
+    words = ["--dump.teacher.path", f"{left}/runs/teacher/best", "--corpus.limit", "8"]
+    words += ["--corpus.fields.src", f"{left}/corpus/train.src"]
+    words += ["--corpus.fields.tgt", f"{left}/corpus/train.tgt"]
+    assert main(["dump", "word-level", "--out", str(tmp_path / "cache"), *words]) == 0
+    for split in ("dev", "test"):
+        assert (story[0] / "corpus" / f"{split}.src").is_file()
 
 
 def test_a_directory_of_something_else_is_refused(story, tmp_path):

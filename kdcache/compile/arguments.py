@@ -19,6 +19,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     Args:
         command: the parser of the command.
     """
+    command.usage = "kdcache compile CACHE [CACHE ...] --out CACHE [options]"  # all fit no screen
     add = command.add_argument
     add("caches", nargs="+", metavar="CACHE", help="finished caches, directories or URLs")
     add("--out", required=True, metavar="CACHE", help="the new cache; an unfinished one goes on")
@@ -27,18 +28,18 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--missing",
         choices=("refuse", "drop"),
         default="refuse",
-        help="what becomes of samples without a signal that others have (default refuse)",
+        help="samples without a signal that others have (default refuse)",
     )
     add(
         "--filter",
         action="append",
         default=[],
-        type=_told(_condition),
+        type=told(condition),
         metavar="CONDITION",
-        help="keep samples that fulfil it, as 'logits.loss < 3' (mean nats of the targets), "
-        "'logits.entropy > 1', 'tgt.length <= 50', 'beams.bleu >= 20'; may be given again",
+        help="keep samples that fulfil all: 'logits.loss < 3' (mean nats), 'logits.entropy > 1', "
+        "'tgt.length <= 50', 'beams.bleu >= 20'",
     )
-    add("--ids", metavar="FILE", help="keep the samples listed: a sample_id or row on each line")
+    add("--ids", metavar="FILE", help="keep the samples listed: a sample_id or row a line")
     size = command.add_mutually_exclusive_group()
     size.add_argument("--fraction", type=_number, metavar="X", help="keep this share of samples")
     size.add_argument("--count", type=int, metavar="N", help="keep this many samples")
@@ -48,11 +49,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         nargs="+",
         type=_number,
         metavar="W",
-        help="take each cache's samples this often, one weight a cache; the caches are merged else",
+        help="take each cache's samples so often; merged else",
     )
     add(
         "--targets",
-        type=_told(_targets),
+        type=told(_targets),
         metavar="BEAMS=CHOICE",
         help="make hypotheses the targets: best, reference (closest to it by BLEU) or sampled",
     )
@@ -60,31 +61,30 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--codec",
         action="append",
         default=[],
-        type=_told(_codec),
+        type=told(_codec),
         metavar="SIGNAL=CODEC",
-        help="re-encode a logits signal, as logits='{name: threshold, c: 1/8}'; may be given again",
+        help="re-encode a logits signal, as logits='{name: threshold, c: 1/8}'",
     )
     add(
         "--rename",
         action="append",
         default=[],
-        type=_told(_rename),
+        type=told(_rename),
         metavar="OLD=NEW",
-        help="call a signal otherwise in the new cache; may be given again",
+        help="call a signal otherwise in the new cache",
     )
     add("--shard-tokens", type=int, metavar="N", help="most tokens of a shard (default: as it is)")
     add(
         "--bleu-tokenizer",
         default="13a",
         metavar="NAME",
-        help="sacrebleu's tokenizer for sentence BLEU (default 13a; zh, ja-mecab, char, ...)",
+        help="for sentence BLEU (default 13a; zh, ja-mecab, char)",
     )
     wire = command.add_mutually_exclusive_group()
     wire.add_argument(
         "--compress",
         action="store_true",
-        help="copy one cache for the wire, its data files compressed; whatever reads a cache reads "
-        "the copy too",
+        help="copy one cache, its data files compressed; the copy can be read as it is",
     )
     wire.add_argument(
         "--expand", action="store_true", help="make the ordinary cache of a compressed one again"
@@ -144,8 +144,12 @@ def _transfer(arguments: argparse.Namespace) -> dict[str, Any]:
     return compress_cache(cache, arguments.out, arguments.level or DEFAULT_LEVEL)
 
 
-def _told(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A parser whose error argparse prints as it is."""
+def told(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser whose error argparse prints as it is.
+
+    Args:
+        parse: says by a KDCacheError what is wrong.
+    """
 
     def parsed(text: str) -> Any:
         try:
@@ -167,7 +171,8 @@ def _number(text: str) -> float:
 # What parses is imported when there is something to parse: other commands start without it.
 
 
-def _condition(text: str) -> object:
+def condition(text: str) -> object:
+    """A filter, for argparse behind `told`."""
     from kdcache.compile.options import parse_condition
 
     return parse_condition(text)

@@ -10,20 +10,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from kdcache.errors import RecipeError
-from kdcache.recipe.corpus import CorpusSection, TaskSection
+from kdcache.recipe.corpus import AugmentSection, CorpusSection, TaskSection
 from kdcache.recipe.dump import (
     DumpSection,
     PretrainedTokenizer,
     SentencePieceTokenizer,
     StreamSection,
     TokenizerSection,
+    WordPieceTokenizer,
     signal_streams,
 )
 from kdcache.recipe.faults import describe
-from kdcache.recipe.files import builtin_names, read_file
+from kdcache.recipe.files import builtin_names
 from kdcache.recipe.objective import (
     AttentionMSETerm,
     ClassifierTerm,
@@ -43,12 +44,13 @@ from kdcache.recipe.objective import (
     ScoreKLTerm,
     ScoreMSETerm,
     SoftTerm,
+    TaskLossTerm,
     Term,
     TermSection,
     TotalVariationTerm,
     ValueSchedule,
 )
-from kdcache.recipe.section import Section
+from kdcache.recipe.section import Identifier, Section
 from kdcache.recipe.signals import (
     AttentionSignal,
     BeamsSignal,
@@ -58,6 +60,7 @@ from kdcache.recipe.signals import (
     MasksSignal,
     Signal,
 )
+from kdcache.recipe.stages import override_all, read_recipe, whole_stages
 from kdcache.recipe.teacher import TeacherSection
 from kdcache.recipe.train import (
     CacheShare,
@@ -66,16 +69,19 @@ from kdcache.recipe.train import (
     GateSection,
     KeptLayers,
     OptimizerSection,
+    PerturbSection,
     ScheduleSection,
     StudentSection,
+    TaskHead,
     TrainSection,
     ValidationSection,
 )
-from kdcache.recipe.tree import override, write_yaml
+from kdcache.recipe.tree import write_yaml
 
 __all__ = [
     "AttentionMSETerm",
     "AttentionSignal",
+    "AugmentSection",
     "BeamsSignal",
     "CacheShare",
     "CheckpointSection",
@@ -101,6 +107,7 @@ __all__ = [
     "MaskedKLTerm",
     "MasksSignal",
     "OptimizerSection",
+    "PerturbSection",
     "PretrainedTokenizer",
     "Recipe",
     "ReverseKLTerm",
@@ -114,6 +121,8 @@ __all__ = [
     "SoftTerm",
     "StreamSection",
     "StudentSection",
+    "TaskHead",
+    "TaskLossTerm",
     "TaskSection",
     "TeacherSection",
     "Term",
@@ -123,10 +132,12 @@ __all__ = [
     "TrainSection",
     "ValidationSection",
     "ValueSchedule",
+    "WordPieceTokenizer",
     "builtin_names",
     "dump_recipe",
     "load_recipe",
     "parse_recipe",
+    "recipe_tree",
     "signal_streams",
 ]
 
@@ -146,21 +157,46 @@ class Recipe(Section):
     evaluate: EvaluateSection = Field(
         default_factory=lambda: EvaluateSection(), description="How `kdcache evaluate` scores."
     )
+    stages: dict[Identifier, Recipe] = Field(
+        default_factory=dict,
+        description="Trainings one after another, by name, each of which begins with the best "
+        "weights of the one before. A stage has the keys of a recipe; what it does not say "
+        "it takes from the sections above. `NAME:STAGE` is one stage as a recipe of its own.",
+    )
+
+    @model_validator(mode="after")
+    def _stages_end(self) -> Recipe:
+        if nested := [name for name, stage in self.stages.items() if stage.stages]:
+            raise ValueError(f"stages.{nested[0]} has stages of its own; put them in one row")
+        return self
+
+    def single(self) -> Recipe:
+        """The recipe itself.
+
+        Raises:
+            RecipeError: it is of several stages, each of which is asked for by itself.
+        """
+        if self.stages:
+            names = ", ".join(f"{self.name}:{name}" for name in self.stages)
+            raise RecipeError(f"{self.name}: has {len(self.stages)} stages; name one of {names}")
+        return self
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
     """Read a recipe file, or a built-in recipe by name, and apply overrides.
 
     Args:
-        name_or_path: a YAML file, or a name from `builtin_names`, whose `-small` may be left out.
-        overrides: (dotted path, YAML text) pairs, applied in order.
+        name_or_path: a YAML file, or a name from `builtin_names`, whose `-small` may be left out;
+            with `:STAGE` behind it, that stage alone.
+        overrides: (dotted path, YAML text) pairs, applied in order; to every stage, where the path
+            does not begin with that of one.
 
     Raises:
         RecipeError: with file and path of every fault.
     """
-    tree = read_file(name_or_path)
+    tree, stage = read_recipe(name_or_path)
     for dotted, text in overrides:
-        override(tree, dotted, text)
+        override_all(tree, dotted, text, stage)
     return parse_recipe(tree, where=name_or_path)
 
 
@@ -175,11 +211,19 @@ def parse_recipe(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
         RecipeError: one line that names every fault by its path.
     """
     try:
-        return Recipe.model_validate(tree)
+        return Recipe.model_validate(whole_stages(tree))
     except ValidationError as error:
         raise RecipeError(f"{where}: {describe(error, Recipe)}") from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default written out."""
-    return write_yaml(recipe.model_dump(mode="json"))
+    return write_yaml(recipe_tree(recipe))
+
+
+def recipe_tree(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as plain values; where it has stages they alone say what is done."""
+    if not recipe.stages:
+        return recipe.model_dump(mode="json", exclude={"stages"})
+    tree = recipe.model_dump(mode="json", include={"name", "description"})
+    return tree | {"stages": {name: recipe_tree(stage) for name, stage in recipe.stages.items()}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,12 @@ CANARY_BATCHES = 3
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy")
 
 
-def train(recipe: Recipe, cache_path: str | Path | None, out: str | Path) -> dict[str, Any]:
+def train(
+    recipe: Recipe,
+    cache_path: str | Path | None,
+    out: str | Path,
+    start: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Train a student from a cache; go on where an interrupted run stopped.
 
     Under torchrun the processes train one student together, and each returns the same.
@@ -45,6 +51,8 @@ def train(recipe: Recipe, cache_path: str | Path | None, out: str | Path) -> dic
         recipe: what to train; its `train` section is used.
         cache_path: the cache, or its URL; None where the recipe names its caches.
         out: the run directory.
+        start: what the student begins as, as plain values, where its path does not say it: a
+            resumed run's must be the same.
 
     Returns:
         run, steps, epochs (begun), tokens, parameters, loss (mean of the last line of metrics),
@@ -58,6 +66,7 @@ def train(recipe: Recipe, cache_path: str | Path | None, out: str | Path) -> dic
         TrainingError: the loss is not finite, labels do not belong to their targets, memory ran
             out, or another rank has stopped.
     """
+    recipe.single()
     if (cache_path is None) != bool(recipe.train.caches):
         raise RecipeError(
             f"cache is {cache_path} and train.caches has {len(recipe.train.caches)}; give one or "
@@ -69,7 +78,8 @@ def train(recipe: Recipe, cache_path: str | Path | None, out: str | Path) -> dic
         raise RecipeError("train.student is not set; give train.student.config or .path")
     with joined(resolve_device(recipe.train.device)) as ranks, ExitStack() as held:
         trainer = Trainer(recipe.train, caches, ranks)
-        about = (run, recipe, trainer.identity(), versions_of(LIBRARIES))
+        identity = trainer.identity() | ({"start": dict(start)} if start else {})
+        about = (run, recipe, identity, versions_of(LIBRARIES))
         with ranks.together():
             if ranks.main:
                 held.enter_context(locked(run))

@@ -1,6 +1,6 @@
 """The run directory: what a run is of, its metrics, and its right to be resumed.
 
-RUN/recipe.yaml     the resolved recipe
+RUN/recipe.yaml     the resolved recipe; of several stages that is all, beside a run for each
     run.json        cache, signals, student and versions; the summary once it is finished
     metrics.jsonl   a line every some steps
     checkpoint/     where it can go on
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kdcache.errors import IdentityError, StorageError
+from kdcache.errors import IdentityError, ModelError, StorageError
 from kdcache.formats.stores.commit import is_temporary, storage_errors, write_data
 from kdcache.recipe import Recipe, dump_recipe, load_recipe
 
@@ -54,9 +54,9 @@ class RunDirectory:
         if (path / IDENTITY).is_file():
             self._check(recipe, identity)
             return
-        _write(path / RECIPE, dump_recipe(recipe))
+        write_text(path / RECIPE, dump_recipe(recipe))
         self._record = {"identity": dict(identity), "versions": dict(versions), "summary": None}
-        _write(path / IDENTITY, _json(self._record))
+        write_text(path / IDENTITY, _json(self._record))
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -68,7 +68,7 @@ class RunDirectory:
         """Record that the run is done."""
         self._record["summary"] = dict(summary)
         if self._writes:
-            _write(self.path / IDENTITY, _json(self._record))
+            write_text(self.path / IDENTITY, _json(self._record))
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append a line to the metrics."""
@@ -84,7 +84,7 @@ class RunDirectory:
             return
         lines = path.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if _until(line, step)]
-        _write(path, "".join(line + "\n" for line in kept))
+        write_text(path, "".join(line + "\n" for line in kept))
 
     def last_values(self) -> dict[str, Any]:
         """The last value of everything in the metrics."""
@@ -116,12 +116,37 @@ class RunDirectory:
                 tree.pop(key, None)
             for share in tree["caches"]:
                 share.pop("path")  # what lies there is compared instead
+            if "start" in here["cache"]:
+                tree["student"].pop("path")  # so is what it begins with
         if difference := _first_difference(found, here):
             key, there, now = difference
             raise IdentityError(
                 f"{self.path}: holds another run: {key} is {there!r} "
                 f"there and {now!r} here; choose another output, or set it back to resume"
             )
+
+
+def last_stage(path: Path) -> Path:
+    """The run of the last stage in a directory of several; any other path as it is.
+
+    Args:
+        path: a run, or a transformers directory.
+
+    Raises:
+        ModelError: the last stage has not begun.
+    """
+    if (path / IDENTITY).is_file() or not (path / RECIPE).is_file():
+        return path
+    stages = list(load_recipe(str(path / RECIPE)).stages)
+    if not stages:
+        return path
+    if not (path / stages[-1] / RECIPE).is_file():
+        begun = [stage for stage in stages if (path / stage / RECIPE).is_file()]
+        raise ModelError(
+            f"{path}: its last stage, {stages[-1]}, has not begun; finish `kdcache train`, or name "
+            f"another: {', '.join(str(path / stage) for stage in begun) or 'none has'}"
+        )
+    return path / stages[-1]
 
 
 @contextmanager
@@ -192,7 +217,7 @@ def _json(tree: Any) -> str:
     return json.dumps(tree, indent=1, sort_keys=True) + "\n"
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Replace a file whole."""
 
     def write(stream: Any) -> Path:

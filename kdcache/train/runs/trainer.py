@@ -31,6 +31,7 @@ from kdcache.train.families.family import Development
 from kdcache.train.losses.label_signals import check_text
 from kdcache.train.losses.objective import Moment
 from kdcache.train.losses.schedule import learning_rate
+from kdcache.train.losses.score_signals import signals_for
 from kdcache.train.runs.checkpoint import RunState, publish, tied_weights
 from kdcache.train.runs.gate import Gate
 from kdcache.train.runs.memory import memory_errors
@@ -93,11 +94,13 @@ class Trainer:
         cache = self.cache
         self.device = resolve_device(section.device)
         self.family = FAMILIES[section.student.kind]
+        section = self.section = self.family.completed(section, self.caches)
+        assert section.student is not None
         if section.gate is not None and section.student.kind != "encoder_decoder":
             raise RecipeError("train.gate: goes with a student of kind encoder_decoder alone")
-        self.objective = self.family.objective(section, cache.signals)
+        self.objective = self.family.objective(section, signals_for(cache, section.source))
         for other in self.caches[1:]:
-            self.family.objective(section, other.signals)
+            self.family.objective(section, signals_for(other, section.source))
         for each in self.caches if self.objective.over_references else ():
             check_text(each, section.target)
         self.tokenizer = cache.stream(section.target).tokenizer
@@ -159,6 +162,7 @@ class Trainer:
             while_dumping=section.while_dumping,
             layers=self.distillation.layers,
             gold=self.objective.gold,
+            tasks=self.objective.tasks,
             rank=self.ranks.rank,
             world=self.ranks.world,
         )
