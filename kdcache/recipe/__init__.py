@@ -58,6 +58,7 @@ from kdcache.recipe.signals import (
     MasksSignal,
     Signal,
 )
+from kdcache.recipe.sweep import SweepSection
 from kdcache.recipe.teacher import TeacherSection
 from kdcache.recipe.train import (
     CacheShare,
@@ -114,6 +115,7 @@ __all__ = [
     "SoftTerm",
     "StreamSection",
     "StudentSection",
+    "SweepSection",
     "TaskSection",
     "TeacherSection",
     "Term",
@@ -126,6 +128,7 @@ __all__ = [
     "builtin_names",
     "dump_recipe",
     "load_recipe",
+    "load_tree",
     "parse_recipe",
     "signal_streams",
 ]
@@ -146,6 +149,7 @@ class Recipe(Section):
     evaluate: EvaluateSection = Field(
         default_factory=lambda: EvaluateSection(), description="How `kdcache evaluate` scores."
     )
+    sweep: SweepSection | None = Field(None, description="Which runs `kdcache sweep` makes.")
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
@@ -158,10 +162,23 @@ def load_recipe(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) ->
     Raises:
         RecipeError: with file and path of every fault.
     """
+    return parse_recipe(load_tree(name_or_path, overrides), where=name_or_path)
+
+
+def load_tree(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:
+    """What `load_recipe` validates: plain values of a recipe file with overrides applied.
+
+    Args:
+        name_or_path: as for `load_recipe`.
+        overrides: likewise.
+
+    Raises:
+        RecipeError: there is no such file, it is no mapping in YAML, or an override leads nowhere.
+    """
     tree = read_file(name_or_path)
     for dotted, text in overrides:
         override(tree, dotted, text)
-    return parse_recipe(tree, where=name_or_path)
+    return tree
 
 
 def parse_recipe(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:

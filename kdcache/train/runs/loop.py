@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import RecipeError
-from kdcache.formats.cache import open_cache
 from kdcache.models import resolve_device
 from kdcache.progress import progress
 from kdcache.recipe import Recipe
 from kdcache.train.batches.stream import GlobalBatch
 from kdcache.train.losses.schedule import learning_rate
+from kdcache.train.runs.board import Board, check_installed
 from kdcache.train.runs.checkpoint import (
     average_weights,
     checkpoints,
@@ -26,6 +26,7 @@ from kdcache.train.runs.checkpoint import (
 )
 from kdcache.train.runs.parallel import joined
 from kdcache.train.runs.run import RunDirectory, locked
+from kdcache.train.runs.shared import Shared
 from kdcache.train.runs.trainer import Trainer
 from kdcache.versions import versions_of
 
@@ -36,7 +37,9 @@ CANARY_BATCHES = 3
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy")
 
 
-def train(recipe: Recipe, cache_path: str | Path | None, out: str | Path) -> dict[str, Any]:
+def train(
+    recipe: Recipe, cache_path: str | Path | None, out: str | Path, shared: Shared | None = None
+) -> dict[str, Any]:
     """Train a student from a cache; go on where an interrupted run stopped.
 
     Under torchrun the processes train one student together, and each returns the same.
@@ -45,6 +48,7 @@ def train(recipe: Recipe, cache_path: str | Path | None, out: str | Path) -> dic
         recipe: what to train; its `train` section is used.
         cache_path: the cache, or its URL; None where the recipe names its caches.
         out: the run directory.
+        shared: what earlier runs of this process left for this one.
 
     Returns:
         run, steps, epochs (begun), tokens, parameters, loss (mean of the last line of metrics),
@@ -64,12 +68,16 @@ def train(recipe: Recipe, cache_path: str | Path | None, out: str | Path) -> dic
             "the other"
         )
     paths = [share.path for share in recipe.train.caches] or [str(cache_path)]
-    caches, run = [open_cache(path) for path in paths], Path(out)
+    shared = shared or Shared()
+    caches, run = [shared.cache(path) for path in paths], Path(out)
     if recipe.train.student is None:
         raise RecipeError("train.student is not set; give train.student.config or .path")
+    if recipe.train.log is not None:
+        check_installed()
     with joined(resolve_device(recipe.train.device)) as ranks, ExitStack() as held:
-        trainer = Trainer(recipe.train, caches, ranks)
-        about = (run, recipe, trainer.identity(), versions_of(LIBRARIES))
+        trainer = Trainer(recipe.train, caches, ranks, shared)
+        places = [_place(path) for path in paths]
+        about = (run, recipe, trainer.identity(), versions_of(LIBRARIES), places)
         with ranks.together():
             if ranks.main:
                 held.enter_context(locked(run))
@@ -87,6 +95,11 @@ def train(recipe: Recipe, cache_path: str | Path | None, out: str | Path) -> dic
         return directory.summary
 
 
+def _place(path: str) -> str:
+    """A cache's URL, or its directory from the root."""
+    return path if "://" in path else str(Path(path).resolve())
+
+
 class Loop:
     """Steps of a trainer, with their metrics and checkpoints in a run directory."""
 
@@ -95,11 +108,14 @@ class Loop:
         self.section = trainer.section
         self._since = (0.0, 0)
         self._epochs: dict[int, int] = {}  # by cache
+        self._board: Board | None = None
 
     def fit(self) -> dict[str, Any]:
         """Train to the end, from the newest checkpoint of the run if it has one."""
         trainer = self.trainer
         self._resume()
+        if self.section.log is not None and trainer.ranks.main:
+            self._board = Board(self.run.path, trainer.state.step)
         began = time.perf_counter()
         self._since = (began, trainer.state.tokens)
         seen = 0
@@ -119,6 +135,8 @@ class Loop:
                 seen += 1
                 self._after(batch)
                 bar.update()
+        if self._board is not None:
+            self._board.close()
         self._export()
         return self._summary(time.perf_counter() - began)
 
@@ -130,7 +148,7 @@ class Loop:
             self._log(batch)
         if trainer.dev is not None and (last or state.step % section.validation.every_steps == 0):
             scores = trainer.validate()
-            self.run.log({"step": state.step} | scores)
+            self._note({"step": state.step} | scores)
             if state.best_loss is None or scores["dev_loss"] < state.best_loss:
                 state.best_step, state.best_loss = state.step, scores["dev_loss"]
                 trainer.save_model(self.run.path / "best")
@@ -139,6 +157,12 @@ class Loop:
             state.scaler = trainer.scaler.state_dict()
             parts = (trainer.distillation, trainer.optimizer, self._keep, trainer.ranks)
             save_checkpoint(self.run.path, state, *parts)
+
+    def _note(self, line: dict[str, Any]) -> None:
+        """A line of metrics for all who read them."""
+        self.run.log(line)
+        if self._board is not None:
+            self._board.log(line)
 
     @property
     def _keep(self) -> int:
@@ -162,7 +186,7 @@ class Loop:
         gated = {} if trainer.gate is None else {"gated": means.pop()}
         moved = state.num_summed - state.num_skipped
         peak, total_steps = section.optimizer.lr, trainer.total_steps
-        self.run.log(
+        self._note(
             {
                 "step": state.step,
                 "epoch": batch.epoch,
