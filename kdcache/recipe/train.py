@@ -235,8 +235,8 @@ class TrainSection(Section):
     log_every: PositiveInt = Field(50, description="Steps between lines of metrics.jsonl.")
     log: Literal["tensorboard"] | None = Field(
         None,
-        description="tensorboard: write the metrics as TensorBoard's events too, to the run's folder "
-        '`tensorboard` (needs `pip install "kdcache[tensorboard]"`).',
+        description="tensorboard: write the metrics as TensorBoard's events too, in the run's "
+        '`tensorboard` folder (needs `pip install "kdcache[tensorboard]"`).',
     )
 
     @model_validator(mode="after")

@@ -20,6 +20,8 @@ from kdcache.recipe.tree import set_value
 from kdcache.train.runs.run import FREE_KEYS
 
 RUNS, CACHES = "runs", "caches"
+#: The codec of labels that are not re-encoded, in tables.
+AS_DUMPED = "as dumped"
 
 Settings = dict[str, Any]
 
@@ -56,7 +58,7 @@ class PlannedRun:
         """The cache that it reads: the given one, or one that is made of it."""
         if not self.codecs:
             return cache
-        return str(out / CACHES / _digest(dict(self.codecs)))
+        return str(out / CACHES / codec_digest(self.codecs))
 
 
 def plan_runs(tree: Mapping[str, Any], where: str, cache: Cache | None) -> list[PlannedRun]:
@@ -143,7 +145,7 @@ def _planned(
 def _setting(plain: dict[str, Any], path: str, given: Settings) -> Any:
     """The value that a run has at a path, given or not."""
     if _codec_of(path) is not None:
-        return given.get(path)
+        return given.get(path) or AS_DUMPED
     node: Any = plain
     for key in path.split("."):
         try:
@@ -167,6 +169,11 @@ def _reencoded(recipe: Recipe, signal: str, where: str, cache: Cache | None) -> 
         return None
     check_servable(record, asked.codec, record.temperatures)
     return asked.codec.model_dump(mode="json")
+
+
+def codec_digest(codecs: Mapping[str, Any]) -> str:
+    """Name of the cache whose signals are re-encoded so."""
+    return _digest(dict(codecs))
 
 
 def _digest(tree: Mapping[str, Any]) -> str:

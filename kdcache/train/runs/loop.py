@@ -24,6 +24,7 @@ from kdcache.train.runs.checkpoint import (
     recover,
     save_checkpoint,
 )
+from kdcache.train.runs.memory import machine_of
 from kdcache.train.runs.parallel import joined
 from kdcache.train.runs.run import RunDirectory, locked
 from kdcache.train.runs.shared import Shared
@@ -90,7 +91,7 @@ def train(
         if directory.summary is None:
             summary = ranks.from_main(Loop(trainer, directory).fit())
             with ranks.together():
-                directory.finish(summary)
+                directory.finish(summary, machine_of(trainer.device))
         assert directory.summary is not None
         return directory.summary
 

@@ -72,9 +72,14 @@ class RunDirectory:
         found: dict[str, Any] | None = self._record["summary"]
         return found
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Record that the run is done."""
-        self._record["summary"] = dict(summary)
+    def finish(self, summary: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
+        """Record that the run is done.
+
+        Args:
+            summary: what it came to.
+            machine: what the process that finished it ran on, for the record.
+        """
+        self._record |= {"summary": dict(summary), "machine": dict(machine)}
         if self._writes:
             _write(self.path / IDENTITY, _json(self._record))
 
