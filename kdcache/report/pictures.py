@@ -360,7 +360,7 @@ def scatter(
     y: str,
     log_x: bool = False,
 ) -> Picture:
-    """Groups of points, each of one x, which is named below it.
+    """Named groups of points, each of one x; a line goes through their means.
 
     Args:
         name: of the picture.
@@ -385,12 +385,30 @@ def scatter(
             axes.set_xscale("log")
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.tick_params(which="minor", length=0)
-        axes.set_xticks([group[0][0] for group in points.values()], list(points))
+        axes.set_xticks([at for at, _ in means], [_tick(at) for at, _ in means])
+        for label, group in points.items():
+            if label == _tick(group[0][0]):
+                continue  # the axis says so
+            middle = group[0][0], sum(value for _, value in group) / len(group)
+            right = group[0][0] == means[-1][0]
+            axes.annotate(
+                label,
+                middle,
+                xytext=(-8 if right else 8, 5),
+                textcoords="offset points",
+                ha="right" if right else "left",
+                fontsize=9,
+            )
         axes.margins(x=0.12, y=0.12)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
 
     return draw(name, alt, paint)
+
+
+def _tick(value: float) -> str:
+    """A size on an axis."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 @dataclass(frozen=True)

@@ -242,7 +242,7 @@ class _Sweep:
             size = self._label_bytes(codecs[row["runs"][0]])
             if size is None:
                 return None
-            label = f"{size:.1f}\n{self.value(row, paths[0])}"
+            label = self.value(row, paths[0])
             groups.setdefault(label, []).extend((size, value) for value in self.values(row))
         if len(groups) < 2:
             return None

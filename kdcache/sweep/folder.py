@@ -21,7 +21,7 @@ from kdcache.errors import IdentityError, StorageError
 from kdcache.formats.cache import Cache
 from kdcache.formats.stores.commit import is_temporary, storage_errors, write_data
 from kdcache.recipe import EvaluateSection, load_recipe
-from kdcache.sweep.plan import PlannedRun
+from kdcache.sweep.plan import CACHES, RUNS, PlannedRun
 
 SWEEP, STATE, LOGS, LOCK = "sweep.json", "state", "logs", ".lock"
 RUN, EVALUATION, METRICS = "run.json", "evaluation.json", "metrics.jsonl"
@@ -126,8 +126,9 @@ class SweepFolder:
 
 
 def _own(name: str) -> bool:
-    """Whether an interrupted beginning may have left a file of this name."""
-    return name in (STATE, LOGS, LOCK) or is_temporary(name)
+    """Whether a file of this name is what a sweep, its single commands or its report make."""
+    known = (STATE, LOGS, LOCK, RUNS, CACHES, "report.html", "report.md", "report-pictures")
+    return name in known or is_temporary(name)
 
 
 def _identity(cache: Cache) -> dict[str, Any]:
