@@ -38,31 +38,43 @@ def write_report(
     """
     require_matplotlib()
     place = Path(path)
-    runs = [open_run(Path(one)) for one in beside]
-    local = "://" not in str(path)
-    if local and (place / RECORD).is_file():
-        from kdcache.report.run_page import run_document
-
-        kind, document = "run", run_document(open_run(place, place.resolve().name), runs, cache)
-        target = place / _NAME
-    elif local and (place / "sweep.json").is_file():
-        from kdcache.report.sweep_page import sweep_document
-
-        kind, document = "sweep", sweep_document(place, runs, cache)
-        target = place / _NAME
-    elif not local or (place / "kdcache.json").is_file():
-        from kdcache.report.cache_page import cache_document
-
-        if beside or cache is not None:
-            raise RecipeError(f"{path}: is a cache; --beside and --cache go with a run or a sweep")
-        kind, document = "cache", cache_document(str(path))
-        target = Path(f"{str(path).rstrip('/').rsplit('/', 1)[-1]}-{_NAME}")
-    else:
-        what = "there is nothing" if not place.exists() else "neither a run, a sweep nor a cache"
-        raise KDCacheError(
-            f"{path}: {what}; give what `kdcache train`, `sweep` or `dump` wrote with --out"
-        )
-    target = target if out is None else Path(out)
+    kind = _kind(str(path))
+    if kind == "cache" and (beside or cache is not None):
+        raise RecipeError(f"{path}: is a cache; --beside and --cache go with a run or a sweep")
+    name = str(path).rstrip("/").rsplit("/", 1)[-1]
+    target = Path(out or (f"{name}-{_NAME}" if kind == "cache" else place / _NAME))
     if target.suffix != ".html":
         raise RecipeError(f"--out {target}: the page is HTML; give a name that ends in .html")
+    runs = [open_run(Path(one)) for one in beside]
+    if kind == "run":
+        from kdcache.report.run_page import run_document
+
+        document = run_document(open_run(place, place.resolve().name), runs, cache)
+    elif kind == "sweep":
+        from kdcache.report.sweep_page import sweep_document
+
+        document = sweep_document(place, runs, cache)
+    else:
+        from kdcache.report.cache_page import cache_document
+
+        document = cache_document(str(path))
     return {"kind": kind, **write(document, target)}
+
+
+def _kind(path: str) -> str:
+    """What stands at a path.
+
+    Raises:
+        KDCacheError: nothing that there are reports of.
+    """
+    place = Path(path)
+    if "://" in path or (place / "kdcache.json").is_file():
+        return "cache"
+    if (place / RECORD).is_file():
+        return "run"
+    if (place / "sweep.json").is_file():
+        return "sweep"
+    what = "neither a run, a sweep nor a cache" if place.exists() else "there is nothing"
+    raise KDCacheError(
+        f"{path}: {what}; give what `kdcache train`, `sweep` or `dump` wrote with --out"
+    )

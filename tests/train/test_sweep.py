@@ -24,25 +24,12 @@ from kdcache.sweep.runner import check_failures, commands, plan_sweep, run_one, 
 from kdcache.sweep.status import Status
 from kdcache.sweep.table import lower_is_better, metric_value, outcome_text
 from kdcache.train.runs.loop import train
+from tests.train.conftest import GRID
 from tests.train.sweep_stub import BREAKS, DIES, FAILS, HANGS, StubWorker
 from tests.train.test_loop import metrics, weights
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEMPERATURE = "train.objective.1.temperature"
-GRID = [(f"sweep.grid.{TEMPERATURE}", "1, 3"), ("sweep.grid.train.seed", "1,2")]
-
-
-@pytest.fixture(scope="module")
-def recipe_file(make_recipe, world, tmp_path_factory):
-    """A recipe of six steps, with a test set."""
-    made = make_recipe(max_steps=6, checkpoints={"every_steps": 3, "average_last": 0})
-    tree = made.model_dump(mode="json")
-    del tree["sweep"]
-    tree["evaluate"]["corpus"] = {**tree["train"]["validation"]["corpus"], "limit": 3}
-    tree["evaluate"] |= {"num_beams": 1, "latency_sentences": 0, "device": "cpu"}
-    path = tmp_path_factory.mktemp("sweep") / "recipe.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return str(path)
 
 
 @pytest.fixture
@@ -110,15 +97,6 @@ def test_what_cannot_be_swept_is_said_before_anything_runs(
         plan(recipe_file, world, tmp_path / "out", *pairs)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.fixture(scope="module")
-def swept(recipe_file, world, tmp_path_factory):
-    """A sweep of four runs and a re-encoded fifth, done as the tasks of an array."""
-    out = tmp_path_factory.mktemp("swept") / "out"
-    planned = plan(recipe_file, world, out, *GRID)
-    done = [run_one(planned, index) for index in range(4)]
-    return planned, done
 
 
 def test_a_sweep_trains_what_train_does(swept, recipe_file, world, tmp_path):
