@@ -77,12 +77,17 @@ def _table(found: Mapping[str, Any]) -> Section:
     header, cells = row_cells(found)
     way = "lower" if found["lower_is_better"] else "higher"
     counts = ", ".join(f"{found[state]} {state}" for state in ("done", "failed", "waiting"))
+    seeds = ""
+    if "±" in header:
+        seeds = (
+            " ± is the standard deviation over seeds; run and parameters are of the first of them, "
+            "seconds their mean."
+        )
     return Section(
         "All settings",
         f"Best first by {found['metric']}; {way} is better.",
         [Table(header, cells, strong=0)],
-        f"{len(found['runs'])} runs: {counts}. ± is the standard deviation over seeds; run and "
-        "parameters are of the first of them, seconds their mean.",
+        f"{len(found['runs'])} runs: {counts}.{seeds}",
     )
 
 

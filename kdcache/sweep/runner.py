@@ -80,10 +80,12 @@ def plan_sweep(
         )
     tree = load_tree(source, overrides)
     recipe = parse_recipe(tree, source)
-    if (cache is None) != bool(recipe.train.caches):
+    if cache is None and not recipe.train.caches:
+        raise RecipeError("sweep: no cache; give --cache CACHE, or name caches in train.caches")
+    if cache is not None and recipe.train.caches:
         raise RecipeError(
-            f"--cache is {cache} and train.caches has {len(recipe.train.caches)}; give one or the "
-            "other"
+            f"sweep: --cache is {cache} and train.caches names {len(recipe.train.caches)}; leave "
+            "one of them out"
         )
     opened = None if cache is None else open_cache(cache)
     runs = plan_runs(tree, source, opened)
