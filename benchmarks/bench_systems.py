@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -306,6 +307,7 @@ def main() -> None:
     args = _arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     scale = SCALES[args.scale]
+    scale = replace(scale, seeds=scale.seeds[: args.seeds])
     workshop = Workshop(args.out, scale.jobs, args.minutes)
     texts = find_texts(args.out / "texts")
     story = Story(args.out, scale, texts, workshop)
@@ -350,6 +352,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--rows", nargs="+", metavar="ROW", help="these alone (smoke: all; else the core rows)"
     )
+    parser.add_argument("--seeds", type=int, help="the first so many seeds of the core rows")
     parser.add_argument("--minutes", type=float, help="begin no command after so many")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results")
     return parser.parse_args()

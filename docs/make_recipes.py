@@ -38,6 +38,12 @@ A recipe may begin with `extends: OTHER`, a built-in recipe or a path beside the
 only what differs: mappings are merged key by key, lists and plain values take the place of what was
 there.
 
+A recipe may have `stages`, trainings one after another, each with keys of a recipe that are laid
+over those of the whole in the same way. `kdcache train NAME --cache STAGE=CACHE ...` trains them
+all, each from the best weights of the one before. `NAME:STAGE` is one of them as a recipe of its
+own, to dump for it or to train it alone. `--train.max_steps 200` sets it in all stages,
+`--stages.STAGE.train.max_steps 200` in one.
+
 Built-in recipes come at two scales: `-paper` has the sizes and the schedule that were published,
 `-small` trains on a laptop. A name without an ending, as `word-level`, is the small one.
 
@@ -82,7 +88,7 @@ def _section(model: type[BaseModel], path: str, seen: dict[type[BaseModel], str]
         members = [m for m in _members(field.annotation) if _is_model(m)]
         below = f"{path}.{name}".lstrip(".") + _suffix(field.annotation)
         inner += [(member, below) for member in members if member not in seen]
-        again = [f"see `{seen[m]}`" for m in members if m in seen]
+        again = [f"see `{seen[m]}`" for m in members if seen.get(m)]
         cells = [f"`{name}`", _type(field), _default(field), _meaning(field, again)]
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("")

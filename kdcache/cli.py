@@ -23,14 +23,14 @@ from kdcache.commands import Overrides
 from kdcache.compile import arguments as compile_arguments
 from kdcache.dump.ranks import Ranks, parse_ranks
 from kdcache.errors import KDCacheError, StoppedError, one_line
+from kdcache.usage import parse
 
 _OVERRIDE = re.compile(r"--([A-Za-z_]\w*(?:\.\w+)+)(?:=(.*))?", re.DOTALL)
 _HOW_TO_OVERRIDE = (
     "overrides:\n"
-    "  Any value of the recipe can be set by its dotted path, as in --train.max_steps 200,\n"
-    "  items of a list by number: --train.objective.0.weight 0.3. To list all values:\n"
-    "  {command} --print-recipe\n"
-    "  docs/recipes.md says what each means."
+    "  Any value of the recipe is set by its dotted path: --train.max_steps 200;\n"
+    "  items of a list by number: --train.objective.0.weight 0.3. All values:\n"
+    "  {command} --print-recipe      (docs/recipes.md: their meaning)"
 )
 
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; bad usage leaves by SystemExit(2)."""
     parser = _parser()
     words, overrides = _split_overrides(list(sys.argv[1:] if argv is None else argv), parser)
-    arguments = parser.parse_args(words)
+    arguments = parse(parser, words)
     if overrides and not arguments.takes_overrides:
         parser.error(f"{arguments.command} takes no overrides, found --{overrides[0][0]}")
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
@@ -83,13 +83,20 @@ def _split_overrides(
     return rest, overrides
 
 
+class _WideHelp(argparse.RawDescriptionHelpFormatter):
+    """Leaves room for the longest command, so that each has one line."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=18)
+
+
 def _parser() -> argparse.ArgumentParser:
     """All commands and their arguments."""
     parser = argparse.ArgumentParser(
         prog="kdcache",
         description="Run the teacher once; train students for ever after.",
         epilog="`kdcache COMMAND --help` shows a command's arguments and an example.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_WideHelp,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"kdcache {__version__}")
@@ -108,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_compile,
         _add_quickstart,
         _add_recipes,
+        _add_completion,
     ):
         add(parsers)
     return parser
@@ -168,7 +176,11 @@ def _add_train(parsers: Any) -> None:
     )
     command.add_argument("recipe", metavar="RECIPE", help="a YAML file or a built-in name")
     command.add_argument(
-        "--cache", metavar="CACHE", help="the cache to train from, a directory or URL"
+        "--cache",
+        action="append",
+        metavar="CACHE",
+        help="the cache to train from, a directory or URL; of a recipe with stages given once for "
+        "each, as STAGE=CACHE",
     )
     command.add_argument(
         "--out", metavar="RUN", help="the run directory; an unfinished one goes on"
@@ -238,7 +250,7 @@ def _add_report(parsers: Any) -> None:
         parsers,
         "report",
         commands.report,
-        "one page with pictures of a run, a sweep or a cache",
+        "draw a page with pictures of a run, a sweep or a cache",
         "kdcache report sweeps/temperature",
     )
     command.add_argument("path", metavar="PATH", help="a run, a sweep, or a cache (or its URL)")
@@ -390,6 +402,20 @@ def _add_quickstart(parsers: Any) -> None:
 def _add_recipes(parsers: Any) -> None:
     """List recipes."""
     _command(parsers, "recipes", commands.recipes, "list the built-in recipes", "kdcache recipes")
+
+
+def _add_completion(parsers: Any) -> None:
+    """Complete words in a shell."""
+    command = _command(
+        parsers,
+        "completion",
+        commands.completion,
+        "print a script that completes words in a shell",
+        'eval "$(kdcache completion bash)"    # in ~/.bashrc; zsh in ~/.zshrc the same\n'
+        "  kdcache completion fish | source     # in ~/.config/fish/config.fish",
+    )
+    command.add_argument("shell", choices=("bash", "zsh", "fish"), help="which shell")
+    command.set_defaults(parser=_parser)
 
 
 def _command(

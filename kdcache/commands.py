@@ -45,10 +45,10 @@ def _print_summary(arguments: argparse.Namespace, summary: dict[str, Any]) -> in
 
 def _print_recipe(arguments: argparse.Namespace, recipe: Any) -> int:
     """The resolved recipe as YAML, or as JSON."""
-    from kdcache.recipe import dump_recipe
+    from kdcache.recipe import dump_recipe, recipe_tree
 
     if arguments.json:
-        _print_json(recipe.model_dump(mode="json"))
+        _print_json(recipe_tree(recipe))
     else:
         print(dump_recipe(recipe), end="")
     return 0
@@ -99,12 +99,22 @@ def train(arguments: argparse.Namespace, overrides: Overrides) -> int:
     recipe = load_recipe(arguments.recipe, overrides)
     if arguments.print_recipe:
         return _print_recipe(arguments, recipe)
-    cache = arguments.cache if recipe.train.caches else _needs(arguments, "cache")
+    given = arguments.cache or []
+    if not recipe.stages:
+        if len(given) > 1:
+            arguments.error("argument --cache: given twice; train.caches in a recipe takes several")
+        if not recipe.train.caches:
+            _needs(arguments, "cache")
     out = _needs(arguments, "out")
     from kdcache.train.runs.loop import train as run
+    from kdcache.train.runs.stages import caches_of_stages, train_stages
+
+    if recipe.stages:
+        summary = train_stages(recipe, caches_of_stages(recipe, given), out)
+    else:
+        summary = run(recipe, given[0] if given else None, out)
     from kdcache.train.runs.parallel import is_main
 
-    summary = run(recipe, cache, out)
     return _print_summary(arguments, summary) if is_main() else 0
 
 
@@ -112,11 +122,12 @@ def evaluate(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Score a run or a model."""
     from kdcache.recipe import load_recipe, parse_recipe
     from kdcache.recipe.tree import override
+    from kdcache.train.runs.run import last_stage
 
-    section = None
-    own = Path(arguments.run_path) / "recipe.yaml"
+    section, path = None, last_stage(Path(arguments.run_path))
+    own = path / "recipe.yaml"
     if arguments.recipe or (overrides and own.is_file()):
-        section = load_recipe(arguments.recipe or str(own), overrides).evaluate
+        section = load_recipe(arguments.recipe or str(own), overrides).single().evaluate
     elif overrides:
         tree: dict[str, Any] = {"name": "evaluate"}
         for dotted, text in overrides:
@@ -124,7 +135,7 @@ def evaluate(arguments: argparse.Namespace, overrides: Overrides) -> int:
         section = parse_recipe(tree, where="overrides").evaluate
     from kdcache.train.evaluation.evaluate import evaluate as run
 
-    result = run(arguments.run_path, section=section, against=arguments.against, out=arguments.out)
+    result = run(path, section=section, against=arguments.against, out=arguments.out)
     return _print_summary(arguments, result)
 
 
@@ -311,4 +322,16 @@ def recipes(arguments: argparse.Namespace, overrides: Overrides) -> int:
         _print_json([{"name": name, "description": text} for name, text in rows])
     else:
         print(table(("name", "description"), rows))
+    return 0
+
+
+def completion(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    """Print a shell's completion script."""
+    from kdcache.completion import script
+
+    text = script(arguments.parser(), arguments.shell)
+    if arguments.json:
+        _print_json({"shell": arguments.shell, "script": text})
+    else:
+        print(text, end="")
     return 0

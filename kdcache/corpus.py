@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdcache import messages
+from kdcache.detokenize import DETOKENIZERS
 from kdcache.errors import CorpusError
 from kdcache.recipe import CorpusSection, TaskSection
 
@@ -88,6 +89,10 @@ def read_corpus(section: CorpusSection) -> Iterator[RowBatch]:
                 kept = np.flatnonzero(filled)
                 fields = {name: [texts[i] for i in kept] for name, texts in fields.items()}
                 rows = rows[kept]
+            if section.detokenize != "none":
+                change = DETOKENIZERS[section.detokenize]
+                for name in set(fields) - {section.label}:
+                    fields[name] = [change(text) for text in fields[name]]
             yield RowBatch(rows, fields, size, size - len(rows), task, start)
         if first == start:
             raise CorpusError(f"{_where(part)}: found no rows; expected at least one")

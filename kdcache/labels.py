@@ -17,7 +17,7 @@ from kdcache.formats.codec import Codec, Values
 from kdcache.formats.codes import code_log_probs, entropy_step
 from kdcache.formats.knots import interpolation_weights
 from kdcache.formats.ragged import Ragged
-from kdcache.formats.schema import join_ids
+from kdcache.formats.wide import TAIL, widened
 
 Tail = Literal["auto", "sampled", "uniform", "bucket", "renormalise"]
 
@@ -107,29 +107,30 @@ def coded_labels(spec: LogitsSpec, columns: Mapping[str, Ragged]) -> CodedLabels
 
     Args:
         spec: of the signal.
-        columns: the signal's columns for these samples, in fresh (writable) arrays.
+        columns: the signal's columns for these samples, as they are stored or in their wide form,
+            in fresh (writable) arrays.
     """
     codec = spec.codec
+    columns = {name: widened(name, column) for name, column in columns.items()}
     tokens = columns["tokens"].fields
     num_positions = len(tokens["gold"])
     num_exact = num_drawn = tail = exact_id = exact_code = drawn_id = drawn_code = None
     if codec.name == "full":
         num_exact = torch.full((num_positions,), spec.vocab_size, dtype=torch.int64)
     elif codec.has_exact:
-        num_exact = torch.from_numpy(tokens["num_exact"].astype(np.int64))
-        exact_id = torch.from_numpy(join_ids(columns["exact"].fields))
+        num_exact = torch.from_numpy(tokens["num_exact"])
+        exact_id = torch.from_numpy(columns["exact"].fields["id"])
     if codec.has_exact:
         exact_code = torch.from_numpy(columns["exact"].fields["code"])
     if codec.has_drawn:
-        num_drawn = torch.from_numpy(tokens["num_drawn"].astype(np.int64))
-        drawn_id = torch.from_numpy(join_ids(columns["drawn"].fields))
+        num_drawn = torch.from_numpy(tokens["num_drawn"])
+        drawn_id = torch.from_numpy(columns["drawn"].fields["id"])
         code = columns["drawn"].fields.get("code")
         if code is not None:
             counts = not codec.has_drawn_log_probs
             drawn_code = torch.from_numpy(code.astype(np.int32) if counts else code)
     if codec.has_tail:
-        knots = [tokens[f"tail_{i}"] for i in range(len(spec.temperatures))]
-        tail = torch.from_numpy(np.stack(knots, axis=1))
+        tail = torch.from_numpy(tokens[TAIL])
     return CodedLabels(
         spec=spec,
         num_exact=num_exact,

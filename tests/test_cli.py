@@ -15,10 +15,11 @@ import pytest
 import yaml
 
 from kdcache import __version__
-from kdcache.cli import main
+from kdcache.cli import _parser, main
 from kdcache.formats.stores.store import STATUS
+from kdcache.usage import command_parsers
 
-COMMANDS = ["dump", "train", "evaluate", "inspect", "verify", "quickstart", "recipes"]
+COMMANDS = sorted(command_parsers(_parser()))
 STUDENT = {
     "model_type": "marian",
     "d_model": 8,
@@ -117,18 +118,24 @@ def test_help_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     text = capsys.readouterr().out
     assert caught.value.code == 0
-    assert len(text.split("\n")) <= 24
+    assert len(text.split("\n")) <= 32
     assert all(len(line) <= 80 for line in text.split("\n"))
     assert [c for c in COMMANDS if c not in text] == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_every_command(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
     text = capsys.readouterr().out
     assert caught.value.code == 0
-    assert f"example:\n  kdcache {command}" in text
+    assert "example:\n  " in text
+    assert f"kdcache {command}" in text.split("example:\n")[1]
+    assert len(text.split("\n")) <= 40
+    assert all(len(line) <= 80 for line in text.split("\n"))
     assert "--json" in text
     if command in ("dump", "train", "evaluate"):
         assert "--train.objective.0.weight 0.3" in text
@@ -155,7 +162,43 @@ def test_bad_usage_exits_2(words: list[str], capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit) as caught:
         main(words)
     assert caught.value.code == 2
-    assert "usage: kdcache" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith(("usage: kdcache", "kdcache: "))
+    assert len([line for line in said.splitlines() if line.startswith("kdcache")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("", "kdcache: no command given; `kdcache --help` lists them, `kdcache quickstart` shows"),
+        ("trian word-level", "kdcache: no command 'trian'; did you mean train? `kdcache --help`"),
+        ("zzz", "kdcache: no command 'zzz'; `kdcache --help` lists them"),
+        ("--vrsion", "kdcache: no option '--vrsion'; did you mean --version? `kdcache --help`"),
+        ("train no-kd --cahce x", "error: no option --cahce; did you mean --cache? `kdcache train"),
+        ("train no-kd --cahce=x", "error: no option --cahce; did you mean --cache? `kdcache train"),
+        ("inspect a b", "kdcache inspect: error: unexpected 'b'; it takes no more words"),
+        ("train no-kd --out r", "kdcache train: error: the following arguments are required: --c"),
+        ("recipes --train.max_steps 1", "error: recipes takes no overrides, found --train.max"),
+        ("dump word-level --rank 3/2", "argument --rank: "),
+    ],
+)
+def test_bad_usage_says_what_to_do(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words.split())
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_unknown_recipe_is_told_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, near in (("word-levl", "word-level"), ("word-level-smal", "word-level-small")):
+        line = fails(capsys, "train", name, "--cache", "x", "--out", "y")
+        assert line == (
+            f"kdcache: {name}: no such file and no built-in recipe of that name; did you mean "
+            f"{near}? `kdcache recipes` lists them"
+        )
+    assert "of that name; `kdcache recipes`" in fails(capsys, "dump", "zzz.yaml", "--out", "y")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

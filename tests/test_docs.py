@@ -28,12 +28,6 @@ def test_the_tours_recipes_are_recipes(name):
     assert parse_recipe(yaml.safe_load((DOCS / name).read_text("utf-8"))).dump.signals
 
 
-def test_links_between_pages_lead_somewhere():
-    for path in DOCS.glob("*.md"):
-        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text("utf-8")):
-            assert (DOCS / target).exists(), f"{path.name}: {target}"
-
-
 #: Code that a page takes from a file: the file, and a function or class at its top level.
 SHOWN = re.compile(r"<!-- (\S+\.py) (\w+) -->\n```python\n(.*?)```", re.DOTALL)
 

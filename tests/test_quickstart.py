@@ -9,7 +9,7 @@ from kdcache.errors import StorageError
 from kdcache.formats.cache import open_cache
 from kdcache.quickstart import grammar
 from kdcache.quickstart.outcome import summary_text
-from kdcache.quickstart.plan import FULL, Paths, student_recipe, teacher_recipe
+from kdcache.quickstart.plan import FULL, QUICK, Paths, student_recipe, teacher_recipe
 from kdcache.quickstart.story import run
 from kdcache.recipe import load_recipe
 
@@ -63,12 +63,14 @@ def test_students_share_everything_but_the_objective(story):
         assert getattr(without, section) == getattr(distilled, section)
 
 
-def test_the_cache_holds_the_training_pairs(story):
+def test_the_cache_holds_the_first_of_the_pairs_that_the_teacher_learned_from(story):
     out, _ = story
+    lines = (out / "corpus" / "train.src").read_text(encoding="utf-8").splitlines()
+    assert open_cache(out / "tokens").num_samples == len(lines) == QUICK.pairs["train"]
     cache = open_cache(out / "cache")
     assert cache.complete("logits")
-    lines = (out / "corpus" / "train.src").read_text(encoding="utf-8").splitlines()
-    assert cache.num_samples == len(lines)
+    assert cache.num_samples == QUICK.student_pairs < len(lines)
+    assert (out / "report.html").read_text(encoding="utf-8").count(f"{len(lines)} sentence") == 1
 
 
 def test_what_is_finished_is_not_done_again(story):

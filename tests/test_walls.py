@@ -87,7 +87,7 @@ def test_compile_runs_without_torch_where_nothing_is_re_encoded(
 
 @pytest.mark.parametrize(
     "words",
-    [("--help",), ("--version",), ("dump", "--help"), ("train", "--help"), ("recipes",)],
+    [("--help",), ("dump", "--help"), ("recipes",), ("completion", "bash")],
     ids=" ".join,
 )
 def test_the_face_starts_without_torch(words: tuple[str, ...]) -> None:

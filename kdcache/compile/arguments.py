@@ -19,6 +19,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     Args:
         command: the parser of the command.
     """
+    command.usage = "kdcache compile CACHE [CACHE ...] --out CACHE [options]"  # all fit no screen
     add = command.add_argument
     add("caches", nargs="+", metavar="CACHE", help="finished caches, directories or URLs")
     add("--out", required=True, metavar="CACHE", help="the new cache; an unfinished one goes on")
@@ -27,7 +28,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--missing",
         choices=("refuse", "drop"),
         default="refuse",
-        help="what becomes of samples without a signal that others have (default refuse)",
+        help="samples without a signal that others have (default refuse)",
     )
     add(
         "--filter",
@@ -35,10 +36,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         default=[],
         type=_told(_condition),
         metavar="CONDITION",
-        help="keep samples that fulfil it, as 'logits.loss < 3' (mean nats of the targets), "
-        "'logits.entropy > 1', 'tgt.length <= 50', 'beams.bleu >= 20'; may be given again",
+        help="keep samples that fulfil all: 'logits.loss < 3' (mean nats), 'logits.entropy > 1', "
+        "'tgt.length <= 50', 'beams.bleu >= 20'",
     )
-    add("--ids", metavar="FILE", help="keep the samples listed: a sample_id or row on each line")
+    add("--ids", metavar="FILE", help="keep the samples listed: a sample_id or row a line")
     size = command.add_mutually_exclusive_group()
     size.add_argument("--fraction", type=_number, metavar="X", help="keep this share of samples")
     size.add_argument("--count", type=int, metavar="N", help="keep this many samples")
@@ -48,7 +49,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         nargs="+",
         type=_number,
         metavar="W",
-        help="take each cache's samples this often, one weight a cache; the caches are merged else",
+        help="take each cache's samples so often; merged else",
     )
     add(
         "--targets",
@@ -62,7 +63,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         default=[],
         type=_told(_codec),
         metavar="SIGNAL=CODEC",
-        help="re-encode a logits signal, as logits='{name: threshold, c: 1/8}'; may be given again",
+        help="re-encode a logits signal, as logits='{name: threshold, c: 1/8}'",
     )
     add(
         "--rename",
@@ -70,21 +71,20 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         default=[],
         type=_told(_rename),
         metavar="OLD=NEW",
-        help="call a signal otherwise in the new cache; may be given again",
+        help="call a signal otherwise in the new cache",
     )
     add("--shard-tokens", type=int, metavar="N", help="most tokens of a shard (default: as it is)")
     add(
         "--bleu-tokenizer",
         default="13a",
         metavar="NAME",
-        help="sacrebleu's tokenizer for sentence BLEU (default 13a; zh, ja-mecab, char, ...)",
+        help="for sentence BLEU (default 13a; zh, ja-mecab, char)",
     )
     wire = command.add_mutually_exclusive_group()
     wire.add_argument(
         "--compress",
         action="store_true",
-        help="copy one cache for the wire, its data files compressed; whatever reads a cache reads "
-        "the copy too",
+        help="copy one cache, its data files compressed; the copy can be read as it is",
     )
     wire.add_argument(
         "--expand", action="store_true", help="make the ordinary cache of a compressed one again"

@@ -67,6 +67,7 @@ def plan(
     Raises:
         KDCacheError: what `dump` raises.
     """
+    recipe.single()
     if recipe.corpus is None:
         raise RecipeError("a dump needs a corpus: set corpus.fields (and corpus.format)")
     lengths, numbers, num_rows = _row_lengths(recipe.corpus)

@@ -199,7 +199,7 @@ class Redo:
     def _signal_recipe(self, cache: Cache, name: str, stands: SignalRecord | None) -> Recipe:
         """How one signal is made."""
         if self._recipe is not None:
-            recipe = load_recipe(self._recipe, self._overrides)
+            recipe = load_recipe(self._recipe, self._overrides).single()
             if name not in recipe.dump.signals:
                 raise RecipeError(
                     f"{self._recipe}: it has no signal {name!r}; it has "
@@ -225,7 +225,7 @@ class Redo:
     def _samples_recipe(self) -> Recipe:
         """How samples and tokenizers are made."""
         if self._recipe is not None:
-            return load_recipe(self._recipe, self._overrides)
+            return load_recipe(self._recipe, self._overrides).single()
         cache = self._cache()
         tree = self._own(cache.manifest)
         # A tokenizer without a path is the teacher's; only signals say which that was.

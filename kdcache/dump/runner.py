@@ -112,7 +112,7 @@ class _Inputs:
 
     def __init__(self, recipe: Recipe, out: str | Path) -> None:
         self.recipe, self.out = recipe, out
-        self.corpus = check_streams(recipe)
+        self.corpus = check_streams(recipe.single())
         section = recipe.dump
         next(read_corpus(self.corpus))  # a missing file should fail before anything is loaded
         with CacheWriter(out):

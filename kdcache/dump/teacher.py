@@ -154,6 +154,17 @@ class Teacher(ABC):
         """
         raise self.cannot("attentions")
 
+    def for_task(self, task: str | None) -> Teacher:
+        """The teacher as it speaks for one task: of several heads one, else itself.
+
+        Args:
+            task: of the signal; None: of all samples.
+
+        Raises:
+            ModelError: it has several heads, and none of that name.
+        """
+        return self
+
     def scores(self, batch: Batch) -> Tensor:
         """Class logits, or a regressor's scores.
 

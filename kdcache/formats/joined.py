@@ -11,7 +11,10 @@ import numpy as np
 import pyarrow as pa
 
 from kdcache.errors import IntegrityError
+from kdcache.formats.native import library
 from kdcache.formats.ragged import Ragged, offsets_of
+from kdcache.formats.wide import widened
+from kdcache.formats.wide_copy import WideCopy, supported
 
 
 class JoinedColumns:
@@ -67,6 +70,7 @@ class JoinedColumns:
         addresses = np.array(places, dtype=np.int64).reshape(len(arrays), len(files))
         lowest = int(addresses.min()) if addresses.size else 0
         self._addresses = addresses - lowest  # [F, S]
+        self._wide = self._compiled(addresses)
         # Without an end: between the files there is memory of others, which no piece touches.
         self._memory = pa.foreign_buffer(lowest, 1 << 62)
 
@@ -99,6 +103,38 @@ class JoinedColumns:
         return {
             name: Ragged(offsets[column], fields[column]) for column, name in enumerate(self._names)
         }
+
+    def take_wide(self, rows: np.ndarray) -> dict[str, Ragged]:
+        """Some samples in their wide form (`wide`), in the given order, in fresh arrays.
+
+        Args:
+            rows: [R] integer samples, repeats allowed.
+
+        Raises:
+            IndexError: there is no such sample.
+        """
+        if self._wide is not None:
+            return self._wide.take(rows)
+        return {name: widened(name, column) for name, column in self.take(rows).items()}
+
+    def _compiled(self, addresses: np.ndarray) -> WideCopy | None:
+        """What copies the wide form itself; None where nothing was compiled.
+
+        Args:
+            addresses: [F, S] where the values of each field begin.
+        """
+        compiled = library()
+        dtypes = {
+            name: {field: array.dtype for field, array in column.fields.items()}
+            for name, column in (self._files[0] if self._files else {}).items()
+        }
+        if compiled is None or not dtypes or not supported(dtypes, self._offsets):
+            return None
+        places = {
+            (self._names[column], field): addresses[row]
+            for row, (column, field, _) in enumerate(self._fields)
+        }
+        return WideCopy(compiled, dtypes, self._starts, self._offsets, places)
 
     def _copied(
         self, file: np.ndarray, begins: np.ndarray, lengths: np.ndarray, size: int

@@ -144,13 +144,14 @@ class WindowReader:
         total = self._streams.nbytes + sum(one.nbytes for one in self._columns.values())
         return total / max(1, self.num_samples)
 
-    def take_streams(self, rows: np.ndarray) -> dict[str, Ragged]:
+    def take_streams(self, rows: np.ndarray, wide: bool = False) -> dict[str, Ragged]:
         """Token ids of some samples, by stream.
 
         Args:
             rows: [R] integer samples of the window, repeats allowed.
+            wide: in their wide form, see `wide`; else as they are stored.
         """
-        return self._streams.take(rows)
+        return self._streams.take_wide(rows) if wide else self._streams.take(rows)
 
     def take_stream(self, name: str, rows: np.ndarray) -> Ragged:
         """Token ids of some samples in one stream; `take_streams` gives several for less.
@@ -161,14 +162,16 @@ class WindowReader:
         """
         return self.take_streams(rows)[name]
 
-    def take_signal(self, name: str, rows: np.ndarray) -> dict[str, Ragged]:
+    def take_signal(self, name: str, rows: np.ndarray, wide: bool = False) -> dict[str, Ragged]:
         """Labels of some samples, by column.
 
         Args:
             name: a signal this window serves.
             rows: [R] integer samples of the window, repeats allowed.
+            wide: in their wide form, see `wide`; else as they are stored.
         """
-        return self._columns[name].take(rows)
+        columns = self._columns[name]
+        return columns.take_wide(rows) if wide else columns.take(rows)
 
     def take_dense(
         self, name: str, rows: np.ndarray, layers: Sequence[int]

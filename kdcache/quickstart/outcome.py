@@ -57,9 +57,10 @@ def report_page(paths: Paths, result: Mapping[str, Any]) -> str:
     smaller = teacher["parameters"] / student["parameters"]
     pairs = cache["corpus"]["num_samples"]
     lead = (
-        f"A teacher read {pairs:,} sentence pairs of a made-up language pair once and left its "
-        f"soft labels in a cache. Two students, {smaller:.1f} times smaller, learned the same "
-        "pairs with the same settings: one from the references alone, one from the cache as well."
+        f"A teacher that had learned from {_num_lines(paths):,} sentence pairs of a made-up "
+        f"language pair read {pairs:,} of them once and left its soft labels in a cache. Two "
+        f"students, {smaller:.1f} times smaller, learned from those {pairs:,} pairs with the same "
+        "settings: one from the references alone, one from the cache as well."
     )
     return page.page(
         "kdcache quickstart",
@@ -74,6 +75,11 @@ def report_page(paths: Paths, result: Mapping[str, Any]) -> str:
         f"Made by kdcache {cache['versions'].get('kdcache', '')} with the codec "
         f"{_codec(cache)}. Nothing on this page is fetched from anywhere.",
     )
+
+
+def _num_lines(paths: Paths) -> int:
+    """Sentence pairs that the teacher learned from."""
+    return len(paths.text("train", "src").read_text(encoding="utf-8").splitlines())
 
 
 def _verdict(result: Mapping[str, Any]) -> str:

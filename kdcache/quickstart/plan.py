@@ -18,6 +18,8 @@ class Size:
 
     Attributes:
         pairs: sentence pairs per split.
+        student_pairs: the first of the training pairs, which are all that students see; the
+            teacher learns from all of them.
         vocab_size: of the SentencePiece model both languages share.
         teacher: keys of its transformers config.
         teacher_steps: optimiser steps of the teacher.
@@ -30,6 +32,7 @@ class Size:
     """
 
     pairs: dict[str, int]
+    student_pairs: int
     vocab_size: int
     teacher: dict[str, Any]
     teacher_steps: int
@@ -59,6 +62,7 @@ def _marian(width: int, layers: int, heads: int, inner: int) -> dict[str, Any]:
 
 FULL = Size(
     pairs={"test": 300, "dev": 300, "train": 5000},
+    student_pairs=1000,
     vocab_size=512,
     teacher=_marian(128, 2, 4, 512),
     teacher_steps=700,
@@ -71,6 +75,7 @@ FULL = Size(
 )
 QUICK = Size(
     pairs={"test": 12, "dev": 12, "train": 200},
+    student_pairs=80,
     vocab_size=160,
     teacher=_marian(32, 1, 2, 64),
     teacher_steps=8,
@@ -165,9 +170,11 @@ def student_recipe(paths: Paths, size: Size, lr: float, distil: bool) -> Recipe:
         else "The quickstart's student without the cache: references alone.",
         dump={
             "teacher": {"path": str(paths.run("teacher") / "best"), "device": "cpu"},
-            "signals": {"logits": {"codec": {"name": "threshold", "c": 1 / 32}}},
+            # The students read few pairs many times, and what was drawn stays as it was drawn.
+            "signals": {"logits": {"codec": {"name": "threshold", "c": 1 / 256}}},
         },
         train=train,
+        corpus={**_corpus(paths, "train"), "limit": size.student_pairs},
     )
 
 

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 TITLES = ("teacher", "student without cache", "student with cache")
 MARK = "quickstart.json"
 #: Raised whenever an old directory could not be gone on with.
-VERSION = 1
+VERSION = 2
 
 
 def run(out: str | Path, quick: bool = False) -> dict[str, Any]:
@@ -61,12 +61,12 @@ def run(out: str | Path, quick: bool = False) -> dict[str, Any]:
     _claim(paths, quick)
     _write_corpus(paths, size)
 
-    _say("2/6 teacher: trained on the references")
+    _say("2/6 teacher: trained on the references of all pairs")
     recipe = _keep(paths, teacher_recipe(paths, size))
     dump(recipe, paths.tokens)
     teacher = train(recipe, paths.tokens, paths.run("teacher"))
 
-    _say("3/6 cache: the teacher runs once over the corpus")
+    _say(f"3/6 cache: the teacher runs once over the students' {size.student_pairs:,} pairs")
     first = student_recipe(paths, size, size.student_lrs[0], distil=False)
     dump(first, paths.cache)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from kdcache.errors import RecipeError
 from kdcache.recipe.corpus import CorpusSection, TaskSection
@@ -23,7 +23,7 @@ from kdcache.recipe.dump import (
     signal_streams,
 )
 from kdcache.recipe.faults import describe
-from kdcache.recipe.files import builtin_names, read_file
+from kdcache.recipe.files import builtin_names
 from kdcache.recipe.objective import (
     AttentionMSETerm,
     ClassifierTerm,
@@ -43,12 +43,13 @@ from kdcache.recipe.objective import (
     ScoreKLTerm,
     ScoreMSETerm,
     SoftTerm,
+    TaskLossTerm,
     Term,
     TermSection,
     TotalVariationTerm,
     ValueSchedule,
 )
-from kdcache.recipe.section import Section
+from kdcache.recipe.section import Identifier, Section
 from kdcache.recipe.signals import (
     AttentionSignal,
     BeamsSignal,
@@ -58,6 +59,7 @@ from kdcache.recipe.signals import (
     MasksSignal,
     Signal,
 )
+from kdcache.recipe.stages import override_all, read_stage, whole_stages
 from kdcache.recipe.sweep import SweepSection
 from kdcache.recipe.teacher import TeacherSection
 from kdcache.recipe.train import (
@@ -67,12 +69,14 @@ from kdcache.recipe.train import (
     GateSection,
     KeptLayers,
     OptimizerSection,
+    PerturbSection,
     ScheduleSection,
     StudentSection,
+    TaskHead,
     TrainSection,
     ValidationSection,
 )
-from kdcache.recipe.tree import override, write_yaml
+from kdcache.recipe.tree import write_yaml
 
 __all__ = [
     "AttentionMSETerm",
@@ -102,6 +106,7 @@ __all__ = [
     "MaskedKLTerm",
     "MasksSignal",
     "OptimizerSection",
+    "PerturbSection",
     "PretrainedTokenizer",
     "Recipe",
     "ReverseKLTerm",
@@ -116,6 +121,8 @@ __all__ = [
     "StreamSection",
     "StudentSection",
     "SweepSection",
+    "TaskHead",
+    "TaskLossTerm",
     "TaskSection",
     "TeacherSection",
     "Term",
@@ -128,8 +135,8 @@ __all__ = [
     "builtin_names",
     "dump_recipe",
     "load_recipe",
-    "load_tree",
     "parse_recipe",
+    "recipe_tree",
     "signal_streams",
 ]
 
@@ -150,35 +157,53 @@ class Recipe(Section):
         default_factory=lambda: EvaluateSection(), description="How `kdcache evaluate` scores."
     )
     sweep: SweepSection | None = Field(None, description="Which runs `kdcache sweep` makes.")
+    stages: dict[Identifier, Recipe] = Field(
+        default_factory=dict,
+        description="Trainings one after another, by name, each of which begins with the best "
+        "weights of the one before. A stage has the keys of a recipe; what it does not say "
+        "it takes from the sections above. `NAME:STAGE` is one stage as a recipe of its own.",
+    )
+
+    @model_validator(mode="after")
+    def _stages_end(self) -> Recipe:
+        if nested := [name for name, stage in self.stages.items() if stage.stages]:
+            raise ValueError(f"stages.{nested[0]} has stages of its own; put them in one row")
+        return self
+
+    def single(self) -> Recipe:
+        """The recipe itself.
+
+        Raises:
+            RecipeError: it is of several stages, each of which is asked for by itself.
+        """
+        if self.stages:
+            names = ", ".join(f"{self.name}:{name}" for name in self.stages)
+            raise RecipeError(f"{self.name}: has {len(self.stages)} stages; name one of {names}")
+        return self
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
     """Read a recipe file, or a built-in recipe by name, and apply overrides.
 
     Args:
-        name_or_path: a YAML file, or a name from `builtin_names`, whose `-small` may be left out.
-        overrides: (dotted path, YAML text) pairs, applied in order.
+        name_or_path: a YAML file, or a name from `builtin_names`, whose `-small` may be left out;
+            with `:STAGE` behind it, that stage alone.
+        overrides: (dotted path, YAML text) pairs, applied in order; to every stage, where the path
+            does not begin with that of one.
 
     Raises:
         RecipeError: with file and path of every fault.
     """
-    return parse_recipe(load_tree(name_or_path, overrides), where=name_or_path)
-
-
-def load_tree(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:
-    """What `load_recipe` validates: plain values of a recipe file with overrides applied.
-
-    Args:
-        name_or_path: as for `load_recipe`.
-        overrides: likewise.
-
-    Raises:
-        RecipeError: there is no such file, it is no mapping in YAML, or an override leads nowhere.
-    """
-    tree = read_file(name_or_path)
+    tree, stage = read_stage(name_or_path)
     for dotted, text in overrides:
-        override(tree, dotted, text)
-    return tree
+        override_all(tree, dotted, text)
+    recipe = parse_recipe(tree, where=name_or_path)
+    if stage is None:
+        return recipe
+    if stage not in recipe.stages:
+        has = f"it has {', '.join(recipe.stages)}" if recipe.stages else "it has none"
+        raise RecipeError(f"{name_or_path}: there is no stage {stage!r}; {has}")
+    return recipe.stages[stage]
 
 
 def parse_recipe(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
@@ -192,11 +217,19 @@ def parse_recipe(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
         RecipeError: one line that names every fault by its path.
     """
     try:
-        return Recipe.model_validate(tree)
+        return Recipe.model_validate(whole_stages(tree))
     except ValidationError as error:
         raise RecipeError(f"{where}: {describe(error, Recipe)}") from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default written out."""
-    return write_yaml(recipe.model_dump(mode="json"))
+    return write_yaml(recipe_tree(recipe))
+
+
+def recipe_tree(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as plain values; where it has stages they alone say what is done."""
+    if not recipe.stages:
+        return recipe.model_dump(mode="json", exclude={"stages"})
+    tree = recipe.model_dump(mode="json", include={"name", "description"})
+    return tree | {"stages": {name: recipe_tree(stage) for name, stage in recipe.stages.items()}}

@@ -56,6 +56,12 @@ class CorpusSection(TaskSection):
         description="What happens to a row with a field that is empty or white space: left out "
         "and counted, kept, or refused with its row number.",
     )
+    detokenize: Literal["none", "wikitext"] = Field(
+        "none",
+        description="Put texts of every field but the label back into the form that people write, "
+        "as GPT-2 read them. wikitext: WikiText's ` @-@ `, spaces before marks and within "
+        "brackets and quotes. Words are counted as the files have them.",
+    )
     label: Identifier | None = Field(
         None,
         description="The field that holds a sample's gold label (a class name, a score), in every "

@@ -7,7 +7,6 @@ knows which keys would have been right.
 
 from __future__ import annotations
 
-import difflib
 import types
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
+
+from kdcache.usage import nearest
 
 
 @dataclass
@@ -60,7 +61,7 @@ def _fault(detail: ErrorDetails, root: type[BaseModel]) -> str:
         if kind == "union_tag_not_found":
             return f"{place.path}: {name} is missing; one of {', '.join(tags)}"
         tag = str(context["tag"])
-        near = _nearest(tag, tags) or f"; it is one of {', '.join(tags)}"
+        near = nearest(tag, tags) or f"; it is one of {', '.join(tags)}"
         return f"{place.path}.{name}: there is no {tag!r}{near}"
     if kind == "string_pattern_mismatch":
         return f"{place.path}: {found!r} is no name; use lower-case letters, digits and _"
@@ -89,14 +90,8 @@ def _unknown_key(place: _Place) -> str:
             f"unknown key of {place.tag}, though another {name} has it; to change the {name}, "
             f"give the whole, as in --{where} '{{{parts}}}'"
         )
-    near = _nearest(key, known)
+    near = nearest(key, known)
     return f"unknown key{near}" if near else f"unknown key; known here: {', '.join(known)}"
-
-
-def _nearest(word: str, words: Sequence[str]) -> str:
-    """`; did you mean x?`, or nothing."""
-    near = difflib.get_close_matches(word, words, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _place(loc: Sequence[str | int], root: type[BaseModel]) -> _Place:

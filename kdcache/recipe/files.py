@@ -8,6 +8,7 @@ from typing import Any
 
 from kdcache.errors import RecipeError
 from kdcache.recipe.tree import read_yaml
+from kdcache.usage import nearest
 
 _BUILTIN = Path(__file__).parent.parent / "recipes"
 #: Ending of the recipes that a name without a scale means.
@@ -17,6 +18,12 @@ _DEFAULT_SCALE = "-small"
 def builtin_names() -> list[str]:
     """Names of the recipes shipped with the package."""
     return sorted(path.stem for path in _BUILTIN.glob("*.yaml"))
+
+
+def short_names() -> list[str]:
+    """What built-in recipes may be called: their names, and those of the small scale without it."""
+    names = builtin_names()
+    return sorted({*names, *(name.removesuffix(_DEFAULT_SCALE) for name in names)})
 
 
 def read_file(name_or_path: str) -> dict[str, Any]:
@@ -47,8 +54,9 @@ def _read(name_or_path: str, folder: Path, below: tuple[Path, ...]) -> dict[str,
     if below:
         shown = f"{below[-1]}: extends {name_or_path}"
     if not path.is_file():
+        near = nearest(name_or_path, short_names())
         raise RecipeError(
-            f"{shown}: no such file and no built-in recipe of that name; "
+            f"{shown}: no such file and no built-in recipe of that name{near or ';'} "
             "`kdcache recipes` lists them"
         )
     try:
@@ -66,7 +74,7 @@ def _read(name_or_path: str, folder: Path, below: tuple[Path, ...]) -> dict[str,
         raise RecipeError(
             f"{shown}: extends is {base!r}; expected a built-in recipe or a path beside the file"
         )
-    return _merged(_read(base, path.parent, (*below, path)), tree)
+    return merged(_read(base, path.parent, (*below, path)), tree)
 
 
 def _find(name_or_path: str, folder: Path) -> Path:
@@ -79,13 +87,13 @@ def _find(name_or_path: str, folder: Path) -> Path:
     return path
 
 
-def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree with another laid over it."""
+def merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree with another laid over it: mappings key by key, all else as a whole."""
     found = dict(base)
     for key, value in own.items():
         under = found.get(key)
         if isinstance(under, dict) and isinstance(value, dict):
-            found[key] = _merged(under, value)
+            found[key] = merged(under, value)
         else:
             found[key] = value
     return found

@@ -273,14 +273,15 @@ class LayersTerm(TermSection):
 class HiddenMSETerm(LayersTerm):
     """Mean squared difference of hidden states, over tokens and features.
 
-    Where the signal is of masked inputs, the student's encoder reads them too.
+    Where the signal is of masked inputs, the student's encoder reads them too. Where it is pooled,
+    the student's states are pooled alike, and the mean is over samples.
     """
 
     loss: Literal["hidden_mse"] = Field("hidden_mse", description="Which term this is.")
 
 
 class HiddenCosineTerm(LayersTerm):
-    """Mean of 1 - cosine similarity of hidden states, over tokens; masked inputs as hidden_mse."""
+    """Mean of 1 - cosine similarity of hidden states, over tokens; the signal as for hidden_mse."""
 
     loss: Literal["hidden_cosine"] = Field("hidden_cosine", description="Which term this is.")
 
@@ -294,12 +295,15 @@ class AttentionMSETerm(LayersTerm):
 class ScoreMSETerm(TermSection):
     """Mean squared difference of class scores, over the samples that the teacher scored.
 
-    A student of kind classifier has scores of its own. Of another a linear layer makes them, which
-    reads the mean of the encoder's last states over the tokens of the source.
+    Students of kind classifier and multi_task have scores of their own. Of another a linear layer
+    makes them, which reads the mean of the encoder's last states over the tokens of the source.
     """
 
     loss: Literal["score_mse"] = Field("score_mse", description="Which term this is.")
-    signal: Identifier = Field(description="Name of a classes signal in the cache.")
+    signal: Identifier = Field(
+        description="Name of a classes signal in the cache. Of a multi_task student, what the "
+        "names of its tasks' signals begin with: scores stands for scores_TASK."
+    )
     over_classes: Literal["mean", "sum"] = Field(
         "mean",
         description="Whether a sample counts the mean or the sum over its classes (MKD sums).",
@@ -309,11 +313,14 @@ class ScoreMSETerm(TermSection):
 class ScoreKLTerm(TermSection):
     """Mean KL(teacher || student) of classes, over the samples that the teacher scored.
 
-    For a student of kind classifier.
+    For a student of kind classifier, or multi_task where all tasks are classifications.
     """
 
     loss: Literal["score_kl"] = Field("score_kl", description="Which term this is.")
-    signal: Identifier = Field(description="Name of a classes signal in the cache.")
+    signal: Identifier = Field(
+        description="Name of a classes signal in the cache. Of a multi_task student, what the "
+        "names of its tasks' signals begin with: scores stands for scores_TASK."
+    )
     temperature: Number = Field(
         1.0, gt=0, description="Both distributions are softmax(logits / temperature)."
     )
@@ -342,6 +349,17 @@ class LabelMSETerm(TermSection):
     loss: Literal["label_mse"] = Field("label_mse", description="Which term this is.")
 
 
+class TaskLossTerm(TermSection):
+    """Every task's own loss of gold labels, as a mean over the samples that have one.
+
+    Of a classification the cross-entropy, of a similarity the squared difference, of a ranking the
+    negative log-likelihood of what is relevant among the candidates of its query. For a student of
+    kind multi_task.
+    """
+
+    loss: Literal["task_loss"] = Field("task_loss", description="Which term this is.")
+
+
 #: Those that only a student of kind classifier has.
 ClassifierTerm = ScoreKLTerm | LabelCrossEntropyTerm | LabelMSETerm
 
@@ -360,6 +378,7 @@ Term = Annotated[
     | ScoreMSETerm
     | ScoreKLTerm
     | LabelCrossEntropyTerm
-    | LabelMSETerm,
+    | LabelMSETerm
+    | TaskLossTerm,
     Field(discriminator="loss"),
 ]

@@ -9,7 +9,14 @@ from pydantic import Field, StrictBool, StrictInt, model_validator
 from kdcache.recipe.section import Device, Section
 
 TeacherKind = Literal[
-    "auto", "encoder_decoder", "causal_lm", "masked_lm", "classifier", "encoder", "custom"
+    "auto",
+    "encoder_decoder",
+    "causal_lm",
+    "masked_lm",
+    "classifier",
+    "encoder",
+    "multi_task",
+    "custom",
 ]
 ModelPath = Annotated[str, Field(min_length=1)]
 Option = StrictBool | StrictInt | float | str
@@ -29,7 +36,8 @@ class TeacherSection(Section):
     kind: TeacherKind = Field(
         "auto",
         description="What the model is; auto reads it from the config's architecture. A "
-        "classifier may be a regressor; an encoder has hidden states and attention alone.",
+        "classifier may be a regressor; an encoder has hidden states and attention alone; a "
+        "multi_task model has a head for each task, and a classes signal names the task.",
     )
     model_class: str | None = Field(
         None,

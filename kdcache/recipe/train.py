@@ -22,16 +22,50 @@ class KeptLayers(Section):
     )
 
 
+class TaskHead(Section):
+    """What a student of several tasks says of one of them."""
+
+    kind: Literal["classification", "similarity", "ranking"] = Field(
+        "classification",
+        description="classification: which class a text or a pair is of. similarity: a number. "
+        "ranking: how relevant the second text of a pair is to the first, its query.",
+    )
+    labels: Annotated[list[str], Field(min_length=2)] | None = Field(
+        None,
+        description="Of a classification its classes, in the order of its scores and as the gold "
+        "labels name them; of a ranking two, the last is that of what is relevant. null: those of "
+        "the model at path, else of the objective's signals (classification), else all that the "
+        "gold labels of the cache have, sorted.",
+    )
+    range: tuple[Number, Number] | None = Field(
+        None,
+        description="Of a similarity, the lowest and the highest gold number; another is refused "
+        "with its row. null: any number.",
+    )
+
+    @model_validator(mode="after")
+    def _fits_kind(self) -> TaskHead:
+        if self.range is not None and (self.kind != "similarity" or self.range[0] >= self.range[1]):
+            raise ValueError("range is [lowest, highest] of a similarity")
+        if self.labels is not None and self.kind == "similarity":
+            raise ValueError("a similarity is a number and has no labels")
+        if self.labels is not None and len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"labels names one twice: {self.labels}")
+        if self.labels is not None and self.kind == "ranking" and len(self.labels) != 2:
+            raise ValueError(f"a ranking has two labels, found {len(self.labels)}")
+        return self
+
+
 class StudentSection(Section):
     """The model that is trained."""
 
-    kind: Literal["encoder_decoder", "masked_lm", "causal_lm", "classifier"] = Field(
+    kind: Literal["encoder_decoder", "masked_lm", "causal_lm", "classifier", "multi_task"] = Field(
         "encoder_decoder",
         description="What the model is. All but an encoder_decoder read train.source, which is "
         "train.target too. masked_lm: with tokens masked, and predicts what stood there (BERT). "
         "causal_lm: predicts every token but the first from those before it, of a chat those that "
         "the assistant wrote (GPT-2, Llama). classifier: says of a whole text or pair which class "
-        "it is of, or a number.",
+        "it is of, or a number. multi_task: an encoder with a head for each of several tasks.",
     )
     labels: Annotated[list[str], Field(min_length=1)] | None = Field(
         None,
@@ -43,6 +77,23 @@ class StudentSection(Section):
         None,
         description="Of a classifier on a cache with tasks: only gold labels of this task count. "
         "null: of the task of the objective's classes signals, else of all.",
+    )
+    tasks: dict[Identifier, TaskHead] = Field(
+        default_factory=dict,
+        description="Of a multi_task student, its tasks by their names in the cache. Empty: those "
+        "of the multi_task model at path.",
+    )
+    pooling: Literal["cls", "mean_cls"] | None = Field(
+        None,
+        description="Of a multi_task student, what heads read of a transformers encoder. cls: the "
+        "last layer's state of the first token; mean_cls: the mean of all layers' (MKD's "
+        "student). null: that of the multi_task model at path, else cls.",
+    )
+    head_size: Annotated[StrictInt, Field(ge=0)] | None = Field(
+        None,
+        description="Of a multi_task student, the width between a head's two linear layers, with "
+        "ReLU; 0: a head is one linear layer. null: that of the multi_task model at path, else "
+        "512.",
     )
     path: str | None = Field(
         None,
@@ -72,6 +123,16 @@ class StudentSection(Section):
             raise ValueError(f"{given[0]} goes with kind classifier; kind is {self.kind}")
         if len(set(self.labels or ())) < len(self.labels or ()):
             raise ValueError(f"labels names one twice: {self.labels}")
+        return self
+
+    @model_validator(mode="after")
+    def _of_several_tasks(self) -> StudentSection:
+        keys = {"tasks": self.tasks or None, "pooling": self.pooling, "head_size": self.head_size}
+        given = [name for name, value in keys.items() if value is not None]
+        if given and self.kind != "multi_task":
+            raise ValueError(f"{given[0]} goes with kind multi_task; kind is {self.kind}")
+        if self.kind == "multi_task" and not self.tasks and self.path is None:
+            raise ValueError("kind multi_task needs tasks; name at least one")
         return self
 
     @model_validator(mode="after")
@@ -178,6 +239,11 @@ class TrainSection(Section):
     )
     source: Identifier = Field("src", description="Stream the student's encoder reads.")
     target: Identifier = Field("tgt", description="Stream the student predicts.")
+    tasks: list[Identifier] | None = Field(
+        None,
+        description="With a multi_task student: train these of its tasks alone, and build no other "
+        "heads. null: all of them.",
+    )
     objective: list[Term] = Field(
         default_factory=list, description="Terms of the loss, which is their weighted sum."
     )
@@ -240,6 +306,17 @@ class TrainSection(Section):
     )
 
     @model_validator(mode="after")
+    def _known_tasks(self) -> TrainSection:
+        if self.tasks is None or self.student is None:
+            return self
+        if self.student.kind != "multi_task":
+            raise ValueError("tasks goes with a student of kind multi_task")
+        known = self.student.tasks
+        if not self.tasks or (known and not set(self.tasks) <= set(known)):
+            raise ValueError(f"tasks is {self.tasks}; the student has {sorted(known)}")
+        return self
+
+    @model_validator(mode="after")
     def _common_end(self) -> TrainSection:
         if len(self.caches) > 1 and self.max_epochs is not None:
             raise ValueError(
@@ -256,6 +333,23 @@ class TrainSection(Section):
                 "cache differ in size; set max_epochs null and bound the run by max_steps"
             )
         return self
+
+
+class PerturbSection(Section):
+    """Noise on the weights of a model, and what it costs (LightPAFF, section 6.2)."""
+
+    sigmas: list[Annotated[Number, Field(ge=0)]] = Field(
+        min_length=1,
+        description="Standard deviations of the noise, in units of what `over` says.",
+    )
+    over: Literal["mean", "mean_abs"] = Field(
+        "mean",
+        description="Of every named parameter by itself: its mean, as published, or the mean of "
+        "its absolute values, since means are near zero.",
+    )
+    seeds: list[Annotated[StrictInt, Field(ge=0)]] = Field(
+        default_factory=lambda: [1, 2, 3], min_length=1, description="One draw for each."
+    )
 
 
 class EvaluateSection(Section):
@@ -279,4 +373,12 @@ class EvaluateSection(Section):
     )
     latency_sentences: StrictInt = Field(
         50, ge=0, description="Sentences timed one at a time; 0: none."
+    )
+    latency_tokens: PositiveInt | None = Field(
+        None,
+        description="Tokens of the text that is timed, of students that do not translate; null: "
+        "128, of a causal LM 512, and never more than its positions.",
+    )
+    perturb: PerturbSection | None = Field(
+        None, description="Score the model with noise on its weights too; null: not."
     )

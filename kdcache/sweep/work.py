@@ -50,7 +50,7 @@ class Worker:
                 assert place is not None
                 _reencode(self.cache, Path(place), run)
                 self._encoded.add(place)
-            train(run.recipe, place, run.run_path(out), self._shared)
+            train(run.recipe, place, run.run_path(out), shared=self._shared)
         if run.recipe.evaluate.corpus is not None and not self.folder.finished(run):
             from kdcache.train.evaluation.evaluate import evaluate
 

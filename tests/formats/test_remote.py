@@ -123,7 +123,7 @@ def test_urls_that_are_none(url, said):
 
 @pytest.mark.parametrize(
     ("protocol", "package", "said"),
-    [("s3", "s3fs", 'pip install "kdcache[s3]"'), ("gs", "gcsfs", "gcsfs")],
+    [("s3", "s3fs", "pip install s3fs"), ("gs", "gcsfs", "gcsfs")],
 )
 def test_a_missing_driver_is_one_line_that_says_what_to_install(
     protocol, package, said, monkeypatch

@@ -22,10 +22,12 @@ from torch import Tensor
 
 from kdcache.formats.cache import open_cache
 from kdcache.recipe import parse_recipe
+from kdcache.recipe.tree import read_yaml
 from kdcache.train.families import encoder_decoder
 from kdcache.train.runs import checkpoint, loop, trainer
 from kdcache.train.runs.checkpoint import tied_weights
 from kdcache.train.runs.parallel import Ranks, joined, whole
+from kdcache.train.runs.stages import train_stages
 from kdcache.train.students.distillation import Distillation
 
 
@@ -98,6 +100,11 @@ def train(
         return None
     finally:
         trainer.Trainer.step, trainer.Trainer.backward = real, backward
+
+
+def stages(recipe: str, caches: dict[str, str], out: str) -> None:
+    """A run of several stages."""
+    train_stages(parse_recipe(read_yaml(recipe)), caches, out)
 
 
 def refused(tree: dict, cache: str, out: str, message: str, fault: str = "") -> None:

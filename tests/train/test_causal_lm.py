@@ -322,7 +322,7 @@ def test_a_gpt2_comes_of_text_alone_and_teaches_the_next(world, tmp_path):
     dump(recipe, tmp_path / "cache")
     train(recipe, tmp_path / "cache", tmp_path / "run")
     teacher = [("dump.teacher", f"{{path: {tmp_path / 'run' / 'best'}, device: cpu}}")]
-    recipe = load_recipe("lightpaff-gpt2", [*shared, *teacher])
+    recipe = load_recipe("lightpaff-gpt2:finetuning", [*shared, *teacher])
     assert [(term.loss, term.weight) for term in recipe.train.objective] == [
         ("cross_entropy", 0.6),
         ("forward_kl", 0.4),

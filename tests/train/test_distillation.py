@@ -437,7 +437,6 @@ def test_samples_count_by_what_the_teacher_says_of_them(kinds, cache, by, streng
 REFUSED = [
     ({"loss": "hidden_mse", "signal": "targets"}, "'targets' is logits; expected kind hidden"),
     ({"loss": "hidden_mse", "signal": "nowhere"}, "cache has no signal 'nowhere'"),
-    ({"loss": "hidden_mse", "signal": "pooled"}, r"'pooled' is pooled \(mean\)"),
     ({"loss": "attention_mse", "signal": "hidden"}, "expected kind attention"),
     ({"loss": "score_mse", "signal": "hidden"}, "expected kind classes"),
     ({"loss": "score_mse", "signal": "augmented"}, "of masked inputs"),

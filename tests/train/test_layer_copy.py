@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 
 from kdcache.errors import ModelError, RecipeError
 from kdcache.recipe import StudentSection, parse_recipe
@@ -68,6 +73,58 @@ def test_the_layers_that_are_kept_compute_what_they_did(family, encoder, decoder
     )
     built = build_student(section, None, 20, 1).eval()
     torch.testing.assert_close(built(**inputs).logits, expected)
+
+
+NARROW = {"hidden_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 20}
+NARROW |= {"intermediate_size": 16, "pad_token_id": 0, "num_key_value_heads": 2}
+ALONE = {
+    "bert": ("encoder", "bert.encoder.layer", NARROW),
+    "distilbert": (
+        "encoder",
+        "distilbert.transformer.layer",
+        {"dim": 8, "n_layers": 4, "n_heads": 2, "hidden_dim": 16, "vocab_size": 20},
+    ),
+    "gpt2": ("decoder", "transformer.h", {"n_embd": 8, "n_layer": 4, "n_head": 2}),
+    "qwen2": (
+        "decoder",
+        "model.layers",
+        NARROW | {"use_sliding_window": True, "max_window_layers": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", ALONE)
+def test_a_model_of_one_side_is_cut_too(family, tmp_path):
+    side, place, sizes = ALONE[family]
+    known = AutoConfig.for_model(family).to_dict()
+    config = AutoConfig.for_model(family, **{key: sizes[key] for key in sizes if key in known})
+    loader = AutoModelForSequenceClassification if side == "encoder" else AutoModelForCausalLM
+    torch.manual_seed(3)
+    model = loader.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(tmp_path / "model")
+    kind = "classifier" if side == "encoder" else "causal_lm"
+    section = StudentSection(kind=kind, path=str(tmp_path / "model"), layers={side: [2, 4]})
+    student = build_student(section, None, 20, 1).eval()
+    student.save_pretrained(tmp_path / "student")
+    again = loader.from_pretrained(tmp_path / "student").eval()
+    assert again.config.num_hidden_layers == 2
+    if family == "qwen2":
+        assert again.config.layer_types == ["full_attention", "sliding_attention"]
+    layers = model.get_submodule(place)
+    kept = torch.nn.ModuleList([layers[1], layers[3]])
+    model.set_submodule(place, kept)
+    model.config.num_hidden_layers = 2
+    ids = torch.randint(3, 20, (2, 5))
+    keys = {} if side == "encoder" else {"use_cache": False}
+    for one in (student, again):
+        torch.testing.assert_close(one(ids, **keys).logits, model(ids, **keys).logits)
+    other = "decoder" if side == "encoder" else "encoder"
+    wrong = StudentSection(kind=kind, path=str(tmp_path / "model"), layers={other: [1]})
+    with pytest.raises(ModelError, match=f"keeps its {other}'s layers where"):
+        build_student(wrong, None, 20, 1)
 
 
 def test_a_layer_that_is_not_there_is_refused():

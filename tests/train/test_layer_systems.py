@@ -45,7 +45,7 @@ def layers_term(name):
 def layers_loss(term, width, student_width=2, have=range(1, 7)):
     """A term's module over a signal of some layers of a teacher."""
     record = HiddenRecord.model_construct(
-        name="encoder", stream="src", side="encoder", layers=tuple(have), width=width
+        name="encoder", stream="src", side="encoder", layers=tuple(have), width=width, pool="none"
     )
     config = SimpleNamespace(encoder_layers=2, d_model=student_width)
     return LayersLoss("term", term, record, {"encoder": "src", "decoder": "tgt"}, config, 1)

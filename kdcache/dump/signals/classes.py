@@ -36,9 +36,10 @@ class ClassesEncoder(SignalEncoder):
 
     def __init__(self, cache: Cache, request: Request) -> None:
         super().__init__(cache, request)
-        signal, teacher = request.signal, request.teacher
+        signal = request.signal
         assert isinstance(signal, ClassesSignal), "the runner chooses by kind"
-        assert teacher is not None, "classes were checked to have a teacher"
+        assert request.teacher is not None, "classes were checked to have a teacher"
+        self.teacher = teacher = request.teacher.for_task(signal.task)
         self._tasks = cache.manifest.corpus.tasks
         self.record = ClassesRecord(
             **common_fields(cache, request),
@@ -52,8 +53,10 @@ class ClassesEncoder(SignalEncoder):
     @classmethod
     def check(cls, request: Request) -> None:
         """The teacher must be a classifier or a regressor."""
-        name, teacher = request.name, request.teacher
-        assert teacher is not None, "classes were checked to have a teacher"
+        name, signal = request.name, request.signal
+        assert isinstance(signal, ClassesSignal), "the runner chooses by kind"
+        assert request.teacher is not None, "classes were checked to have a teacher"
+        teacher = request.teacher.for_task(signal.task)
         if "classes" not in teacher.signals or not teacher.labels:
             raise teacher.cannot(f"classes ({name})")
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+import kdcache.multi_task
 from kdcache.dump.teacher import Teacher
 from kdcache.dump.teachers.causal import CausalTeacher
 from kdcache.dump.teachers.classifier import ClassifierTeacher
@@ -27,6 +28,7 @@ from kdcache.dump.teachers.identity import (
 )
 from kdcache.dump.teachers.masked import MaskedTeacher
 from kdcache.dump.teachers.model import ModelTeacher
+from kdcache.dump.teachers.multi_task import MultiTaskTeacher
 from kdcache.errors import KDCacheError, ModelError
 from kdcache.formats.signals import TeacherRecord
 from kdcache.models import model_directory, quiet_transformers, resolve_device
@@ -43,12 +45,15 @@ class _Kind:
     teacher: type[ModelTeacher]
 
 
+#: The class of kdcache.multi_task; the others are transformers' own.
+MULTI_TASK = "MultiTaskModel"
 KINDS = {
     "encoder_decoder": _Kind("an encoder-decoder", "AutoModelForSeq2SeqLM", EncoderDecoderTeacher),
     "causal_lm": _Kind("a causal LM", "AutoModelForCausalLM", CausalTeacher),
     "masked_lm": _Kind("a masked LM", "AutoModelForMaskedLM", MaskedTeacher),
     "classifier": _Kind("a classifier", "AutoModelForSequenceClassification", ClassifierTeacher),
     "encoder": _Kind("an encoder", "AutoModel", EncoderTeacher),
+    "multi_task": _Kind("a model of several tasks", MULTI_TASK, MultiTaskTeacher),
 }
 #: Which of transformers' tables of architectures tells which kind; the first that fits.
 ARCHITECTURES = {
@@ -171,6 +176,8 @@ def _kind(config: Mapping[str, Any], path: str) -> str:
     from transformers.models.auto import modeling_auto
 
     names = config.get("architectures") or [None]
+    if names[0] == MULTI_TASK:
+        return "multi_task"
     model_type = config.get("model_type")
     for table, kind in ARCHITECTURES.items():
         if _listed(getattr(modeling_auto, table), names[0]):
@@ -230,12 +237,16 @@ def _load_model(
             )
         options["device_map"] = section.device_map
     device = resolve_device(section.device) if section.device_map is None else None
+    name = _auto_class(source)
+    if name != MULTI_TASK:
+        options["trust_remote_code"] = False
     try:
-        model, info = getattr(transformers, _auto_class(source)).from_pretrained(
+        model, info = getattr(
+            kdcache.multi_task if name == MULTI_TASK else transformers, name
+        ).from_pretrained(
             source.directory,
             dtype=section.dtype,
             use_safetensors=True,
-            trust_remote_code=False,
             output_loading_info=True,
             **options,
         )

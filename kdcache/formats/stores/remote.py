@@ -43,7 +43,7 @@ AHEAD = 0.5
 #: Stores whose create-only put is one atomic request: If-None-Match of s3fs, ifGenerationMatch=0
 #: of gcsfs, overwrite=False of adlfs; memory:// within one process.
 _ATOMIC = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"}
-_EXTRAS = {"s3": 'pip install "kdcache[s3]"', "s3a": 'pip install "kdcache[s3]"'}
+_EXTRAS = dict.fromkeys(("s3", "s3a"), "pip install s3fs")
 
 #: For s3fs: one request where there need not be two, and a bounded buffer for large uploads.
 _S3_READ = {"max_concurrency": 1}

@@ -139,7 +139,10 @@ class Batch:
         streams: by name.
         signals: by name; labels lie in the order of their stream's tokens.
         gold: gold labels, where they were asked for: [B] int64 classes, -100 for none, or [B]
-            float32 numbers, NaN for none.
+            float32 numbers, NaN for none. Of several tasks [B] float32 numbers of classes, or
+            numbers, NaN for none.
+        task: of several tasks, that of all samples.
+        unit: of several tasks, [B] int64: neighbours with one number are candidates of one query.
     """
 
     rows: np.ndarray
@@ -147,6 +150,8 @@ class Batch:
     streams: Mapping[str, Tokens]
     signals: Mapping[str, SignalBatch]
     gold: Tensor | None = None
+    task: str | None = None
+    unit: Tensor | None = None
 
     def __len__(self) -> int:
         """B."""
@@ -168,6 +173,7 @@ class Batch:
             streams={name: _mapped(one, change) for name, one in self.streams.items()},
             signals={name: _mapped(one, change) for name, one in self.signals.items()},
             gold=None if self.gold is None else change(self.gold),
+            unit=None if self.unit is None else change(self.unit),
         )
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from kdcache.errors import FormatError
 from kdcache.formats.cache import Cache
 from kdcache.formats.ragged import Ragged
-from kdcache.formats.schema import join_ids
 from kdcache.formats.signals import (
     AttentionRecord,
     BeamsRecord,
@@ -32,8 +31,16 @@ from kdcache.train.batches.batch import (
     Masked,
     Scores,
     SignalBatch,
-    Tokens,
 )
+from kdcache.train.batches.cut import cut, record_counts
+from kdcache.train.batches.pad import padded_parts
+
+#: Tensors of coded labels to the column whose records they count.
+_LABELS = {
+    **dict.fromkeys(("num_exact", "num_drawn", "gold", "entropy", "tail"), "tokens"),
+    **dict.fromkeys(("exact_id", "exact_code"), "exact"),
+    **dict.fromkeys(("drawn_id", "drawn_code"), "drawn"),
+}
 
 
 class Gatherer:
@@ -83,35 +90,35 @@ class Gatherer:
         if not parts:
             return []
         index = np.concatenate(parts)
-        ends = np.cumsum([len(part) for part in parts]).tolist()
-        rows, sample_ids = window.row[index], window.sample_id.take(index, axis=0)
-        streams = window.take_streams(index)
-        signals = {
-            name: window.take_signal(name, index)
-            for name in self._records
-            if name not in self.layers
-        }
-        made = []
-        for part, end in zip(parts, ends, strict=True):
-            span = end - len(part), end
+        sizes = [len(part) for part in parts]
+        streams = window.take_streams(index, wide=True)
+        tokens = {name: padded_parts(streams[name], sizes, pad) for name, pad in self._pad.items()}
+        signals = {name: self._signal(name, window, parts, index) for name in self._records}
+        sample_ids = window.sample_id.take(index, axis=0)
+        rows = window.row.take(index)
+        targets = None if gold is None else _gold(gold.take(index)).split(sizes)
+        made, end = [], 0
+        for number, size in enumerate(sizes):
+            start, end = end, end + size
             batch = Batch(
-                rows=rows[slice(*span)],
-                sample_ids=sample_ids[slice(*span)],
-                streams={
-                    name: padded(streams[name].part(*span), pad) for name, pad in self._pad.items()
-                },
-                signals={
-                    name: _dense(record, window, part, self.layers[name])
-                    if isinstance(record, HiddenRecord | AttentionRecord)
-                    else _decodable(
-                        record, {key: one.part(*span) for key, one in signals[name].items()}
-                    )
-                    for name, record in self._records.items()
-                },
-                gold=None if gold is None else _gold(gold[part]),
+                rows=rows[start:end],
+                sample_ids=sample_ids[start:end],
+                streams={name: each[number] for name, each in tokens.items()},
+                signals={name: each[number] for name, each in signals.items()},
+                gold=None if targets is None else targets[number],
             )
             made.append(batch.pinned() if self._pin else batch)
         return made
+
+    def _signal(
+        self, name: str, window: WindowReader, parts: Sequence[np.ndarray], index: np.ndarray
+    ) -> Sequence[SignalBatch]:
+        """A signal of several batches."""
+        record = self._records[name]
+        if isinstance(record, HiddenRecord | AttentionRecord):
+            return [_dense(record, window, part, self.layers[name]) for part in parts]
+        columns = window.take_signal(name, index, wide=True)
+        return _parted(record, columns, [len(part) for part in parts])
 
 
 def _gold(codes: np.ndarray) -> Tensor:
@@ -120,44 +127,22 @@ def _gold(codes: np.ndarray) -> Tensor:
     return found.float() if found.is_floating_point() else found
 
 
-def _decodable(record: SignalRecord, columns: Mapping[str, Ragged]) -> SignalBatch:
-    """Columns of some samples as tensors."""
+def _parted(
+    record: SignalRecord, columns: Mapping[str, Ragged], sizes: Sequence[int]
+) -> Sequence[SignalBatch]:
+    """Columns of several batches in their wide form, as tensors of each of them."""
+    records = {name: record_counts(column, sizes) for name, column in columns.items()}
     if isinstance(record, LogitsRecord):
         spec = LogitsSpec(record.codec, record.vocab_size, tuple(record.temperatures))
-        return coded_labels(spec, columns)
+        return cut(coded_labels(spec, columns), _LABELS, records)
     if isinstance(record, ClassesRecord):
-        return _scores(record, columns)
+        return cut(_scores(record, columns), {"values": "scores"}, {**records, "": list(sizes)})
     if isinstance(record, MasksRecord):
-        return _masked(record, columns)
+        units = {"positions": "masked", "ids": "masked"}
+        return cut(_masked(record, columns), units, {**records, "": list(sizes)})
     assert isinstance(record, BeamsRecord)
-    return _hypotheses(columns)
-
-
-def padded(stream: Ragged, pad: int) -> Tokens:
-    """Ragged tokens as a matrix, padded at the end.
-
-    Args:
-        stream: of B samples, in fresh (writable) arrays.
-        pad: id that stands outside the mask.
-    """
-    lengths = stream.lengths
-    flat = join_ids(stream.fields).astype(np.int64)
-    mask = np.arange(max(1, int(lengths.max(initial=0)))) < lengths[:, None]  # [B, T]
-    ids = np.full(mask.shape, pad, dtype=np.int64)
-    ids[mask] = flat
-    beside: dict[str, Tensor] = {}
-    for field, dtype in (("segment", np.int64), ("loss", np.bool_)):
-        if field in stream.fields:
-            values = np.zeros(mask.shape, dtype=dtype)
-            values[mask] = stream.fields[field]
-            beside[field] = torch.from_numpy(values)
-    return Tokens(
-        ids=torch.from_numpy(ids),
-        mask=torch.from_numpy(mask),
-        flat=torch.from_numpy(flat),
-        segments=beside.get("segment"),
-        loss=beside.get("loss"),
-    )
+    units = {"ids": "tokens", "lengths": "hypotheses", "log_probs": "hypotheses"}
+    return cut(_hypotheses(columns), units, {**records, "": list(sizes)})
 
 
 def _layer_indices(
@@ -215,10 +200,10 @@ def _scores(record: ClassesRecord, columns: Mapping[str, Ragged]) -> Scores:
 
 def _masked(record: MasksRecord, columns: Mapping[str, Ragged]) -> Masked:
     masked = columns["masked"]
-    counts = columns["replicas"].fields["num_masked"].astype(np.int64)
+    counts = columns["replicas"].fields["num_masked"]
     return Masked(
-        positions=torch.from_numpy(masked.fields["position"].astype(np.int64)),
-        ids=torch.from_numpy(join_ids(masked.fields).astype(np.int64)),
+        positions=torch.from_numpy(masked.fields["position"]),
+        ids=torch.from_numpy(masked.fields["id"]),
         counts=torch.from_numpy(counts.reshape(-1, record.replicas)),
     )
 
@@ -226,8 +211,8 @@ def _masked(record: MasksRecord, columns: Mapping[str, Ragged]) -> Masked:
 def _hypotheses(columns: Mapping[str, Ragged]) -> Hypotheses:
     hypotheses = columns["hypotheses"]
     return Hypotheses(
-        ids=torch.from_numpy(join_ids(columns["tokens"].fields).astype(np.int64)),
-        lengths=torch.from_numpy(hypotheses.fields["num_tokens"].astype(np.int64)),
+        ids=torch.from_numpy(columns["tokens"].fields["id"]),
+        lengths=torch.from_numpy(hypotheses.fields["num_tokens"]),
         log_probs=torch.from_numpy(hypotheses.fields["log_prob"].astype(np.float32)),
         counts=torch.from_numpy(hypotheses.lengths.copy()),
     )

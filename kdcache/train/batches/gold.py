@@ -28,11 +28,15 @@ class GoldLabels:
         names: C names of the classes; a single one: labels are numbers.
         task: whose samples have labels; None: all.
         where: the path in the recipe of what needs them.
+        key: the path of what is labelled, whose labels name the classes.
+        range: of numbers, the lowest and the highest; None: any.
     """
 
     names: tuple[str, ...]
     task: str | None = None
     where: str = "train.objective"
+    key: str = "train.student"
+    range: tuple[float, float] | None = None
 
     @property
     def numbers(self) -> bool:
@@ -60,7 +64,7 @@ class GoldLabels:
             if name not in index:
                 raise CorpusError(
                     f"{place(number)}: its gold label {name!r} is none of the student's "
-                    f"{shown(self.names)}; name all classes in train.student.labels, as the "
+                    f"{shown(self.names)}; name all classes in {self.key}.labels, as the "
                     "corpus writes them"
                 )
             found[number] = index[name]
@@ -97,8 +101,7 @@ class GoldLabels:
             texts = [t if of == self.task else "" for t, of in zip(texts, tasks, strict=True)]
         return self.encode(texts, lambda number: f"corpus row {window.row[number]}")
 
-    @staticmethod
-    def _number(text: str, place: Callable[[int], str], index: int) -> float:
+    def _number(self, text: str, place: Callable[[int], str], index: int) -> float:
         """One label as a number."""
         if not text.strip():
             return math.nan
@@ -106,10 +109,16 @@ class GoldLabels:
             value = float(text)
         except ValueError:
             value = math.nan
+        low, high = self.range or (-math.inf, math.inf)
+        if math.isfinite(value) and not low <= value <= high:
+            raise CorpusError(
+                f"{place(index)}: its gold label {text!r} lies outside {self.key}.range "
+                f"[{low:g}, {high:g}]; mend the row, or set the range that labels have"
+            )
         if not math.isfinite(value):
             raise CorpusError(
                 f"{place(index)}: its gold label {text!r} is no finite number, which a student "
-                "with one label learns; name the classes in train.student.labels, or mend the row"
+                f"with one label learns; name the classes in {self.key}.labels, or mend the row"
             )
         return value
 

@@ -127,10 +127,15 @@ def plan_digest(corpus_digest: str, shards: Sequence[tuple[int, int]]) -> str:
 
 
 def batching_digest(
-    plan: str, stream_digests: Sequence[str], batch_tokens: int, window_shards: int
+    plan: str,
+    stream_digests: Sequence[str],
+    batch_tokens: int,
+    window_shards: int,
+    more: Sequence[str] = (),
 ) -> str:
     """16 hex digits that name the batches of a plan: a state of others is not to be resumed."""
-    return f"{text_key('batching', plan, *stream_digests, batch_tokens, window_shards):016x}"
+    parts = (plan, *stream_digests, batch_tokens, window_shards, *more)
+    return f"{text_key('batching', *parts):016x}"
 
 
 def epoch_windows(
@@ -145,7 +150,7 @@ def epoch_windows(
         seed: recipe seed.
         epoch: from 0.
     """
-    shards = permutation(num_shards, _key(digest, seed, epoch, "shards")).tolist()
+    shards = permutation(num_shards, order_key(digest, seed, epoch, "shards")).tolist()
     return [shards[i : i + window_shards] for i in range(0, num_shards, window_shards)]
 
 
@@ -173,25 +178,62 @@ def window_batches(
         int64 arrays [B] of sample numbers within the window, in training order.
     """
     num_samples = len(lengths[-1])
-    order = permutation(num_samples, _key(digest, seed, epoch, "samples", window))
+    order = permutation(num_samples, order_key(digest, seed, epoch, "samples", window))
     # An empty stream still takes a place, or a batch could hold any number of them.
     last = np.maximum(lengths[-1], 1)
     longest = np.max([*lengths, last], axis=0)
-    ends = np.cumsum(longest[order])
-    pool_tokens = POOL_BATCHES * batch_tokens
-    num_pools = int(ends[-1]) // pool_tokens + 1 if num_samples else 0
-    cuts = np.searchsorted(ends, pool_tokens * np.arange(1, num_pools))
     batches: list[np.ndarray] = []
-    for pool in np.split(order, cuts):
+    for pool in pools(order, longest[order], batch_tokens):
         # Longest first; lexsort is stable, so equal lengths stay in permuted order.
         pool = pool[np.lexsort((-last[pool], -longest[pool]))]
-        batches.extend(_fill(pool, longest[pool], batch_tokens))
-    shuffled = permutation(len(batches), _key(digest, seed, epoch, "batches", window))
+        batches.extend(fill(pool, longest[pool], batch_tokens))
+    shuffled = permutation(len(batches), order_key(digest, seed, epoch, "batches", window))
     return [batches[i] for i in shuffled]
 
 
+def pools(order: np.ndarray, tokens: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
+    """An order cut into pieces within which like lengths may be brought together.
+
+    Args:
+        order: [M] what is put into batches.
+        tokens: [M] tokens of each, in that order.
+        batch_tokens: of a batch.
+    """
+    ends = np.cumsum(tokens)
+    pool_tokens = POOL_BATCHES * batch_tokens
+    num_pools = int(ends[-1]) // pool_tokens + 1 if len(order) else 0
+    return np.split(order, np.searchsorted(ends, pool_tokens * np.arange(1, num_pools)))
+
+
+def fill(
+    samples: np.ndarray, longest: np.ndarray, batch_tokens: int, sizes: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """Cut samples, or units of several samples, longest first, into batches within the budget.
+
+    Args:
+        samples: [M].
+        longest: [M] the longest sample of each.
+        batch_tokens: most samples x longest sample of a batch.
+        sizes: [M] samples of each; None: one.
+    """
+    batches = []
+    ends = np.arange(1, len(samples) + 1) if sizes is None else np.cumsum(sizes)
+    start = before = 0
+    while start < len(samples):
+        # The first sample is the longest of its batch on either side.
+        most = before + batch_tokens // int(longest[start])
+        stop = max(start + 1, int(np.searchsorted(ends, most, side="right")))
+        batches.append(samples[start:stop])
+        start, before = stop, int(ends[stop - 1])
+    return batches
+
+
 def micro_batches(
-    batch: np.ndarray, accumulate: int, rank: int = 0, world: int = 1
+    batch: np.ndarray,
+    accumulate: int,
+    rank: int = 0,
+    world: int = 1,
+    units: np.ndarray | None = None,
 ) -> list[np.ndarray]:
     """Cut a global batch into at most `accumulate` slices for each rank, none empty.
 
@@ -200,26 +242,19 @@ def micro_batches(
         accumulate: micro-batches of a rank.
         rank: whose slices are wanted.
         world: number of ranks.
+        units: [B] int64, neighbours of one unit stay in one slice; None: nothing has to.
 
     Returns:
         Its slices; none where the batch has fewer samples than there are slices before.
     """
-    parts = np.array_split(batch, accumulate * world)[rank::world]
-    return [part for part in parts if len(part)]
+    parts = np.array_split(batch, accumulate * world)
+    if units is not None:
+        ends = np.append(np.flatnonzero(np.diff(units)) + 1, len(batch))
+        cuts = np.cumsum([len(part) for part in parts])[:-1]
+        parts = np.split(batch, ends[np.searchsorted(ends, cuts)])
+    return [part for part in parts if len(part)][rank::world]
 
 
-def _key(digest: str, seed: int, epoch: int, purpose: str, window: int = 0) -> int:
+def order_key(digest: str, seed: int, epoch: int, purpose: str, window: int = 0) -> int:
     """Key of one permutation."""
     return text_key("order", ORDER_VERSION, digest, seed, epoch, purpose, window)
-
-
-def _fill(samples: np.ndarray, longest: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
-    """Cut samples, longest first, into batches within the budget."""
-    batches = []
-    start = 0
-    while start < len(samples):
-        # The first sample is the longest of its batch on either side.
-        stop = start + max(1, batch_tokens // int(longest[start]))
-        batches.append(samples[start:stop])
-        start = stop
-    return batches

@@ -35,6 +35,7 @@ from kdcache.train.batches.order import (
     plan_digest,
     window_batches,
 )
+from kdcache.train.batches.tasks import Groups, TaskGold, TaskOrder
 
 #: Blocks of global batches made ahead of need.
 PREFETCH = 3
@@ -94,6 +95,7 @@ class _Planned:
     epoch: int
     shards: int
     gold: np.ndarray | None
+    groups: Groups | None
 
 
 class BatchStream:
@@ -118,9 +120,11 @@ class BatchStream:
         threads: threads that gather ahead; 0 gathers when asked.
         layers: dense signal to the teacher's numbers of the layers to read; all of the others.
         gold: how gold labels become targets; None: they are not read.
+        tasks: every batch is of one of these tasks, and samples of others are left out; None:
+            tasks do not matter.
 
     Raises:
-        RecipeError: gold labels are asked for, and the cache has none.
+        RecipeError: gold labels or tasks are asked for, and the cache has none.
         FormatError: the cache lacks a stream, a signal or a layer, or its dump is unfinished and
             that is not expected.
         IdentityError: the state is of another order.
@@ -144,11 +148,13 @@ class BatchStream:
         world: int = 1,
         threads: int = 1,
         layers: Mapping[str, Sequence[int]] | None = None,
-        gold: GoldLabels | None = None,
+        gold: GoldLabels | TaskGold | None = None,
+        tasks: TaskOrder | None = None,
     ) -> None:
-        if gold is not None:
-            gold.check(cache)
-        self.gold = gold
+        for asked in (tasks, gold):
+            if asked is not None:
+                asked.check(cache)
+        self.gold, self.tasks = gold, tasks
         manifest = cache.manifest
         self.growth = Growth(cache, signals, while_dumping)
         self.cache, self.streams, self.signals = cache, list(streams), list(signals)
@@ -159,7 +165,8 @@ class BatchStream:
         shards = [(shard.start, shard.stop) for shard in manifest.shards]
         self._plan = plan_digest(manifest.corpus.digest, shards)
         digests = [manifest.streams[name].digest for name in streams]
-        digest = batching_digest(self._plan, digests, batch_tokens, window_shards)
+        more = () if tasks is None else tasks.identity
+        digest = batching_digest(self._plan, digests, batch_tokens, window_shards, more)
         if state is not None:
             state.check(digest, seed)
         self.state = state or OrderState(digest=digest, version=ORDER_VERSION, seed=seed)
@@ -205,18 +212,24 @@ class BatchStream:
                 if count >= most:
                     return most
                 reader = WindowReader(self.cache, shards, self.streams, [])
-                count += len(self._window_batches(reader, epoch, window))
+                count += len(self._window_batches(reader, epoch, window, self._groups(reader)))
         return min(count, most)
 
     def _windows(self, epoch: int, num_shards: int) -> list[list[int]]:
         """Shards of each window of an epoch that is drawn from the first of them."""
         return epoch_windows(self._plan, num_shards, self.window_shards, self.state.seed, epoch)
 
-    def _window_batches(self, reader: WindowReader, epoch: int, window: int) -> list[np.ndarray]:
+    def _groups(self, reader: WindowReader) -> Groups | None:
+        """Which samples of a window stand in one batch; None where any may."""
+        return None if self.tasks is None else self.tasks.of_window(self.cache, reader)
+
+    def _window_batches(
+        self, reader: WindowReader, epoch: int, window: int, groups: Groups | None
+    ) -> list[np.ndarray]:
         """Global batches of a window, as indices into it."""
         lengths = [reader.lengths(name) for name in self.streams]
-        seed = self.state.seed
-        return window_batches(self._plan, seed, epoch, window, lengths, self.batch_tokens)
+        args = (self._plan, self.state.seed, epoch, window, lengths, self.batch_tokens)
+        return window_batches(*args) if groups is None else groups.batches(*args)
 
     def _produce(self, queue: Queue[Any], stop: Event) -> None:
         """Fill the queue until told to stop; an error is handed over, not lost."""
@@ -244,12 +257,17 @@ class BatchStream:
                 return
             state = replace(state, shards=pinned)
             windows = self._windows(state.epoch, pinned)
+            some = (state.window, state.batch) != (0, 0)
             for window in range(state.window, len(windows)):
                 reader = WindowReader(self.cache, windows[window], self.streams, self.signals)
                 if window + 1 < len(windows):
                     ahead.begin(windows[window + 1])
                 gold = None if self.gold is None else self.gold.of_window(self.cache, reader)
-                batches = self._window_batches(reader, state.epoch, state.window)
+                groups = self._groups(reader)
+                batches = self._window_batches(reader, state.epoch, state.window, groups)
+                if not batches and not state.batch:  # nothing of the tasks
+                    state = state.advanced(0, len(windows))
+                    continue
                 if state.batch >= len(batches):
                     raise TrainingError(
                         f"order state: batch {state.batch} of a window with {len(batches)}; "
@@ -259,26 +277,39 @@ class BatchStream:
                 own_bytes, size = reader.sample_bytes / self.world, 0.0
                 for batch in batches[state.batch :]:
                     epoch, state = state.epoch, state.advanced(len(batches), len(windows))
-                    block.append(_Planned(reader, batch, state, epoch, pinned, gold))
+                    block.append(_Planned(reader, batch, state, epoch, pinned, gold, groups))
+                    some = True
                     size += len(batch) * own_bytes
                     if size >= BLOCK_BYTES:
                         yield block
                         block, size = [], 0.0
                 if block:
                     yield block
+            if not some:
+                names = () if self.tasks is None else self.tasks.names
+                raise TrainingError(
+                    f"{self.cache.path}: no sample of the tasks {list(names)} in the first "
+                    f"{pinned} shards; dump some, or wait until the dump comes to them"
+                )
 
     def _gather(self, block: Sequence[_Planned]) -> list[GlobalBatch]:
         """Gather this rank's part of some global batches of one window."""
         window = block[0].window
         parts: list[np.ndarray] = []
         cuts = []
+        groups = block[0].groups
         for planned in block:
-            own = micro_batches(planned.index, self.accumulate, self.rank, self.world)
-            # Rank 0 has the most.
-            most = len(micro_batches(planned.index, self.accumulate, 0, self.world))
+            units = None if groups is None else groups.unit[planned.index]
+            cut = partial(micro_batches, planned.index, self.accumulate, units=units)
+            own = cut(self.rank, self.world)
+            most = len(cut(0, self.world))  # rank 0 has the most
             cuts.append((len(own), most - len(own)))
             parts += own if len(own) == most else [*own, planned.index[:1]]
-        made = iter(self._gatherer.batches(window, parts, block[0].gold))
+        gathered = self._gatherer.batches(window, parts, block[0].gold)
+        if groups is not None:
+            both = zip(gathered, parts, strict=True)
+            gathered = [groups.told(batch, part) for batch, part in both]
+        made = iter(gathered)
         return [
             self._global_batch(
                 planned, tuple(islice(made, own)), tuple(islice(made, missing > 0)) * missing

@@ -29,8 +29,9 @@ def evaluate_causal(
         out because they are longer than the model's positions; num_tokens (predicted: every token
         but a text's first, of a chat those that the assistant wrote); loss_nats a predicted token;
         perplexity of a token, exp(loss_nats); num_words, runs without white space in the texts
-        scored, as the corpus has them; word_perplexity, exp(total nats / num_words), which can be
-        compared between tokenizers (both None of a chat); accuracy, share of predicted tokens
+        scored, as the corpus has them, before `detokenize`; word_perplexity, exp(total nats /
+        num_words), which can be compared between tokenizers (both None of a chat); accuracy, share
+        of predicted tokens
         that are the first choice; and references_digest.
 
     Raises:
@@ -49,7 +50,11 @@ def evaluate_causal(
         )
     check_ids(encoded, model)
     found = score_causal(model, encoded, model.device, section.batch_tokens)
-    num_words = None if chat else sum(len(texts[row].split()) for row in encoded.rows.tolist())
+    num_words = None
+    if not chat:
+        plain = section.corpus.model_copy(update={"detokenize": "none"})
+        words = texts if plain == section.corpus else texts_of(plain, recipe)
+        num_words = sum(len(words[row].split()) for row in encoded.rows.tolist())
     return {
         "num_texts": len(encoded.tokens),
         "num_too_long": encoded.num_long,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
@@ -17,15 +17,19 @@ from torch import nn
 from kdcache.corpus import read_corpus
 from kdcache.errors import CorpusError, IdentityError, ModelError, RecipeError
 from kdcache.formats.identity import sample_id
-from kdcache.formats.stores.commit import storage_errors, write_data
+from kdcache.formats.stores.commit import storage_errors
 from kdcache.models import quiet_transformers, resolve_device
 from kdcache.recipe import CorpusSection, EvaluateSection, Recipe, load_recipe
 from kdcache.train.evaluation.causal import evaluate_causal
 from kdcache.train.evaluation.labelled import evaluate_classifier
+from kdcache.train.evaluation.latency import text_latency, timed
 from kdcache.train.evaluation.masked import evaluate_masked
+from kdcache.train.evaluation.perturb import robustness
+from kdcache.train.evaluation.tasks import evaluate_tasks
 from kdcache.train.evaluation.translate import translate
+from kdcache.train.runs.run import last_stage, write_text
 from kdcache.train.runs.validate import score, score_shuffled
-from kdcache.train.students.student import LOADERS, fixed_tables
+from kdcache.train.students.student import LOADERS, fixed_tables, model_class
 from kdcache.train.students.two_tokenizers import load_tokenizers
 
 RESULT = "evaluation.json"
@@ -35,6 +39,7 @@ SCORERS = {
     "masked_lm": evaluate_masked,
     "causal_lm": evaluate_causal,
     "classifier": evaluate_classifier,
+    "multi_task": evaluate_tasks,
 }
 
 
@@ -47,7 +52,8 @@ def evaluate(
     """Score a run directory, or any transformers encoder-decoder directory.
 
     Args:
-        path: a run of `kdcache train`, or a transformers model directory.
+        path: a run of `kdcache train` (of several stages the last is scored), or a transformers
+            model directory.
         section: how to score; a run's own recipe without it.
         against: an evaluated run to compare with by a paired bootstrap test.
         out: where `evaluation.json` and `hypotheses.txt` go; the run itself without it. The
@@ -57,9 +63,11 @@ def evaluate(
         bleu, chrf (`score`, `signature`), `loss_nats` per token, `perplexity`, `accuracy`,
         the same under `shuffled` with every target beside another target's source,
         `parameters`, `latency_seconds` of one sentence at a time, `sentences_per_second` of
-        the batched search, and `against` with the paired test. Of a run whose student is a masked
+        the batched search, `perturbed` where that is asked for, and `against` with the paired
+        test. Of a run whose student is a masked
         LM what `masked.evaluate_masked` returns, of a causal LM `causal.evaluate_causal`, of a
-        classifier `labelled.evaluate_classifier`, with `parameters`.
+        classifier `labelled.evaluate_classifier`, of a model of several tasks
+        `tasks.evaluate_tasks`, with `parameters`, `latency_seconds` of one text and `perturbed`.
 
     Raises:
         RecipeError: no corpus to score on.
@@ -67,7 +75,7 @@ def evaluate(
         IdentityError: `against` was scored on other references.
         StorageError: the results could not be written.
     """
-    path = Path(path)
+    path = last_stage(Path(path))
     recipe = _recipe_of(path)
     if recipe is None and not (path / "config.json").is_file():
         raise ModelError(f"{path}: neither a run of `kdcache train` nor a transformers model")
@@ -111,10 +119,13 @@ def _evaluate_other(
             f"{path}: its student is {LOADERS[kind][1]}; against compares translations"
         )
     model, tokenizer, directory = load_model(path, section, kind)
-    result = SCORERS[kind](model, tokenizer, section, recipe) | {
+    scorer = partial(SCORERS[kind], model, tokenizer, section, recipe)
+    result = scorer() | {
         "model": str(directory),
         "parameters": count_parameters(model),
         "device": str(model.device),
+        **text_latency(model, section, kind == "causal_lm"),
+        **robustness(model, section.perturb, scorer),
     }
     write_evaluation(Path(out) if out is not None else path, result, None)
     return result
@@ -147,8 +158,16 @@ def score_model(
         "parameters": count_parameters(model),
         "device": str(model.device),
         "sentences_per_second": len(src) / seconds,
-        "latency_seconds": _latency(model, tokenizer, src, section),
+        **_latency(model, tokenizer, src, section),
     }
+
+    def again() -> dict[str, float]:
+        found = _search(model, tokenizer, src, section, None)
+        plain = score(model, tokenizer, src, tgt, model.device, section.batch_tokens)
+        scores = {name: one["score"] for name, one in corpus_scores(found, tgt).items()}
+        return scores | {"loss_nats": plain.loss_nats, "accuracy": plain.accuracy}
+
+    result |= robustness(model, section.perturb, again)
     return result, hypotheses
 
 
@@ -237,8 +256,6 @@ def load_model(
     Raises:
         ModelError: the directory holds no model, or the run no such checkpoint.
     """
-    import transformers
-
     quiet_transformers()
     directory = path
     if _is_run(path):
@@ -251,7 +268,7 @@ def load_model(
                 "evaluate.checkpoint"
             )
     try:
-        model = getattr(transformers, LOADERS[kind][0]).from_pretrained(
+        model = model_class(kind).from_pretrained(
             directory, dtype="float32", use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
@@ -286,8 +303,8 @@ def write_evaluation(out: Path, result: dict[str, Any], hypotheses: Sequence[str
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     if hypotheses is not None:
-        _write(out / HYPOTHESES, "".join(line + "\n" for line in hypotheses))
-    _write(out / RESULT, json.dumps(result, indent=1, sort_keys=True) + "\n")
+        write_text(out / HYPOTHESES, "".join(line + "\n" for line in hypotheses))
+    write_text(out / RESULT, json.dumps(result, indent=1, sort_keys=True) + "\n")
 
 
 def _kind_of(recipe: Recipe) -> str:
@@ -349,20 +366,14 @@ def _search(
 
 def _latency(
     model: Any, tokenizer: Any, src: Sequence[str], section: EvaluateSection
-) -> dict[str, float] | None:
-    """Median and p90 seconds of one sentence at a time, tokens to text, over spread sentences."""
+) -> dict[str, Any]:
+    """Seconds of one sentence at a time, tokens to text, over spread sentences."""
     count = min(section.latency_sentences, len(src))
-    if count == 0:
-        return None
-    chosen = [src[len(src) * n // count] for n in range(count)]
-    seconds = []
-    for text in [chosen[0], *chosen]:  # the first one warms up and is not counted
-        began = time.perf_counter()
-        _search(model, tokenizer, [text], section, None)
-        seconds.append(time.perf_counter() - began)
-    del seconds[0]
-    deciles = statistics.quantiles(seconds, n=10, method="inclusive") if count > 1 else seconds
-    return {"median": statistics.median(seconds), "p90": deciles[-1], "num_sentences": count}
+
+    def run(number: int) -> object:
+        return _search(model, tokenizer, [src[len(src) * number // count]], section, None)
+
+    return timed(model, run, count, {})
 
 
 def _read_baseline(against: Path, path: Path, digest: str) -> list[str]:
@@ -382,13 +393,3 @@ def _read_baseline(against: Path, path: Path, digest: str) -> list[str]:
             f"{other['num_sentences']}: evaluate {against} again"
         )
     return lines
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file whole."""
-
-    def write(stream: IO[bytes]) -> Path:
-        stream.write(text.encode())
-        return path
-
-    write_data(path, write)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,14 @@ from kdcache.recipe import CorpusSection, EvaluateSection, Recipe
 from kdcache.tokenizers import encode_pairs
 from kdcache.train.batches.batch import Tokens
 from kdcache.train.batches.gold import GoldLabels, has_gold
-from kdcache.train.evaluation.metrics import accuracy, macro_f1, matthews, pearson, spearman
+from kdcache.train.evaluation.metrics import (
+    accuracy,
+    binary_f1,
+    macro_f1,
+    matthews,
+    pearson,
+    spearman,
+)
 from kdcache.train.runs.parallel import Ranks
 from kdcache.train.runs.scoring import score_in_turns
 from kdcache.train.runs.validate import encode
@@ -36,12 +43,14 @@ class LabelledTexts:
         segments: M times [length] int64 token types; None without pairs.
         gold: [M] int64 classes, or float64 numbers.
         digest: of the texts and labels.
+        query: [M] int64, equal where the first texts are.
     """
 
     ids: list[np.ndarray]
     segments: list[np.ndarray] | None
     gold: np.ndarray
     digest: str
+    query: np.ndarray
 
     def scores(
         self, model: Any, device: torch.device, batch_tokens: int, ranks: Ranks
@@ -55,7 +64,8 @@ class LabelledTexts:
         ends = np.cumsum([len(ids) for ids in self.ids])
         count = max(1, int(np.searchsorted(ends, num_tokens, side="right")))
         segments = None if self.segments is None else self.segments[:count]
-        return replace(self, ids=self.ids[:count], segments=segments, gold=self.gold[:count])
+        ids, gold, query = self.ids[:count], self.gold[:count], self.query[:count]
+        return replace(self, ids=ids, segments=segments, gold=gold, query=query)
 
     def check_ids(self, model: Any) -> None:
         """Refuse ids that a model has no row for: torch would fail without naming them.
@@ -122,11 +132,13 @@ def labelled_texts(
     if not fits:
         raise RecipeError(f"{where}: no row has a gold label and fits the student's positions")
     answers = np.concatenate(codes)
+    _, query = np.unique(np.array(texts, dtype=object), return_inverse=True)
     return LabelledTexts(
         ids=[ids[n] for n in fits],
         segments=None if segments is None else [segments[n] for n in fits],
         gold=answers[fits],
         digest=sample_id([*texts, *pairs, *map(str, answers.tolist())]).hex(),
+        query=query[fits],
     )
 
 
@@ -147,35 +159,72 @@ def score_labelled(
         ranks: which score the batches in turns.
 
     Returns:
-        Of classes loss (cross-entropy, nats a text), accuracy, macro_f1 and mcc; of numbers loss
-        (mean squared error), pearson and spearman: see `metrics`.
+        What `class_metrics` says of classes, `number_metrics` of numbers.
     """
     logits = predict(model, texts, device, batch_tokens, ranks)
     gold = texts.gold
     if logits.shape[1] == 1:
-        said = logits[:, 0]
-        loss = float(((said - gold) ** 2).mean())
-        return {"loss": loss, "pearson": pearson(gold, said), "spearman": spearman(gold, said)}
+        return number_metrics(gold, logits[:, 0])
     log_probs = torch.from_numpy(logits).log_softmax(1).numpy()
-    loss, said = -float(log_probs[np.arange(len(gold)), gold].mean()), logits.argmax(1)
+    loss = -float(log_probs[np.arange(len(gold)), gold].mean())
+    return {"loss": loss} | class_metrics(gold, logits.argmax(1), logits.shape[1])
+
+
+def number_metrics(gold: np.ndarray, said: np.ndarray) -> dict[str, float]:
+    """Mean squared error (loss), pearson and spearman, see `metrics`.
+
+    Args:
+        gold: [M] float64.
+        said: [M] float64.
+    """
+    loss = float(((said - gold) ** 2).mean())
+    return {"loss": loss, "pearson": pearson(gold, said), "spearman": spearman(gold, said)}
+
+
+def class_metrics(gold: np.ndarray, said: np.ndarray, num_classes: int) -> dict[str, float]:
+    """accuracy, macro_f1, mcc, and of two classes f1 (that of the last), see `metrics`.
+
+    Args:
+        gold: [M] int64 classes.
+        said: [M] int64 classes.
+        num_classes: C.
+    """
+    binary = {"f1": binary_f1(gold, said)} if num_classes == 2 else {}
     return {
-        "loss": loss,
         "accuracy": accuracy(gold, said),
+        **binary,
         "macro_f1": macro_f1(gold, said),
         "mcc": matthews(gold, said),
     }
 
 
 def predict(
-    model: Any, texts: LabelledTexts, device: torch.device, batch_tokens: int, ranks: Ranks
+    model: Any,
+    texts: LabelledTexts,
+    device: torch.device,
+    batch_tokens: int,
+    ranks: Ranks,
+    num_scores: int | None = None,
+    say: Callable[[Any, Tokens], Tensor] = class_scores,
 ) -> np.ndarray:
-    """[M, C] float64 scores, in the order of the texts; see `score_labelled`."""
+    """[M, C] float64 scores, in the order of the texts; see `score_labelled`.
+
+    Args:
+        model: on `device`.
+        texts: the same on every rank.
+        device: of the model.
+        batch_tokens: padded tokens of one forward.
+        ranks: which score the batches in turns.
+        num_scores: C; None: as many as the model's config has labels.
+        say: the model's [B, C] scores of B texts.
+    """
     lengths = [len(ids) for ids in texts.ids]
 
     def scores(rows: list[int]) -> Tensor:
-        return class_scores(model, _tokens(texts, rows, device)).double().cpu()
+        return say(model, _tokens(texts, rows, device)).double().cpu()
 
-    said = torch.zeros(len(lengths), model.config.num_labels, dtype=torch.float64)
+    num_scores = model.config.num_labels if num_scores is None else num_scores
+    said = torch.zeros(len(lengths), num_scores, dtype=torch.float64)
     for rows, found in score_in_turns(model, lengths, batch_tokens, ranks, scores):
         said[rows] = found
     said = ranks.summed(said.to(device)).cpu() if ranks.world > 1 else said

@@ -35,6 +35,17 @@ def macro_f1(gold: np.ndarray, said: np.ndarray) -> float:
     return float(np.mean(found)) if found else math.nan
 
 
+def binary_f1(gold: np.ndarray, said: np.ndarray) -> float:
+    """F1 of class 1 of two, 2 TP / (2 TP + FP + FN); 0 where it neither stands nor is said.
+
+    Args:
+        gold: [M] int64 classes.
+        said: [M] int64 classes.
+    """
+    count = int((gold == 1).sum() + (said == 1).sum())
+    return 2 * int(((gold == 1) & (said == 1)).sum()) / count if count else 0.0
+
+
 def matthews(gold: np.ndarray, said: np.ndarray) -> float:
     """Matthews correlation coefficient over all classes, -1 to 1; 0 where either side is constant.
 

@@ -7,6 +7,7 @@ from kdcache.train.families.classifier import Classifier
 from kdcache.train.families.encoder_decoder import EncoderDecoder
 from kdcache.train.families.family import Family, Setting
 from kdcache.train.families.masked_lm import MaskedLM
+from kdcache.train.families.multi_task import MultiTask
 
 __all__ = ["FAMILIES", "Family", "Setting"]
 
@@ -16,4 +17,5 @@ FAMILIES: dict[str, Family] = {
     "masked_lm": MaskedLM(),
     "classifier": Classifier(),
     "causal_lm": CausalLM(),
+    "multi_task": MultiTask(),
 }

@@ -16,6 +16,7 @@ from kdcache.models import load_tokenizer
 from kdcache.recipe import ScoreKLTerm, ScoreMSETerm, StudentSection, TrainSection
 from kdcache.train.batches.batch import Batch
 from kdcache.train.batches.gold import GoldLabels, shown
+from kdcache.train.batches.tasks import TaskGold
 from kdcache.train.evaluation.labelled import LabelledTexts, labelled_texts
 from kdcache.train.families.family import Family, Setting
 from kdcache.train.losses.classifier_objective import ClassifierObjective
@@ -85,7 +86,7 @@ class Classifier(Family):
             "problem_type": problem,
         }
         model = build_student(section, tokenizer, vocab_size, seed, source, head)
-        if not _reads_both_ways(model.config):
+        if not reads_both_ways(model.config):
             raise ModelError(
                 f"train.student: {model.config.model_type} is no encoder, which a classifier is; "
                 "take bert, distilbert, roberta, modernbert or another of them"
@@ -93,9 +94,9 @@ class Classifier(Family):
         return model
 
     def distillation(self, student: Any, objective: Objective, seed: int) -> Distillation:
-        """See `ClassifierDistillation`; it learns nothing beside the student."""
+        """See `ClassifierDistillation`."""
         assert isinstance(objective, ClassifierObjective)
-        return ClassifierDistillation(student, objective)
+        return ClassifierDistillation(student, objective, seed)
 
     def check_labels(self, micro: Batch, objective: Objective) -> None:
         """Nothing: labels are of whole samples, and their names were compared."""
@@ -107,6 +108,7 @@ class Classifier(Family):
         assert corpus is not None
         assert isinstance(objective, ClassifierObjective)
         gold = objective.gold
+        assert not isinstance(gold, TaskGold)
         found = labelled_texts(
             "train.validation.corpus",
             corpus,
@@ -136,7 +138,7 @@ def labels_at(path: Path) -> list[str] | None:
     return [names[number] for number in sorted(names, key=int)]
 
 
-def _reads_both_ways(config: Any) -> bool:
+def reads_both_ways(config: Any) -> bool:
     """Whether a config is of an encoder."""
     from transformers.models.auto import modeling_auto
 

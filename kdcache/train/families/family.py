@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,6 +63,18 @@ class Development(Protocol):
 
 class Family(ABC):
     """A kind of students."""
+
+    def completed(self, section: TrainSection, caches: Sequence[Cache]) -> TrainSection:
+        """A section with what its recipe leaves to the caches, or to the student's directory.
+
+        Args:
+            section: the recipe's train section, with a student.
+            caches: open.
+
+        Raises:
+            RecipeError: there is nothing to complete it from.
+        """
+        return section
 
     @abstractmethod
     def objective(self, section: TrainSection, signals: Mapping[str, SignalRecord]) -> Objective:

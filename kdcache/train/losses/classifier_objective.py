@@ -1,4 +1,4 @@
-"""The objective of a classifier: losses over classes, of gold labels, of a teacher's or both."""
+"""The objective of a classifier: losses over classes, gold or a teacher's, and over layers."""
 
 # C classes
 
@@ -13,12 +13,13 @@ from kdcache.recipe import (
     ClassifierTerm,
     LabelCrossEntropyTerm,
     LabelMSETerm,
+    LayersTerm,
     ScoreKLTerm,
     ScoreMSETerm,
     Term,
 )
 from kdcache.train.batches.gold import GOLD, GoldLabels, shown
-from kdcache.train.losses.layer_terms import check_scores_signal
+from kdcache.train.losses.layer_terms import check_layers_signal, check_scores_signal
 from kdcache.train.losses.objective import Moment, Objective, used_terms
 
 
@@ -59,6 +60,9 @@ class ClassifierObjective(Objective):
         found = None if labels is None else tuple(labels)
         for where, term in used:
             _check_kind(where, term)
+            if isinstance(term, LayersTerm):
+                check_layers_signal(where, term, signals.get(term.signal))
+                self.records[term.signal] = _of_plain_encoder(where, signals[term.signal])
             if isinstance(term, ScoreMSETerm | ScoreKLTerm):
                 record = signals.get(term.signal)
                 check_scores_signal(where, term, record, stream)
@@ -80,7 +84,7 @@ class ClassifierObjective(Objective):
         self.gold = GoldLabels(self.labels, task, hard[0][0]) if hard else None
 
     def count(self, number: int, counts: Mapping[str, int]) -> int:
-        """Samples that a term is the mean over, at least 1.
+        """Samples, of a term over layers rows, that a term is the mean over, at least 1.
 
         Args:
             number: of the term.
@@ -89,6 +93,8 @@ class ClassifierObjective(Objective):
         term = self.terms[number]
         if isinstance(term, ScoreMSETerm | ScoreKLTerm):
             return max(1, counts[term.signal] // len(self.labels))
+        if isinstance(term, LayersTerm):
+            return max(1, counts[term.signal])
         return max(1, counts[GOLD])
 
     def at(self, step: int, total_steps: int) -> list[Moment]:
@@ -104,14 +110,26 @@ class ClassifierObjective(Objective):
 
 
 def _check_kind(where: str, term: Term) -> None:
-    """Refuse a term that is not over classes."""
-    if not isinstance(term, ClassifierTerm | ScoreMSETerm):
+    """Refuse a term that is neither over classes nor over layers."""
+    if not isinstance(term, ClassifierTerm | ScoreMSETerm | LayersTerm):
         raise RecipeError(
             f"{where}: {term.loss} is no term of a classifier, which takes label_cross_entropy, "
-            "label_mse, score_mse and score_kl"
+            "label_mse, score_mse, score_kl, hidden_mse, hidden_cosine and attention_mse"
         )
     if term.sample_weight is not None:
         raise RecipeError(f"{where}.sample_weight: a classifier's terms have none; take it out")
+
+
+def _of_plain_encoder(where: str, record: SignalRecord) -> SignalRecord:
+    """A signal of layers, if it is of an encoder that read what the student reads."""
+    side = getattr(record, "side", None)
+    if side != "encoder" or record.masks is not None:
+        found = f"of side {side}" if side != "encoder" else f"of inputs masked by {record.masks!r}"
+        raise RecipeError(
+            f"{where}.signal: {record.name!r} is {found}; a classifier learns layers of an encoder "
+            f"over plain inputs: dump {record.name}: {{kind: {record.kind}, side: encoder}}"
+        )
+    return record
 
 
 def _agreed(where: str, record: ClassesRecord, labels: tuple[str, ...] | None) -> tuple[str, ...]:

@@ -3,7 +3,8 @@
 Each has a part of the student, its layers of it, and learned linear layers where widths differ.
 """
 
-# B samples, R rows (tokens, or pairs of them), D student width, W teacher width, C classes
+# B samples, S positions, R rows (tokens, pairs of them, or samples), D student width,
+# W teacher width, C classes
 
 from __future__ import annotations
 
@@ -35,6 +36,7 @@ class LayersLoss(nn.Module):
 
     Several layers of the teacher are fused: F = W [l_1; l_2; ...] + b, learned with the student.
     One alone is taken as it is, and where it is wider or narrower the student's is projected.
+    Where the teacher's states are pooled, the student's are pooled alike.
 
     Args:
         where: the term's path in the recipe.
@@ -126,7 +128,7 @@ class LayersLoss(nn.Module):
                 own = attention_rows(layers[mine - 1], mask, self.record.averaged)
                 total = total + attention_mse(own, chosen, weight)
                 continue
-            own = layers[mine][mask]
+            own = self._rows(layers[mine], mask)
             if str(number) in self.projections:
                 own = self.projections[str(number)](own)
             fused = str(number) in self.fusions
@@ -135,6 +137,16 @@ class LayersLoss(nn.Module):
             loss = hidden_cosine if isinstance(self.term, HiddenCosineTerm) else hidden_mse
             total = total + loss(own, chosen, weight, fused=fused)
         return total
+
+    def _rows(self, states: Tensor, mask: Tensor) -> Tensor:
+        """[R, D] states of tokens, or of samples as the signal is pooled, of [B, S, D]."""
+        assert isinstance(self.record, HiddenRecord)
+        if self.record.pool == "cls":
+            return states[:, 0]
+        if self.record.pool == "mean":
+            on = mask[:, :, None].to(states.dtype)
+            return (states * on).sum(1) / on.sum(1).clamp(min=1)
+        return states[mask]
 
 
 class ScoresLoss(nn.Module):
@@ -187,31 +199,38 @@ def check_layers_signal(where: str, term: LayersTerm, record: SignalRecord | Non
     name = "attention" if kind is AttentionRecord else "hidden"
     if not isinstance(record, kind):
         raise RecipeError(f"{where}.signal: {_unfit(term.signal, record, name)}")
-    if isinstance(record, HiddenRecord) and record.pool != "none":
-        raise RecipeError(
-            f"{where}.signal: {term.signal!r} is pooled ({record.pool}); {term.loss} needs the "
-            "states of every token"
-        )
 
 
 def check_scores_signal(
-    where: str, term: ScoreMSETerm | ScoreKLTerm, record: SignalRecord | None, source: str
+    where: str,
+    term: ScoreMSETerm | ScoreKLTerm,
+    record: SignalRecord | None,
+    source: str,
+    name: str | None = None,
 ) -> None:
     """Refuse a signal that is none of class scores of what the student's encoder reads.
+
+    Args:
+        where: the term's path in the recipe.
+        term: over it.
+        record: of the signal; None: it is not there.
+        source: stream that the student's encoder reads.
+        name: of the signal; None: the term's own.
 
     Raises:
         RecipeError: it is of another kind, or of masked inputs.
         IdentityError: it describes another stream.
     """
+    name = term.signal if name is None else name
     if not isinstance(record, ClassesRecord):
-        raise RecipeError(f"{where}.signal: {_unfit(term.signal, record, 'classes')}")
+        raise RecipeError(f"{where}.signal: {_unfit(name, record, 'classes')}")
     if record.masks:
         raise RecipeError(
-            f"{where}.signal: {term.signal!r} is of masked inputs; {term.loss} needs plain ones"
+            f"{where}.signal: {name!r} is of masked inputs; {term.loss} needs plain ones"
         )
     if record.stream != source:
         raise IdentityError(
-            f"{where}: signal {term.signal!r} describes stream {record.stream!r}, the student's "
+            f"{where}: signal {name!r} describes stream {record.stream!r}, the student's "
             f"encoder reads {source!r}; set train.source to the signal's stream"
         )
 

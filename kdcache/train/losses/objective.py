@@ -14,10 +14,12 @@ from kdcache.recipe import (
     MaskedKLTerm,
     ScoreMSETerm,
     SoftTerm,
+    TaskLossTerm,
     Term,
 )
 from kdcache.train.batches.gold import GoldLabels
 from kdcache.train.batches.hypotheses import hypothesis_stream
+from kdcache.train.batches.tasks import TaskGold, TaskOrder
 from kdcache.train.losses.label_signals import check_beams_signal, check_label_signal
 from kdcache.train.losses.layer_terms import check_layers_signal, check_scores_signal
 from kdcache.train.losses.masked_terms import check_masked_signal
@@ -73,13 +75,15 @@ class Objective:
         hypotheses: streams of hypotheses that they predict, to the beams signal and which of its
             hypotheses.
         gold: how gold labels of samples become targets; None where no term is over them.
+        tasks: of which every batch is of one; None where tasks do not matter.
 
     Raises:
         RecipeError: no term, a signal that is not there, or one that cannot serve the term.
         IdentityError: a signal labels other streams than the student reads.
     """
 
-    gold: GoldLabels | None = None
+    gold: GoldLabels | TaskGold | None = None
+    tasks: TaskOrder | None = None
 
     def __init__(
         self, terms: Sequence[Term], signals: Mapping[str, SignalRecord], source: str, target: str
@@ -115,6 +119,8 @@ class Objective:
             check_layers_signal(where, term, signals.get(term.signal))
         elif isinstance(term, ClassifierTerm):
             raise RecipeError(f"{where}: {term.loss} goes with a student of kind classifier")
+        elif isinstance(term, TaskLossTerm):
+            raise RecipeError(f"{where}: {term.loss} goes with a student of kind multi_task")
         else:
             check_scores_signal(where, term, signals.get(term.signal), self.source)
         # Where the teacher read masked tokens the student is to read them too.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,11 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "n
 
 
 def train(
-    recipe: Recipe, cache_path: str | Path | None, out: str | Path, shared: Shared | None = None
+    recipe: Recipe,
+    cache_path: str | Path | None,
+    out: str | Path,
+    start: Mapping[str, Any] | None = None,
+    shared: Shared | None = None,
 ) -> dict[str, Any]:
     """Train a student from a cache; go on where an interrupted run stopped.
 
@@ -49,6 +54,8 @@ def train(
         recipe: what to train; its `train` section is used.
         cache_path: the cache, or its URL; None where the recipe names its caches.
         out: the run directory.
+        start: what the student begins as, as plain values, where its path does not say it: a
+            resumed run's must be the same.
         shared: what earlier runs of this process left for this one.
 
     Returns:
@@ -63,6 +70,7 @@ def train(
         TrainingError: the loss is not finite, labels do not belong to their targets, memory ran
             out, or another rank has stopped.
     """
+    recipe.single()
     if (cache_path is None) != bool(recipe.train.caches):
         raise RecipeError(
             f"cache is {cache_path} and train.caches has {len(recipe.train.caches)}; give one or "
@@ -77,8 +85,9 @@ def train(
         check_installed()
     with joined(resolve_device(recipe.train.device)) as ranks, ExitStack() as held:
         trainer = Trainer(recipe.train, caches, ranks, shared)
+        identity = trainer.identity() | ({"start": dict(start)} if start else {})
         places = [_place(path) for path in paths]
-        about = (run, recipe, trainer.identity(), versions_of(LIBRARIES), places)
+        about = (run, recipe, identity, versions_of(LIBRARIES), places)
         with ranks.together():
             if ranks.main:
                 held.enter_context(locked(run))

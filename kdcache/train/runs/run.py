@@ -1,6 +1,6 @@
 """The run directory: what a run is of, its metrics, and its right to be resumed.
 
-RUN/recipe.yaml     the resolved recipe
+RUN/recipe.yaml     the resolved recipe; of several stages that is all, beside a run for each
     run.json        cache, signals, student and versions; the summary once it is finished
     metrics.jsonl   a line every some steps
     checkpoint/     where it can go on
@@ -57,14 +57,14 @@ class RunDirectory:
         if (path / IDENTITY).is_file():
             self._check(recipe, identity)
             return
-        _write(path / RECIPE, dump_recipe(recipe))
+        write_text(path / RECIPE, dump_recipe(recipe))
         self._record: dict[str, Any] = {
             "identity": dict(identity),
             "versions": dict(versions),
             "caches": list(caches),
             "summary": None,
         }
-        _write(path / IDENTITY, _json(self._record))
+        write_text(path / IDENTITY, _json(self._record))
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -81,7 +81,7 @@ class RunDirectory:
         """
         self._record |= {"summary": dict(summary), "machine": dict(machine)}
         if self._writes:
-            _write(self.path / IDENTITY, _json(self._record))
+            write_text(self.path / IDENTITY, _json(self._record))
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append a line to the metrics."""
@@ -97,7 +97,7 @@ class RunDirectory:
             return
         lines = path.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if _until(line, step)]
-        _write(path, "".join(line + "\n" for line in kept))
+        write_text(path, "".join(line + "\n" for line in kept))
 
     def last_values(self) -> dict[str, Any]:
         """The last value of everything in the metrics."""
@@ -135,6 +135,18 @@ class RunDirectory:
                 f"{self.path}: holds another run: {key} is {there!r} "
                 f"there and {now!r} here; choose another output, or set it back to resume"
             )
+
+
+def last_stage(path: Path) -> Path:
+    """The run of the last stage in a directory of several; any other path as it is.
+
+    Args:
+        path: a run, or a transformers directory.
+    """
+    if (path / IDENTITY).is_file() or not (path / RECIPE).is_file():
+        return path
+    stages = list(load_recipe(str(path / RECIPE)).stages)
+    return path / stages[-1] if stages else path
 
 
 @contextmanager
@@ -205,7 +217,7 @@ def _json(tree: Any) -> str:
     return json.dumps(tree, indent=1, sort_keys=True) + "\n"
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Replace a file whole."""
 
     def write(stream: Any) -> Path:

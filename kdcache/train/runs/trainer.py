@@ -96,6 +96,8 @@ class Trainer:
         cache = self.cache
         self.device = resolve_device(section.device)
         self.family = FAMILIES[section.student.kind]
+        section = self.section = self.family.completed(section, self.caches)
+        assert section.student is not None
         if section.gate is not None and section.student.kind != "encoder_decoder":
             raise RecipeError("train.gate: goes with a student of kind encoder_decoder alone")
         self.objective = self.family.objective(section, cache.signals)
@@ -162,6 +164,7 @@ class Trainer:
             while_dumping=section.while_dumping,
             layers=self.distillation.layers,
             gold=self.objective.gold,
+            tasks=self.objective.tasks,
             rank=self.ranks.rank,
             world=self.ranks.world,
         )

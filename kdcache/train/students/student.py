@@ -30,7 +30,19 @@ LOADERS = {
     "masked_lm": ("AutoModelForMaskedLM", "a masked LM"),
     "classifier": ("AutoModelForSequenceClassification", "a classifier"),
     "causal_lm": ("AutoModelForCausalLM", "a causal LM"),
+    "multi_task": ("AutoModel", "an encoder"),
 }
+
+
+def model_class(kind: str) -> Any:
+    """What loads a student of a kind from its directory."""
+    import transformers
+
+    if kind == "multi_task":
+        from kdcache.multi_task import MultiTaskModel
+
+        return MultiTaskModel
+    return getattr(transformers, LOADERS[kind][0])
 
 
 def build_student(
@@ -58,15 +70,15 @@ def build_student(
     """
     quiet_transformers()
     if section.path is not None:
-        with _keyed_generator(text_key(seed, "student")):
+        with keyed_generator(text_key(seed, "student")):
             model = _load(Path(section.path).expanduser(), section.kind, head or {})
         if section.layers is not None:
             model = with_layers(model, section.layers.encoder, section.layers.decoder)
         fit_padding(model, source)
     else:
-        with _keyed_generator(text_key(seed, "student")):
+        with keyed_generator(text_key(seed, "student")):
             keys = {**(section.config or {}), **(head or {})}
-            model = _from_config(section.kind, keys, tokenizer, vocab_size, source)
+            model = from_config(section.kind, keys, tokenizer, vocab_size, source)
             fit_padding(model, source)
             if section.init == "glorot":
                 initialise(model)
@@ -220,7 +232,7 @@ def checkpoint_activations(model: Any) -> None:
     try:
         enable({"use_reentrant": False})
     except ValueError as error:
-        raise ModelError(f"train.activation_checkpointing: {_first_line(error)}") from None
+        raise ModelError(f"train.activation_checkpointing: {first_line(error)}") from None
 
 
 def max_positions(model: Any) -> int | None:
@@ -239,13 +251,13 @@ def _load(path: Path, kind: str, head: Mapping[str, Any]) -> Any:
             path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **head
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{path}: {_first_line(error)}") from None
+        raise ModelError(f"{path}: {first_line(error)}") from None
     for table in fixed_tables(model):
         table.requires_grad_(False)  # transformers forgets it when it loads
     return model
 
 
-def _from_config(
+def from_config(
     kind: str,
     keys: dict[str, Any],
     tokenizer: TokenizerRecord,
@@ -285,7 +297,7 @@ def _from_config(
         loader = getattr(transformers, LOADERS[kind][0])
         model = loader.from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, KeyError, AssertionError, RuntimeError) as error:
-        raise ModelError(f"train.student.config: {model_type}: {_first_line(error)}") from None
+        raise ModelError(f"train.student.config: {model_type}: {first_line(error)}") from None
     return model
 
 
@@ -326,13 +338,13 @@ def _special_ids(default: Any, tokenizer: TokenizerRecord) -> dict[str, int | No
 
 
 @contextmanager
-def _keyed_generator(key: int) -> Iterator[None]:
+def keyed_generator(key: int) -> Iterator[None]:
     """Set torch's generator from a key, and put it back afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key >> 1)
         yield
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """First line of a library's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,77 @@
+"""Recipes of several stages: each stage becomes a whole recipe, and overrides find theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+from kdcache.errors import RecipeError
+from kdcache.recipe.files import merged, read_file
+from kdcache.recipe.tree import override
+
+STAGES = "stages"
+#: Sections that stages share, each as far as it does not say otherwise.
+_SECTIONS = ("corpus", "dump", "train", "evaluate")
+
+
+def whole_stages(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe whose stages are whole recipes: its own sections with each stage's laid over them.
+
+    What has no stages stays as it is, and so does what was made whole before.
+
+    Args:
+        tree: plain values of a recipe.
+    """
+    stages = tree.get(STAGES)
+    if not stages or not isinstance(stages, Mapping):
+        return dict(tree)
+    shared = {key: tree[key] for key in _SECTIONS if key in tree}
+    found: dict[str, Any] = {}
+    for name, own in stages.items():
+        if not isinstance(own, Mapping):
+            found[name] = own  # the models say what is wrong
+            continue
+        # Copies, or an override of one stage would change what all share.
+        shared_by_all = {"name": f"{tree.get('name')}:{name}", **deepcopy(shared)}
+        found[name] = merged(shared_by_all, deepcopy(dict(own)))
+    return {key: value for key, value in tree.items() if key not in _SECTIONS} | {STAGES: found}
+
+
+def read_stage(name_or_path: str) -> tuple[dict[str, Any], str | None]:
+    """Plain values of a recipe file with its stages made whole, and the stage that a name means.
+
+    Args:
+        name_or_path: see `read_file`; with `:STAGE` behind it, one of its stages.
+    """
+    try:
+        return whole_stages(read_file(name_or_path)), None
+    except RecipeError:
+        base, colon, stage = name_or_path.rpartition(":")
+        if not colon or not stage.isidentifier():
+            raise
+    return whole_stages(read_file(base)), stage
+
+
+def override_all(tree: dict[str, Any], dotted: str, text: str) -> None:
+    """Set one value in place, of every stage where the path does not name one.
+
+    Args:
+        tree: with whole stages, if any.
+        dotted: see `override`.
+        text: see `override`.
+
+    Raises:
+        RecipeError: the path leads nowhere, or the value is not YAML.
+    """
+    stages = tree.get(STAGES)
+    if not stages or dotted.partition(".")[0] not in _SECTIONS:
+        override(tree, dotted, text)
+        return
+    for name, stage in stages.items():
+        try:
+            override(stage, dotted, text)
+        except RecipeError as error:
+            raise RecipeError(
+                f"{error} (in stage {name}; --{STAGES}.{name}.{dotted} sets one stage alone)"
+            ) from None

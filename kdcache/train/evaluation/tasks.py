@@ -1,0 +1,222 @@
+"""Texts with gold labels of several tasks, and what a model of these tasks is worth on them."""
+
+# M texts of a task, B of a batch, C scores of a task
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.errors import RecipeError
+from kdcache.formats.identity import sample_id
+from kdcache.multi_task import task_scores
+from kdcache.recipe import CorpusSection, EvaluateSection, Recipe
+from kdcache.tasks import Task
+from kdcache.train.batches.batch import Tokens
+from kdcache.train.batches.tasks import TaskGold
+from kdcache.train.evaluation.labelled import (
+    LabelledTexts,
+    class_metrics,
+    labelled_texts,
+    number_metrics,
+    predict,
+)
+from kdcache.train.losses.task_losses import task_loss
+from kdcache.train.runs.parallel import Ranks
+from kdcache.train.students.student import max_positions
+
+
+@dataclass(frozen=True)
+class TaskTexts:
+    """Encoded texts with what is right, of each task.
+
+    Attributes:
+        heads: the tasks by name.
+        texts: of those that have some.
+    """
+
+    heads: Mapping[str, Task]
+    texts: Mapping[str, LabelledTexts]
+
+    def scores(
+        self, model: Any, device: torch.device, batch_tokens: int, ranks: Ranks
+    ) -> dict[str, float]:
+        """dev_loss and dev_score, the means over the tasks, and of each dev_TASK_METRIC."""
+        found = score_tasks(model, self, device, batch_tokens, ranks)
+        each = {
+            f"dev_{name}_{metric}": value
+            for name, values in found.items()
+            for metric, value in values.items()
+        }
+        mean = {key: float(np.mean([one[key] for one in found.values()])) for key in MEANS}
+        return {f"dev_{key}": value for key, value in mean.items()} | each
+
+    def limited(self, num_tokens: int) -> TaskTexts:
+        """Of every task the first texts with at most its share of so many tokens."""
+        share = max(1, num_tokens // len(self.texts))
+        return TaskTexts(self.heads, {name: one.limited(share) for name, one in self.texts.items()})
+
+    def check_ids(self, model: Any) -> None:
+        """Refuse ids that a model has no row for.
+
+        Raises:
+            CorpusError: with the text and the id.
+        """
+        for texts in self.texts.values():
+            texts.check_ids(model)
+
+
+#: What is averaged over the tasks.
+MEANS = ("loss", "score")
+
+
+def task_texts(
+    where: str,
+    corpus: CorpusSection,
+    names: tuple[str, str | None, str | None],
+    tokenizer: Any,
+    heads: Mapping[str, Task],
+    positions: int | None,
+) -> TaskTexts:
+    """The texts of a corpus that have a gold label of one of some tasks, and fit a model.
+
+    Args:
+        where: the corpus' path in the recipe.
+        corpus: of tasks; without tasks it is of the model's only one.
+        names: the fields of the text, of its pair (None: none) and of the label.
+        tokenizer: of transformers.
+        heads: the tasks by name; those that the corpus lacks are not scored, and the reverse.
+        positions: longest that is kept; None: any.
+
+    Raises:
+        RecipeError: the corpus has none of the tasks, lacks a field, or has nothing that fits.
+        CorpusError: a label is none of its task's, or out of its range; names it.
+    """
+    if not corpus.tasks and len(heads) > 1:
+        raise RecipeError(
+            f"{where}.tasks: is empty, and the student has the tasks {list(heads)}; give each its "
+            "own files there"
+        )
+    shared = [name for name in heads if not corpus.tasks or name in corpus.tasks]
+    if not shared:
+        raise RecipeError(
+            f"{where}.tasks has {sorted(corpus.tasks)}; the student's tasks are {list(heads)}"
+        )
+    gold, found = TaskGold(heads), {}
+    for name in shared:
+        path, own = where, corpus
+        if corpus.tasks:
+            path, part = f"{where}.tasks.{name}", corpus.tasks[name]
+            # What a task has no text of is empty there, as in a cache.
+            lacking = [field for field in names[1:2] if field and field not in part.fields]
+            own = corpus.model_copy(update={"tasks": {name: part}, "without": lacking})
+        found[name] = labelled_texts(path, own, names, tokenizer, gold.of_task(name), positions)
+    return TaskTexts(heads, found)
+
+
+def score_tasks(
+    model: Any, texts: TaskTexts, device: torch.device, batch_tokens: int, ranks: Ranks
+) -> dict[str, dict[str, float]]:
+    """Scores of a model on the texts of each task.
+
+    Args:
+        model: a `MultiTaskModel` on `device`.
+        texts: the same on every rank.
+        device: of the model.
+        batch_tokens: padded tokens of one forward.
+        ranks: which score the batches in turns.
+
+    Returns:
+        By task: loss (the one it is trained with, see `task_loss`), score, and what
+        `class_metrics` or `number_metrics` says. The score is the accuracy, of a similarity the
+        mean of pearson and spearman. Of a ranking what has a score above 0 is said to be relevant.
+    """
+    found = {}
+    for name, own in texts.texts.items():
+        task = texts.heads[name]
+
+        def say(model: Any, tokens: Tokens, name: str = name) -> Tensor:
+            return task_scores(model, tokens.ids, tokens.mask, tokens.segments, name)
+
+        parts = (device, batch_tokens, ranks, task.num_scores, say)
+        found[name] = task_metrics(task, predict(model, own, *parts), own.gold, own.query)
+    return found
+
+
+def task_metrics(
+    task: Task, scores: np.ndarray, gold: np.ndarray, query: np.ndarray
+) -> dict[str, float]:
+    """Scores of one task, see `score_tasks`.
+
+    Args:
+        task: whose head spoke.
+        scores: [M, C] float64.
+        gold: [M] int64 classes, or float64 numbers.
+        query: [M] int64, equal for the candidates of a query.
+    """
+    answers = torch.from_numpy(gold.astype(np.float64))
+    said, unit = torch.from_numpy(scores), torch.from_numpy(query)
+    loss = float(task_loss(task, said, answers, unit, 1 / len(gold)))
+    if task.kind == "similarity":
+        metrics = number_metrics(gold, scores[:, 0])
+        score = (metrics["pearson"] + metrics["spearman"]) / 2
+    else:
+        ranking = task.kind == "ranking"
+        classes = (scores[:, 0] > 0).astype(np.int64) if ranking else scores.argmax(1)
+        metrics = class_metrics(gold, classes, len(task.labels))
+        score = metrics["accuracy"]
+    return {**metrics, "loss": loss, "score": score}
+
+
+def evaluate_tasks(
+    model: Any, tokenizer: Any, section: EvaluateSection, recipe: Recipe
+) -> dict[str, Any]:
+    """Score a model of several tasks on corpora with gold labels.
+
+    Args:
+        model: on its device.
+        tokenizer: its own.
+        section: with a corpus, of tasks.
+        recipe: of the run.
+
+    Returns:
+        num_texts, references_digest, tasks (by name num_texts, kind, labels, and what
+        `score_tasks` returns), and score and loss, their means over the tasks.
+
+    Raises:
+        RecipeError: the corpus has none of the model's tasks, or lacks a field.
+        CorpusError: a label is none of its task's, or out of its range; names it.
+    """
+    corpus, train = section.corpus, recipe.train
+    assert corpus is not None
+    stream = recipe.dump.streams.get(train.source)
+    field, pair = (train.source, None) if stream is None else (stream.field, stream.pair)
+    label = corpus.label
+    if label is None and recipe.corpus is not None:
+        label = recipe.corpus.label
+    heads = model.config.task_list
+    parts = corpus, (field, pair, label), tokenizer, heads, max_positions(model)
+    texts = task_texts("evaluate.corpus", *parts)
+    texts.check_ids(model)
+    found = score_tasks(model, texts, model.device, section.batch_tokens, Ranks())
+    tasks = {
+        name: {
+            "num_texts": len(texts.texts[name].ids),
+            "kind": heads[name].kind,
+            "labels": list(heads[name].labels),
+            **values,
+        }
+        for name, values in found.items()
+    }
+    digests = [one.digest for one in texts.texts.values()]
+    return {
+        "num_texts": sum(len(one.ids) for one in texts.texts.values()),
+        "references_digest": sample_id(digests).hex(),
+        "tasks": tasks,
+        **{key: float(np.mean([one[key] for one in found.values()])) for key in MEANS},
+    }

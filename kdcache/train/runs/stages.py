@@ -1,0 +1,203 @@
+"""Several trainings one after another, each from the best weights of the one before.
+
+RUN/recipe.yaml     the resolved recipe of all stages
+    STAGE/          a run of each, see `run`
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kdcache.errors import IdentityError, ModelError, RecipeError, StorageError
+from kdcache.formats.cache import Cache, open_cache
+from kdcache.formats.stores.commit import is_temporary, storage_errors
+from kdcache.models import resolve_device
+from kdcache.recipe import Recipe, StudentSection, dump_recipe
+from kdcache.train.families import FAMILIES
+from kdcache.train.runs.loop import train
+from kdcache.train.runs.parallel import joined
+from kdcache.train.runs.run import IDENTITY, RECIPE, write_text
+
+logger = logging.getLogger(__name__)
+
+#: Kinds of students that go on as another kind: all weights but those of its head are kept.
+GOES_ON_AS = {("masked_lm", "classifier")}
+
+
+def caches_of_stages(recipe: Recipe, given: Sequence[str]) -> dict[str, str | None]:
+    """The cache of every stage; None where the recipe names its caches itself.
+
+    Args:
+        recipe: with stages.
+        given: STAGE=CACHE for each of the others.
+
+    Raises:
+        RecipeError: a stage has none or two, or there is no such stage.
+    """
+    found: dict[str, str | None] = {}
+    for word in given:
+        stage, equals, cache = word.partition("=")
+        if not equals or stage not in recipe.stages:
+            raise RecipeError(
+                f"--cache {word}: {recipe.name} has stages; give each its own: "
+                f"{' '.join(f'--cache {name}=CACHE' for name in recipe.stages)}"
+            )
+        if stage in found or recipe.stages[stage].train.caches:
+            raise RecipeError(f"--cache {word}: stage {stage} has a cache already; keep one")
+        found[stage] = cache
+    for stage, own in recipe.stages.items():
+        if stage not in found and not own.train.caches:
+            raise RecipeError(f"stage {stage} of {recipe.name} has no cache: --cache {stage}=CACHE")
+        found.setdefault(stage, None)
+    return found
+
+
+def train_stages(
+    recipe: Recipe, caches: Mapping[str, str | Path | None], out: str | Path
+) -> dict[str, Any]:
+    """Train the stages of a recipe in turn; go on where an interrupted run stopped.
+
+    A stage that is finished is not trained again. What a later stage needs of its cache is checked
+    before the first begins.
+
+    Args:
+        recipe: with stages.
+        caches: the cache of each, or its URL; None where the stage names its caches.
+        out: the directory of all, with a run for each stage.
+
+    Returns:
+        run, and stages: name to what `train` returns of it.
+
+    Raises:
+        RecipeError: a stage does not fit its cache, or cannot follow the one before.
+        IdentityError: stages read different tokens, or `out` holds another run.
+        StorageError: `out` holds other files.
+        TrainingError: see `train`.
+    """
+    run = Path(out)
+    check_stages(recipe, caches)
+    first = next(iter(recipe.stages.values()))
+    summaries: dict[str, Any] = {}
+    with joined(resolve_device(first.train.device)) as ranks:
+        with ranks.together():
+            if ranks.main:
+                _claim(run, recipe)
+        before: str | None = None
+        for number, (name, stage) in enumerate(recipe.stages.items(), start=1):
+            if ranks.main:
+                logger.info("stage %s, %d of %d", name, number, len(recipe.stages))
+            with _in_stage(name):
+                begun = stage if before is None else _from_best(stage, run / before)
+                start = None if before is None else _start_of(run, before)
+                summaries[name] = train(begun, caches[name], run / name, start)
+            before = name
+    return {"run": str(run), "stages": summaries}
+
+
+def check_stages(recipe: Recipe, caches: Mapping[str, str | Path | None]) -> None:
+    """Refuse stages that could not follow each other, as far as that can be told beforehand.
+
+    Raises:
+        RecipeError: a stage lacks something in its recipe or cache, or cannot follow another.
+        IdentityError: stages read different tokens.
+    """
+    before: tuple[str, StudentSection, Cache, Recipe] | None = None
+    for name, stage in recipe.stages.items():
+        with _in_stage(name):
+            section = stage.train
+            if section.student is None:
+                raise RecipeError("train.student is not set; give train.student.config or .path")
+            paths = [share.path for share in section.caches] or [str(caches[name])]
+            opened = [open_cache(path) for path in paths]
+            for cache in opened:
+                FAMILIES[section.student.kind].objective(section, cache.signals)
+            if before is not None:
+                _check_follows(before, section.student, opened[0], stage)
+        before = (name, section.student, opened[0], stage)
+
+
+def _check_follows(
+    before: tuple[str, StudentSection, Cache, Recipe],
+    student: StudentSection,
+    cache: Cache,
+    stage: Recipe,
+) -> None:
+    """Refuse a stage that cannot go on with the student of the one before."""
+    name, other, its_cache, its_stage = before
+    if other.kind != student.kind and (other.kind, student.kind) not in GOES_ON_AS:
+        raise RecipeError(
+            f"train.student.kind is {student.kind}, which a {other.kind} of stage {name} cannot "
+            "become; give both the same, or a masked_lm before a classifier"
+        )
+    for key in ("path", "config", "layers"):
+        if getattr(student, key) != getattr(other, key):
+            raise RecipeError(
+                f"train.student.{key} is not that of stage {name}, with whose weights this stage "
+                f"begins; set --train.student.{key} for all stages"
+            )
+    for side in ("source", "target"):
+        ours, theirs = (
+            (of, of.stream(getattr(section.train, side)).tokenizer)
+            for of, section in ((cache, stage), (its_cache, its_stage))
+        )
+        if difference := _token_difference(ours, theirs):
+            raise IdentityError(
+                f"{cache.path}: tokens of train.{side} are not those of stage {name} "
+                f"({its_cache.path}): {difference}; dump both with one tokenizer, such as "
+                f"--dump.tokenizers.{ours[1]} '{{kind: pretrained, path: FOLDER}}'"
+            )
+
+
+def _token_difference(ours: tuple[Cache, str], theirs: tuple[Cache, str]) -> str | None:
+    """The first id that two tokenizers, each of a cache, give to different tokens."""
+    digests = [cache.tokenizer(name).digest for cache, name in (ours, theirs)]
+    if len(set(digests)) == 1:
+        return None
+    pairs = zip(*(cache.tokens(name) for cache, name in (ours, theirs)), strict=False)
+    for number, (here, there) in enumerate(pairs):
+        if here != there and here and there:  # an id without a name is in no text
+            return f"id {number} is {here!r} here and {there!r} there"
+    return None  # a prefix or a padding; the student's own rows are checked when it is built
+
+
+def _from_best(stage: Recipe, before: Path) -> Recipe:
+    """A stage whose student begins as the best of another run."""
+    assert stage.train.student is not None
+    changes = {"path": str(before / "best"), "config": None, "layers": None}
+    student = stage.train.student.model_copy(update=changes)
+    return stage.model_copy(update={"train": stage.train.model_copy(update={"student": student})})
+
+
+def _start_of(run: Path, before: str) -> dict[str, str]:
+    """What tells a finished run from any other, even one of the same recipe."""
+    record = (run / before / IDENTITY).read_bytes()
+    return {"stage": before, "digest": hashlib.sha256(record).hexdigest()[:32]}
+
+
+def _claim(run: Path, recipe: Recipe) -> None:
+    """Make the directory of all stages, and put the recipe there."""
+    if run.exists() and not run.is_dir():
+        raise StorageError(f"{run}: output is a file; choose a directory")
+    with storage_errors(run):
+        run.mkdir(parents=True, exist_ok=True)
+        names = [entry.name for entry in run.iterdir() if not is_temporary(entry.name)]
+    if other := sorted(set(names) - {RECIPE, *recipe.stages}):
+        raise StorageError(
+            f"{run}: output already holds other files ({', '.join(other[:3])}); choose an empty "
+            "directory"
+        )
+    write_text(run / RECIPE, dump_recipe(recipe))
+
+
+@contextmanager
+def _in_stage(name: str) -> Iterator[None]:
+    """Say of what is wrong in which stage it is."""
+    try:
+        yield
+    except (RecipeError, IdentityError, ModelError) as error:
+        raise type(error)(f"stage {name}: {error}") from None

@@ -1,0 +1,80 @@
+"""A page's command made small: its own words, then overrides that shrink models and steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kdcache.cli import _parser, _split_overrides
+from kdcache.recipe import Recipe, load_recipe
+from kdcache.usage import parse
+
+#: Sizes of a student, by the key of its config; numbers of layers stay.
+SIZES = {
+    "d_model": 16,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "n_embd": 16,
+    "n_head": 2,
+}
+TRAIN = {
+    "max_steps": 2,
+    "max_epochs": "null",
+    "batch_tokens": 150,
+    "log_every": 1,
+    "schedule.warmup_steps": 1,
+    "checkpoints.every_steps": 1,
+    "checkpoints.average_last": 2,
+    "device": "cpu",
+}
+DUMP = {"shard_tokens": 400, "batch_tokens": 400}
+EVALUATE = {
+    "corpus.limit": 4,
+    "num_beams": 2,
+    "max_length_ratio": 0.5,
+    "device": "cpu",
+    "bootstrap_samples": 10,
+    "latency_sentences": 1,
+}
+PIECES = 30
+
+
+def shrunk(words: list[str]) -> list[str]:
+    """The words of a command with those behind them that make it small."""
+    parser = _parser()
+    rest, overrides = _split_overrides(words, parser)
+    arguments = parse(parser, rest)
+    if arguments.command == "dump":
+        return [*words, *_dump(load_recipe(arguments.recipe, overrides))]
+    if arguments.command in ("train", "sweep"):
+        return [*words, *_train(load_recipe(arguments.recipe, overrides), dict(overrides))]
+    if arguments.command == "evaluate":
+        return [*words, *_overrides("evaluate", EVALUATE)]
+    return words
+
+
+def _overrides(section: str, values: dict[str, Any]) -> list[str]:
+    return [word for key, value in values.items() for word in (f"--{section}.{key}", str(value))]
+
+
+def _dump(recipe: Recipe) -> list[str]:
+    words = _overrides("dump", DUMP)
+    for name, tokenizer in recipe.dump.tokenizers.items():
+        if tokenizer.kind == "sentencepiece":
+            words += _overrides(f"dump.tokenizers.{name}", {"vocab_size": PIECES})
+    return words
+
+
+def _train(recipe: Recipe, given: dict[str, str]) -> list[str]:
+    values = {key: value for key, value in TRAIN.items() if f"train.{key}" not in given}
+    words = _overrides("train", values)
+    student = recipe.train.student
+    config = getattr(student, "config", None) or {}
+    words += _overrides("train.student.config", {k: v for k, v in SIZES.items() if k in config})
+    if recipe.train.validation is not None:
+        words += _overrides("train.validation", {"every_steps": 2})
+    return words
