@@ -83,20 +83,13 @@ def _split_overrides(
     return rest, overrides
 
 
-class _WideHelp(argparse.RawDescriptionHelpFormatter):
-    """Leaves room for the longest command, so that each has one line."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=18)
-
-
 def _parser() -> argparse.ArgumentParser:
     """All commands and their arguments."""
     parser = argparse.ArgumentParser(
         prog="kdcache",
         description="Run the teacher once; train students for ever after.",
         epilog="`kdcache COMMAND --help` shows a command's arguments and an example.",
-        formatter_class=_WideHelp,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"kdcache {__version__}")
@@ -214,8 +207,9 @@ def _add_sweep(parsers: Any) -> None:
         "sweep",
         commands.sweep,
         "train a student for every point of a grid or list",
-        "kdcache sweep word-level --cache caches/deen --out sweeps/temperature \\\n"
-        "      --sweep.grid.train.objective.1.temperature 1,2,4 --sweep.grid.train.seed 1,2,3",
+        "kdcache sweep word-level --cache caches/deen --out sweeps/deen \\\n"
+        "      --sweep.grid.train.objective.1.temperature 1,2,4 \\\n"
+        "      --sweep.grid.train.seed 1,2,3",
         overrides="kdcache train word-level",
     )
     command.add_argument("recipe", metavar="RECIPE", help="a YAML file or a built-in name")

@@ -121,8 +121,9 @@ class _Sweep:
 
     def label(self, settings: Mapping[str, Any]) -> str:
         """Settings in a few words."""
-        paths = self.paths or list(settings)
-        return ", ".join(f"{self.names[path]} {shown(settings[path])}" for path in paths) or "all"
+        paths = self.paths or list(self.names)
+        found = ", ".join(f"{self.names[path]} {shown(settings[path])}" for path in paths)
+        return found or "all seeds"
 
     def open(self, name: str) -> RunRecord:
         """A finished run under its settings."""
