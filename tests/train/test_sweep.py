@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import threading
@@ -114,11 +115,11 @@ def test_a_sweep_trains_what_train_does(swept, recipe_file, world, tmp_path):
     assert done[3]["evaluation"]["num_sentences"] == 3
 
 
-def test_what_is_done_is_not_done_again(swept, recipe_file, world, capsys):
-    planned, _ = swept
-    files = [p for p in planned.out.rglob("*") if p.is_file() and p.name != "sweep.json"]
+def test_what_is_done_is_not_done_again(swept, recipe_file, world, tmp_path, capsys):
+    out = Path(shutil.copytree(swept[0].out, tmp_path / "out"))
+    files = [p for p in out.rglob("*") if p.is_file() and p.name != "sweep.json"]
     before = {path: path.stat().st_mtime_ns for path in files}
-    words = ["sweep", recipe_file, "--cache", str(world.cache), "--out", str(planned.out)]
+    words = ["sweep", recipe_file, "--cache", str(world.cache), "--out", str(out)]
     grid = [word for path, values in GRID for word in (f"--{path}", values)]
     assert main([*words, *grid, "--json"]) == 0
     said = capsys.readouterr()
