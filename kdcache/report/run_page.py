@@ -65,7 +65,8 @@ def _pace(runs: Sequence[RunRecord]) -> Section | None:
         return None
     alt = f"Target tokens a second over steps of {_named(runs)}"
     picture = curves("pace", alt, lines, "optimiser steps", "target tokens/s", from_zero=True)
-    return Section("Pace", "Target tokens a second, validation left out.", [picture])
+    text = "Target tokens a second; validations and checkpoints fall in between."
+    return Section("Pace", text, [picture])
 
 
 def footer(version: str) -> str:

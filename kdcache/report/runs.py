@@ -172,9 +172,9 @@ def speed(runs: Sequence[RunRecord]) -> Section:
         "Throughput and memory",
         "",
         [Table([header[n] for n in kept], [[row[n] for n in kept] for row in rows])],
-        "Tokens a second: the median over the lines of metrics, validation left out. Memory: the "
-        "most that the training process held since it began (on cuda: that tensors held); of a "
-        "sweep's worker, runs before this one count too.",
+        "Tokens a second: the median over the lines of metrics; validation and checkpoints fall "
+        "into some of them. Memory: the most that the training process held since it began (on "
+        "cuda: that tensors held); of a sweep's worker, runs before this one count too.",
     )
 
 
