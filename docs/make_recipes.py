@@ -29,14 +29,14 @@ kdcache train word-level --cache CACHE --out RUN \\
     --train.objective.1.temperature 2 \\
     --train.objective.2 '{loss: forward_kl, weight: 0.1, temperature: 4}' \\
     --train.student.config.encoder_layers 3
-kdcache dump word-level --out CACHE --dump.signals.logits.codec '{name: topk, k: 12}'
+kdcache dump word-level --out CACHE ... --dump.signals.logits.codec '{name: topk, k: 12}'
 ```
 
 Paths of files are relative to the directory that the command runs in.
 
 A recipe may begin with `extends: OTHER`, a built-in recipe or a path beside the file, and then says
 only what differs: mappings are merged key by key, lists and plain values take the place of what was
-there.
+there, and so does a config of another `model_type`.
 
 A recipe may have `stages`, trainings one after another, each with keys of a recipe that are laid
 over those of the whole in the same way. `kdcache train NAME --cache STAGE=CACHE ...` trains them

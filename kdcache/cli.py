@@ -23,6 +23,7 @@ from kdcache.commands import Overrides
 from kdcache.compile import arguments as compile_arguments
 from kdcache.dump.ranks import Ranks, parse_ranks
 from kdcache.errors import KDCacheError, StoppedError, one_line
+from kdcache.exchange import arguments as exchange_arguments
 from kdcache.usage import parse
 
 _OVERRIDE = re.compile(r"--([A-Za-z_]\w*(?:\.\w+)+)(?:=(.*))?", re.DOTALL)
@@ -106,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
         _add_verify,
         _add_audit,
         _add_compile,
+        _add_import,
+        _add_export,
         _add_quickstart,
         _add_recipes,
         _add_completion,
@@ -374,6 +377,31 @@ def _add_compile(parsers: Any) -> None:
         "kdcache compile caches/a caches/b --out caches/both",
     )
     compile_arguments.add_arguments(command)
+
+
+def _add_import(parsers: Any) -> None:
+    """Take in another project's dump."""
+    command = _command(
+        parsers,
+        "import",
+        commands.import_,
+        "make a cache of the top-k log-probs that another project dumped",
+        "kdcache import distillkit capture/*.parquet --tokenizer models/teacher \\\n"
+        "      --out caches/captured",
+    )
+    exchange_arguments.add_import_arguments(command)
+
+
+def _add_export(parsers: Any) -> None:
+    """Write what others read."""
+    command = _command(
+        parsers,
+        "export",
+        commands.export,
+        "write a cache's samples and labels, or its hypotheses, in the form of others",
+        "kdcache export text caches/deen --out pseudo --choice reference --n-best 5",
+    )
+    exchange_arguments.add_export_arguments(command)
 
 
 def _add_quickstart(parsers: Any) -> None:

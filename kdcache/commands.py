@@ -299,6 +299,25 @@ def compile_(arguments: argparse.Namespace, overrides: Overrides) -> int:
     return _print_summary(arguments, run(arguments))
 
 
+def import_(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    """Make a cache of another project's dump."""
+    from kdcache.exchange.arguments import run_import
+
+    summary = run_import(arguments)
+    limits = [] if arguments.json else summary.pop("limits")
+    _print_summary(arguments, summary)
+    for line in limits:
+        print(f"limit: {line}")
+    return 0
+
+
+def export(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    """Write a cache in the form of others."""
+    from kdcache.exchange.arguments import run_export
+
+    return _print_summary(arguments, run_export(arguments))
+
+
 def quickstart(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """The whole story on a generated corpus."""
     from kdcache.quickstart.outcome import summary_text

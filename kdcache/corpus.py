@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdcache import messages
+from kdcache.augment import with_copies
 from kdcache.detokenize import DETOKENIZERS
 from kdcache.errors import CorpusError
 from kdcache.recipe import CorpusSection, TaskSection
@@ -40,6 +41,7 @@ class RowBatch:
         dropped: rows left out because a field was empty.
         task: the task's name; empty for a corpus without tasks.
         start: the task's first row.
+        copies: that follow every row of the task's files, each as a row of its own.
     """
 
     rows: np.ndarray
@@ -48,11 +50,13 @@ class RowBatch:
     dropped: int
     task: str = ""
     start: int = 0
+    copies: int = 0
 
     def place(self, index: int) -> str:
         """Row `index` of the batch in words, by its number in the task's own files."""
         task = f" of task {self.task!r}" if self.task else ""
-        return f"row {int(self.rows[index]) - self.start} (from 0){task}"
+        row, copy = divmod(int(self.rows[index]) - self.start, 1 + self.copies)
+        return f"row {row} (from 0){task}" + (f", copy {copy}" if copy else "")
 
     def only(self, chosen: np.ndarray) -> RowBatch:
         """The same batch with those of its rows that are chosen.
@@ -68,6 +72,8 @@ class RowBatch:
 def read_corpus(section: CorpusSection) -> Iterator[RowBatch]:
     """The corpus in batches of at most 4,096 rows, task after task.
 
+    Of an augmented one the masked copies of a row follow it, and count as rows.
+
     Raises:
         CorpusError: a file or column is missing, texts are no UTF-8, files are of unequal
             length, a line does not follow the format, or a row is empty and should not be.
@@ -76,24 +82,29 @@ def read_corpus(section: CorpusSection) -> Iterator[RowBatch]:
         _require_files(part)
     first = 0
     for task, part in section.parts.items():
-        start = first
-        for columns in _limited(_READERS[part.format](part), part.limit):
+        start, copies = first, section.copies_of(task)
+        each = 1 + copies
+        for columns in _pieces(_limited(_READERS[part.format](part), part.limit), each):
             size = len(next(iter(columns.values())))
             filled = _filled(section, part, columns)
             if section.empty == "error" and not filled.all():
-                _refuse_empty(part, columns, first - start, filled)
+                _refuse_empty(part, columns, (first - start) // each, filled)
             fields = {name: columns.get(name, [""] * size) for name in section.field_names}
-            rows = np.arange(first, first + size, dtype=np.int64)
-            first += size
+            rows = np.arange(first, first + size * each, dtype=np.int64)
+            first += len(rows)
             if not filled.all():
                 kept = np.flatnonzero(filled)
                 fields = {name: [texts[i] for i in kept] for name, texts in fields.items()}
-                rows = rows[kept]
+                rows = rows.reshape(size, each)[kept].flatten()
             if section.detokenize != "none":
                 change = DETOKENIZERS[section.detokenize]
                 for name in set(fields) - {section.label}:
                     fields[name] = [change(text) for text in fields[name]]
-            yield RowBatch(rows, fields, size, size - len(rows), task, start)
+            if section.augment is not None:
+                numbers = (rows[::each] - start) // each
+                masked = section.masked_fields(task)
+                fields = with_copies(fields, numbers, copies, section.augment, masked, task)
+            yield RowBatch(rows, fields, size * each, size * each - len(rows), task, start, copies)
         if first == start:
             raise CorpusError(f"{_where(part)}: found no rows; expected at least one")
 
@@ -118,6 +129,15 @@ def _limited(
         yield columns
         if left is not None:
             left -= size
+
+
+def _pieces(batches: Iterator[dict[str, list[str]]], each: int) -> Iterator[dict[str, list[str]]]:
+    """The same rows, so few at a time that with their copies they are no more than a batch."""
+    most = max(1, BATCH_ROWS // each)
+    for columns in batches:
+        size = len(next(iter(columns.values())))
+        for begin in range(0, size, most):
+            yield {name: texts[begin : begin + most] for name, texts in columns.items()}
 
 
 def _filled(section: CorpusSection, part: TaskSection, columns: dict[str, list[str]]) -> np.ndarray:

@@ -56,11 +56,13 @@ class LogitsSpec:
         codec: how the distributions were made sparse.
         vocab_size: V, the teacher's.
         temperatures: where the tail is stored, ascending.
+        imported: whether others dumped them, so that `gold` is what the entries say.
     """
 
     codec: Codec
     vocab_size: int
     temperatures: tuple[float, ...]
+    imported: bool = False
 
 
 @dataclass(frozen=True)

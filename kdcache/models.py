@@ -127,6 +127,27 @@ def shift_right(labels: Tensor, pad: int, start: int) -> Tensor:
     return shifted.masked_fill_(shifted == -100, pad)
 
 
+def shift_in_place(ids: Tensor, seen: Tensor, pad: int, start: int) -> Tensor:
+    """Decoder inputs of a part of each text, every token at its position in the whole.
+
+    Args:
+        ids: [B, T] int64 tokens of the whole.
+        seen: [B, T] bool, the part, N tokens of it.
+        pad: id that stands outside the part.
+        start: the model's decoder_start_token_id.
+
+    Returns:
+        [B, T] int64: in the part the start id, then all its tokens but the last.
+    """
+    row = seen.nonzero()[:, 0]  # [N]
+    before = ids[seen].roll(1)
+    first = torch.ones_like(row, dtype=torch.bool)
+    first[1:] = row[1:] != row[:-1]
+    shifted = torch.full_like(ids, pad)
+    shifted[seen] = before.masked_fill(first, start)
+    return shifted
+
+
 @contextmanager
 def project_only(model: nn.Module, mask: Tensor) -> Iterator[None]:
     """Within it, the model's logits are [N, V]: those of the positions in `mask` alone.

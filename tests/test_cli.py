@@ -201,6 +201,33 @@ def test_an_unknown_recipe_is_told_the_nearest(capsys: pytest.CaptureFixture[str
     assert "of that name; `kdcache recipes`" in fails(capsys, "dump", "zzz.yaml", "--out", "y")
 
 
+@pytest.mark.parametrize(
+    ("package", "words", "said"),
+    [
+        ("s3fs", "inspect s3://bucket/x", "no driver for s3:// installed; pip install s3fs"),
+        (
+            "accelerate",
+            "dump {world}/recipe.yaml --out {tmp}/c --dump.teacher.device_map auto",
+            "needs the accelerate package; install it (pip install accelerate), or leave",
+        ),
+    ],
+)
+def test_a_missing_extra_is_one_line_that_says_what_to_install(
+    package: str,
+    words: str,
+    said: str,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
+    assert said in fails(capsys, *words.format(world=world, tmp=tmp_path).split())
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from kdcache.cli import main
 from kdcache.errors import StorageError
 from kdcache.formats.cache import open_cache
 from kdcache.quickstart import grammar
@@ -87,6 +88,18 @@ def test_what_is_finished_is_not_done_again(story):
     assert {path: path.stat().st_mtime_ns for path in watched} == before
     assert {**again, "seconds": 0} == {**first, "seconds": 0}
     assert (out / "report.html").is_file()
+
+
+def test_what_it_leaves_serves_the_readmes_commands(story, tmp_path, monkeypatch):
+    """The README says so: teacher and text under these names."""
+    monkeypatch.chdir(story[0].parent)
+    left = story[0].name
+    words = ["--dump.teacher.path", f"{left}/runs/teacher/best", "--corpus.limit", "8"]
+    words += ["--corpus.fields.src", f"{left}/corpus/train.src"]
+    words += ["--corpus.fields.tgt", f"{left}/corpus/train.tgt"]
+    assert main(["dump", "word-level", "--out", str(tmp_path / "cache"), *words]) == 0
+    for split in ("dev", "test"):
+        assert (story[0] / "corpus" / f"{split}.src").is_file()
 
 
 def test_a_directory_of_something_else_is_refused(story, tmp_path):

@@ -34,6 +34,9 @@ def test_a_recipe_dumps_what_it_trains_on(name: str) -> None:
     for term in recipe.train.objective:
         signal = getattr(term, "signal", None) or getattr(term, "hypotheses", None)
         needed |= set([signal] if isinstance(signal, str) else signal or [])
+    student = recipe.train.student
+    if student is not None and student.kind == "multi_task":
+        needed = {f"{signal}_{task}" for signal in needed for task in student.tasks}
     assert needed <= set(recipe.dump.signals)
 
 

@@ -12,6 +12,7 @@ import pytest
 import kdcache
 import kdcache.compile
 import kdcache.dump
+import kdcache.exchange
 import kdcache.formats
 import kdcache.train
 
@@ -85,9 +86,18 @@ def test_compile_runs_without_torch_where_nothing_is_re_encoded(
     assert not loaded_after(running(*words)) & set(HEAVY)
 
 
+def test_exchange_runs_no_teacher_and_no_student() -> None:
+    names = modules(kdcache.exchange)
+    assert "kdcache.exchange.importer" in names
+    loaded = loaded_after(importing(names))
+    assert not {name for name in loaded if name.startswith("kdcache.train")}
+    assert not {name for name in loaded if name.startswith("kdcache.dump.teachers")}
+    assert not {name for name in loaded if name.startswith("kdcache.dump.signals")}
+
+
 @pytest.mark.parametrize(
     "words",
-    [("--help",), ("dump", "--help"), ("recipes",), ("completion", "bash")],
+    [("--help",), ("dump", "--help"), ("import", "--help"), ("recipes",), ("completion", "bash")],
     ids=" ".join,
 )
 def test_the_face_starts_without_torch(words: tuple[str, ...]) -> None:

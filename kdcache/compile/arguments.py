@@ -34,7 +34,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--filter",
         action="append",
         default=[],
-        type=_told(_condition),
+        type=told(condition),
         metavar="CONDITION",
         help="keep samples that fulfil all: 'logits.loss < 3' (mean nats), 'logits.entropy > 1', "
         "'tgt.length <= 50', 'beams.bleu >= 20'",
@@ -53,7 +53,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     add(
         "--targets",
-        type=_told(_targets),
+        type=told(_targets),
         metavar="BEAMS=CHOICE",
         help="make hypotheses the targets: best, reference (closest to it by BLEU) or sampled",
     )
@@ -61,7 +61,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--codec",
         action="append",
         default=[],
-        type=_told(_codec),
+        type=told(_codec),
         metavar="SIGNAL=CODEC",
         help="re-encode a logits signal, as logits='{name: threshold, c: 1/8}'",
     )
@@ -69,7 +69,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--rename",
         action="append",
         default=[],
-        type=_told(_rename),
+        type=told(_rename),
         metavar="OLD=NEW",
         help="call a signal otherwise in the new cache",
     )
@@ -144,8 +144,12 @@ def _transfer(arguments: argparse.Namespace) -> dict[str, Any]:
     return compress_cache(cache, arguments.out, arguments.level or DEFAULT_LEVEL)
 
 
-def _told(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A parser whose error argparse prints as it is."""
+def told(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser whose error argparse prints as it is.
+
+    Args:
+        parse: says by a KDCacheError what is wrong.
+    """
 
     def parsed(text: str) -> Any:
         try:
@@ -167,7 +171,8 @@ def _number(text: str) -> float:
 # What parses is imported when there is something to parse: other commands start without it.
 
 
-def _condition(text: str) -> object:
+def condition(text: str) -> object:
+    """A filter, for argparse behind `told`."""
     from kdcache.compile.options import parse_condition
 
     return parse_condition(text)

@@ -45,6 +45,8 @@ def has_measure(source: Source, condition: Condition) -> bool:
     name, quantity = condition.name, condition.quantity
     if quantity == "length":
         return name in source.cache.manifest.streams
+    if quantity == "number":
+        return name in source.cache.manifest.corpus.fields
     if name not in source.cache.signals:
         return False
     record = source.cache.signal(name)
@@ -84,9 +86,13 @@ def measure(
     if condition.quantity == "length":
         lengths = source.lengths([condition.name])[condition.name]
         return np.where(wanted, lengths, np.nan)
-    values = np.full(source.num_samples, np.nan)
+    values, index = np.full(source.num_samples, np.nan), np.flatnonzero(wanted)
+    if condition.quantity == "number":
+        for at in range(0, len(index), BLOCK_SAMPLES):
+            some = index[at : at + BLOCK_SAMPLES]
+            values[some] = [_number(text) for text in source.take_texts(condition.name, some)]
+        return values
     if condition.quantity == "bleu":
-        index = np.flatnonzero(wanted)
         values[index] = _best_bleu(source, condition.name, index, bleu_tokenizer)
         return values
     record = source.cache.logits(condition.name)
@@ -102,6 +108,14 @@ def measure(
             values[first:last] = sample_means(tokens, nats)
     values[~wanted] = np.nan
     return values
+
+
+def _number(text: str) -> float:
+    """What a text says; NaN where it is no number."""
+    try:
+        return float(text)
+    except ValueError:
+        return np.nan
 
 
 def sample_means(column: Ragged, values: np.ndarray) -> np.ndarray:

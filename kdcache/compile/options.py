@@ -17,7 +17,7 @@ from kdcache.formats.codec import Codec
 
 Missing = Literal["refuse", "drop"]
 Choice = Literal["best", "reference", "sampled"]
-Quantity = Literal["loss", "entropy", "length", "bleu"]
+Quantity = Literal["loss", "entropy", "length", "bleu", "number"]
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _CONDITION = re.compile(
@@ -31,9 +31,10 @@ class Condition:
     """What a sample must fulfil to stay: `name.quantity operator number`.
 
     Attributes:
-        name: of the signal (of the stream, for length) that is looked at.
+        name: of the signal (of the stream, for length; of the field, for number) that is looked at.
         quantity: what of it: a logits signal's mean teacher `loss` or `entropy` in nats, a
-            stream's `length` in tokens, the sentence `bleu` of a beams signal's best hypothesis.
+            stream's `length` in tokens, the sentence `bleu` of a beams signal's best hypothesis,
+            the `number` that a field's text says.
         operator: <, <=, >, >=, == or !=.
         number: the other side.
     """

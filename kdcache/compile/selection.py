@@ -82,6 +82,11 @@ class Selection:
 
     def _refuse(self, condition: Condition) -> None:
         """Name what there is in place of what a filter looks at."""
+        if condition.quantity == "number":
+            raise RecipeError(
+                f"filter '{condition}': no field {condition.name!r}; there are "
+                f"{sorted(self._sources[0].cache.manifest.corpus.fields)}"
+            )
         if condition.quantity != "length":
             require_signal(self._sources, condition.name, f"filter '{condition}'")
         raise RecipeError(

@@ -88,6 +88,11 @@ def audit(path: str | Path, plan: AuditPlan) -> dict[str, Any]:
         sources = ", ".join(source.name for source in cache.manifest.lineage.sources)
         raise RecipeError(f"{path}: a compiled cache has no teacher of its own; audit {sources}")
     names = _signals(cache, plan)
+    if imported := [name for name in names if cache.signal(name).imported]:
+        raise RecipeError(
+            f"{path}: signal {imported[0]!r} was imported, and its teacher is not at hand; audit "
+            "others with --signal, or check it by `kdcache verify`"
+        )
     orders, each = _orders(cache, plan)
     total = sum(min(each, len(order)) for order in orders.values())
     results = {}

@@ -26,6 +26,8 @@ class Batch:
         source_mask: [B, S] bool.
         from_start: a decoder begins with its start token, as it does when it writes; without it
             as the model shifts the labels of a reference (mBART's last one, a language).
+        seen: [B, T] bool, the part of `ids` that a decoder writes and sees, at its positions in
+            the whole; None: all of it.
     """
 
     ids: Tensor
@@ -34,6 +36,7 @@ class Batch:
     source_ids: Tensor | None = None
     source_mask: Tensor | None = None
     from_start: bool = False
+    seen: Tensor | None = None
 
     @classmethod
     def from_numpy(
@@ -55,7 +58,8 @@ class Batch:
         """Some of its samples: [B'] int64 indices or [B] bool."""
         parts = (self.ids, self.mask, self.segments, self.source_ids, self.source_mask)
         chosen = (None if part is None else part[rows] for part in parts)
-        return replace(Batch(*chosen), from_start=self.from_start)  # type: ignore[arg-type]
+        seen = None if self.seen is None else self.seen[rows]
+        return replace(Batch(*chosen), from_start=self.from_start, seen=seen)  # type: ignore[arg-type]
 
 
 def to_device(array: np.ndarray, device: torch.device | str) -> Tensor:

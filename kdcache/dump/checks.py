@@ -21,6 +21,7 @@ from kdcache.recipe import (
     Recipe,
     SentencePieceTokenizer,
     TeacherSection,
+    WordPieceTokenizer,
     signal_streams,
 )
 
@@ -48,7 +49,7 @@ def check_streams(recipe: Recipe) -> CorpusSection:
                     f"--corpus.without '[{field}]'"
                 )
     for name, tokenizer in section.tokenizers.items():
-        if isinstance(tokenizer, SentencePieceTokenizer):
+        if isinstance(tokenizer, SentencePieceTokenizer | WordPieceTokenizer):
             unknown = sorted(set(tokenizer.fields) - set(corpus.field_names))
             if unknown:
                 raise RecipeError(

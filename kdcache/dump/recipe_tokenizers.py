@@ -9,6 +9,7 @@ from itertools import islice
 from kdcache.corpus import read_corpus
 from kdcache.dump.teachers.in_turn import Teachers
 from kdcache.dump.tokenize import Tokenizer, train_sentencepiece
+from kdcache.dump.wordpiece import train_wordpiece
 from kdcache.errors import RecipeError
 from kdcache.recipe import (
     CorpusSection,
@@ -16,6 +17,7 @@ from kdcache.recipe import (
     PretrainedTokenizer,
     Recipe,
     SentencePieceTokenizer,
+    WordPieceTokenizer,
 )
 
 logger = logging.getLogger(__name__)
@@ -65,16 +67,22 @@ def trained_tokenizers(section: DumpSection, corpus: CorpusSection) -> dict[str,
     trained = {}
     for name in sorted(_used(section)):
         tokenizer = section.tokenizers[name]
+        if isinstance(tokenizer, WordPieceTokenizer):
+            logger.info("training WordPiece %r, %d pieces", name, tokenizer.vocab_size)
+            trained[name] = train_wordpiece(_sentences(corpus, tokenizer), tokenizer, name)
         if isinstance(tokenizer, SentencePieceTokenizer):
             logger.info("training SentencePiece %r, %d pieces", name, tokenizer.vocab_size)
             trained[name] = train_sentencepiece(_sentences(corpus, tokenizer), tokenizer, name)
     return trained
 
 
-def _sentences(corpus: CorpusSection, tokenizer: SentencePieceTokenizer) -> Iterator[str]:
+def _sentences(
+    corpus: CorpusSection, tokenizer: SentencePieceTokenizer | WordPieceTokenizer
+) -> Iterator[str]:
     """Lines to train on: one field after another, the first `max_sentences` of each."""
     for field in tokenizer.fields:
-        texts = (text for batch in read_corpus(corpus) for text in batch.fields[field])
+        rows = read_corpus(corpus.without_copies)
+        texts = (text for batch in rows for text in batch.fields[field])
         yield from islice(texts, tokenizer.max_sentences)
 
 

@@ -236,10 +236,19 @@ class Redo:
     def _own(self, manifest: Manifest) -> dict[str, Any]:
         """What the manifest says of its recipe."""
         said = manifest.recipe
+        if not said.get("corpus") and not self._overrides and self._imported():
+            raise RecipeError(
+                f"{self._store.name}: it was imported; name a copy of it by --mirror, or import "
+                "the files again"
+            )
         if not isinstance(said.get("corpus"), Mapping) or not isinstance(said.get("dump"), Mapping):
             where = self._store.at(MANIFEST_NAME)
             raise RecipeError(f"{where}: it does not say how it was dumped; {ADVICE}")
         return {key: dict(said[key]) for key in ("corpus", "dump")} | {"name": "repair"}
+
+    def _imported(self) -> bool:
+        """Whether its labels came from files of others, and its samples with them."""
+        return any(record.imported for record in self._cache().signals.values())
 
     def _parsed(self, tree: dict[str, Any]) -> Recipe:
         for dotted, text in self._overrides:

@@ -13,7 +13,7 @@ from kdcache.corpus import read_corpus
 from kdcache.dump.checks import check_inputs, check_later, check_signal, check_streams
 from kdcache.dump.ranks import Ranks
 from kdcache.dump.recipe_tokenizers import pretrained_tokenizers
-from kdcache.dump.samples import check_templates
+from kdcache.dump.samples import check_copies, check_templates
 from kdcache.dump.samples_stage import SamplesStage
 from kdcache.dump.shards import dump_signal
 from kdcache.dump.signals.encoder import Request
@@ -121,6 +121,7 @@ class _Inputs:
         self.order = in_order(section)
         self.tokenizers = pretrained_tokenizers(section)
         check_templates(section.streams, self.tokenizers)
+        check_copies(self.corpus, section.streams, self.tokenizers)
         self.teachers = Teachers(section)
         for name in self.order:
             if self.teachers.ready(name):

@@ -121,11 +121,31 @@ class SampleWriter:
             closing(encoded(taken, self._streams, self._tokenizers, processes)) as batches,
         ):
             for batch, streams in batches:
-                self._add(self._fitting(batch, streams))
-                self._num_rows += batch.num_read
-                self._dropped["empty"] += batch.dropped
+                self.take(self._fitting(batch, streams), batch.num_read, {"empty": batch.dropped})
                 bar.update(batch.num_read)
                 stopping.check()
+        return self.finish()
+
+    def take(self, chunk: Chunk, num_rows: int, dropped: Mapping[str, int]) -> None:
+        """Take in samples, in the order of their rows; write every shard that they fill.
+
+        Args:
+            chunk: the samples, perhaps none.
+            num_rows: rows that were read for them.
+            dropped: reason to how many of these are none of the samples.
+        """
+        self._add(chunk)
+        self._num_rows += num_rows
+        for reason, count in dropped.items():
+            self._dropped[reason] += count
+
+    def finish(self) -> Manifest:
+        """Write the last shard, commit all, and write the manifest.
+
+        Raises:
+            CorpusError: no sample was taken.
+            IdentityError: an interrupted dump wrote other samples here.
+        """
         if self._pending:
             self._write_shard()
         if not self._commits:
@@ -287,6 +307,43 @@ class SampleWriter:
             recipe=manifest_recipe(self._recipe, self._max_tokens),
             versions=library_versions(),
         )
+
+
+def check_copies(
+    corpus: CorpusSection, streams: Mapping[str, StreamSection], tokenizers: Mapping[str, Tokenizer]
+) -> None:
+    """Refuse masked copies of text whose tokenizer takes the mask for something else.
+
+    Args:
+        corpus: the recipe's.
+        streams: the recipe's.
+        tokenizers: by name; streams of others are not looked at.
+
+    Raises:
+        ModelError: the mask is not its mask token, or the text is of messages.
+    """
+    if corpus.augment is None:
+        return
+    masked = {name for task in corpus.parts for name in corpus.masked_fields(task)}
+    for name, stream in streams.items():
+        tokenizer = tokenizers.get(stream.tokenizer)
+        if tokenizer is None or not masked & {stream.field, stream.pair}:
+            continue
+        where, mask = f"corpus.augment: stream {name!r}", corpus.augment.mask
+        if stream.template == "chat":
+            raise ModelError(
+                f"{where} is of messages, whose words cannot be masked; leave field "
+                f"{stream.field!r} out of augment.fields"
+            )
+        own = "none" if tokenizer.mask_id is None else repr(tokenizer.tokens()[tokenizer.mask_id])
+        if (
+            tokenizer.mask_id is None
+            or tokenizer.encode([mask], stream.target)[0].count(tokenizer.mask_id) != 1
+        ):
+            raise ModelError(
+                f"{where}: augment.mask is {mask!r}, the mask token of its tokenizer "
+                f"({tokenizer.path}) is {own}; give that one, or a tokenizer that has one"
+            )
 
 
 def check_templates(

@@ -11,7 +11,7 @@ from kdcache.corpus import read_corpus
 from kdcache.dump.ranks import Ranks
 from kdcache.dump.recipe_tokenizers import max_tokens, trained_tokenizers
 from kdcache.dump.same_samples import check_corpus, check_recipe
-from kdcache.dump.samples import SampleWriter
+from kdcache.dump.samples import SampleWriter, check_copies
 from kdcache.dump.teachers.in_turn import Teachers
 from kdcache.dump.tokenize import Tokenizer
 from kdcache.dump.watch import Watch
@@ -79,6 +79,7 @@ class SamplesStage:
         self._watch.stage("tokenising")
         num_rows = sum(batch.num_read for batch in read_corpus(self._corpus))
         tokenizers |= trained_tokenizers(self._recipe.dump, self._corpus)
+        check_copies(self._corpus, self._recipe.dump.streams, tokenizers)
         limit = max_tokens(self._recipe.dump, self._teachers, tokenizers)
         samples = SampleWriter(self._writer, self._recipe, self._corpus, tokenizers, limit)
         samples.run(num_rows, self._watch.stopping, only, self._processes)

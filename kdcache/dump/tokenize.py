@@ -106,6 +106,18 @@ class Tokenizer:
         ids, segments = encode_pairs(self._backend, texts, pairs, target)
         return _ragged(ids, segment=segments)
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of a text that spells out its special tokens itself; none are added."""
+        ids: list[int] = self._backend(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids, special tokens spelled out."""
+        text: str = self._backend.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
+
     @cached_property
     def chat(self) -> ChatTemplate:
         """Its chat template.

@@ -18,6 +18,10 @@ Few = Annotated[int, Field(ge=1, lt=1 << 16)]
 Side = Literal["encoder", "decoder"]
 
 
+#: Kind of a teacher that others ran: its labels were imported, and it cannot be run again.
+IMPORTED = "imported"
+
+
 def _ascending(layers: tuple[int, ...]) -> tuple[int, ...]:
     if list(layers) != sorted(set(layers)):
         raise ValueError(f"layers {list(layers)} do not ascend")
@@ -93,6 +97,11 @@ class SignalRecord(Record):
         return xxhash.xxh3_128_hexdigest(text.encode())
 
     @property
+    def imported(self) -> bool:
+        """Whether its labels come from another project's files."""
+        return self.teacher is not None and self.teacher.kind == IMPORTED
+
+    @property
     def inputs(self) -> list[str]:
         """Signals that this one was made from."""
         return [name for name in (self.masks, self.hypotheses) if name is not None]
@@ -104,7 +113,7 @@ class LogitsRecord(SignalRecord):
     may_name = frozenset({"masks", "hypotheses"})
 
     kind: Literal["logits"] = "logits"
-    at: Literal["targets", "positions", "masked", "segment"]
+    at: Literal["targets", "positions", "masked", "segment", "segment_in_place"]
     hypothesis: Literal["all"] | Count = 0
     vocab_size: VocabSize
     codec: Codec
@@ -116,7 +125,7 @@ class LogitsRecord(SignalRecord):
             self.codec.max_exact(self.vocab_size)
         except OverflowError:
             raise ValueError("codec: its parameters are out of range") from None
-        if (self.masks is not None) != (self.at in ("masked", "segment")):
+        if (self.masks is not None) != (self.at in ("masked", "segment", "segment_in_place")):
             raise ValueError(f"at {self.at!r} with masks {self.masks!r}")
         if self.hypotheses is not None and self.at != "targets":
             raise ValueError(f"at {self.at!r} with hypotheses {self.hypotheses!r}")

@@ -13,13 +13,14 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from kdcache.errors import RecipeError
-from kdcache.recipe.corpus import CorpusSection, TaskSection
+from kdcache.recipe.corpus import AugmentSection, CorpusSection, TaskSection
 from kdcache.recipe.dump import (
     DumpSection,
     PretrainedTokenizer,
     SentencePieceTokenizer,
     StreamSection,
     TokenizerSection,
+    WordPieceTokenizer,
     signal_streams,
 )
 from kdcache.recipe.faults import describe
@@ -59,7 +60,7 @@ from kdcache.recipe.signals import (
     MasksSignal,
     Signal,
 )
-from kdcache.recipe.stages import override_all, read_stage, whole_stages
+from kdcache.recipe.stages import override_all, read_recipe, whole_stages
 from kdcache.recipe.sweep import SweepSection
 from kdcache.recipe.teacher import TeacherSection
 from kdcache.recipe.train import (
@@ -81,6 +82,7 @@ from kdcache.recipe.tree import write_yaml
 __all__ = [
     "AttentionMSETerm",
     "AttentionSignal",
+    "AugmentSection",
     "BeamsSignal",
     "CacheShare",
     "CheckpointSection",
@@ -132,6 +134,7 @@ __all__ = [
     "TrainSection",
     "ValidationSection",
     "ValueSchedule",
+    "WordPieceTokenizer",
     "builtin_names",
     "dump_recipe",
     "load_recipe",
@@ -194,16 +197,10 @@ def load_recipe(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) ->
     Raises:
         RecipeError: with file and path of every fault.
     """
-    tree, stage = read_stage(name_or_path)
+    tree, stage = read_recipe(name_or_path)
     for dotted, text in overrides:
-        override_all(tree, dotted, text)
-    recipe = parse_recipe(tree, where=name_or_path)
-    if stage is None:
-        return recipe
-    if stage not in recipe.stages:
-        has = f"it has {', '.join(recipe.stages)}" if recipe.stages else "it has none"
-        raise RecipeError(f"{name_or_path}: there is no stage {stage!r}; {has}")
-    return recipe.stages[stage]
+        override_all(tree, dotted, text, stage)
+    return parse_recipe(tree, where=name_or_path)
 
 
 def parse_recipe(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:

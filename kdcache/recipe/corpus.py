@@ -4,9 +4,39 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, StrictInt, model_validator
 
-from kdcache.recipe.section import Identifier, PositiveInt, Section
+from kdcache.recipe.section import Identifier, PositiveInt, Section, Share
+
+#: More copies of a row than anyone wants.
+MAX_COPIES = 1000
+
+
+class AugmentSection(Section):
+    """Masked copies of rows: samples of their own, with the gold label of the row.
+
+    Every word becomes the mask token with some probability (MKD). A copy follows its row, and
+    teachers label it as any other sample.
+    """
+
+    copies: PositiveInt = Field(
+        10, le=MAX_COPIES, description="Copies of every row; a task's own number comes first."
+    )
+    probability: Share = Field(0.1, gt=0, description="That a word is masked, each by itself.")
+    mask: str = Field(
+        "[MASK]",
+        min_length=1,
+        description="What stands for a masked word: the mask token of the streams' tokenizers.",
+    )
+    fields: list[Identifier] | None = Field(
+        None, min_length=1, description="Where words are masked; null: all fields but the label."
+    )
+    mark: Identifier = Field(
+        "copy",
+        description="Name of a further field, which says 0 of a row and 1, 2... of its copies; "
+        "`kdcache compile --filter 'copy.number == 0'` keeps the rows.",
+    )
+    seed: StrictInt = Field(1, ge=0, description="Another seed masks other words.")
 
 
 class TaskSection(Section):
@@ -27,6 +57,13 @@ class TaskSection(Section):
         "Translation uses src and tgt.",
     )
     limit: PositiveInt | None = Field(None, description="Read this many rows; all without it.")
+    copies: StrictInt | None = Field(
+        None,
+        ge=0,
+        le=MAX_COPIES,
+        description="Of a task: masked copies of every row, 0 for none; null: as many as "
+        "corpus.augment says.",
+    )
 
     @model_validator(mode="after")
     def _path_fits_format(self) -> TaskSection:
@@ -73,6 +110,28 @@ class CorpusSection(TaskSection):
         "numbered through all of them, in this order; a field that a task lacks is empty there.",
     )
 
+    augment: AugmentSection | None = Field(
+        None, description="Masked copies of the rows; null: none."
+    )
+
+    @model_validator(mode="after")
+    def _copies_fit(self) -> CorpusSection:
+        if self.copies is not None:
+            raise ValueError("copies is a task's own; say augment.copies here")
+        if self.augment is None:
+            given = [name for name, task in self.tasks.items() if task.copies]
+            if given:
+                raise ValueError(f"tasks.{given[0]}.copies needs augment, which says how; give it")
+            return self
+        mark, known = self.augment.mark, self.field_names
+        if known.count(mark) > 1 or mark in self.without:
+            raise ValueError(f"augment.mark is {mark!r}, a field of the corpus; choose another")
+        unfit = [n for n in self.augment.fields or () if n not in known or n in (mark, self.label)]
+        if unfit:
+            fit = [name for name in known if name not in (mark, self.label)]
+            raise ValueError(f"augment.fields has {unfit[0]!r}; words can be masked in {fit}")
+        return self
+
     @model_validator(mode="after")
     def _tasks_or_fields(self) -> CorpusSection:
         own = {"format": self.format != "text", "path": self.path, "fields": self.fields}
@@ -97,4 +156,28 @@ class CorpusSection(TaskSection):
     def field_names(self) -> list[str]:
         """The fields of all tasks, as they come first, and those without text."""
         found = [name for part in self.parts.values() for name in part.fields]
-        return list(dict.fromkeys([*found, *self.without]))
+        mark = [self.augment.mark] if self.augment is not None else []
+        return [*dict.fromkeys([*found, *self.without]), *mark]
+
+    def copies_of(self, task: str) -> int:
+        """Masked copies of every row of a task; its name is empty in a corpus without tasks."""
+        if self.augment is None:
+            return 0
+        own = self.parts[task].copies
+        return self.augment.copies if own is None else own
+
+    def masked_fields(self, task: str) -> list[str]:
+        """Where words of a task are masked."""
+        if self.augment is None:
+            return []
+        chosen = self.augment.fields
+        return [
+            name
+            for name in self.parts[task].fields
+            if name != self.label and (chosen is None or name in chosen)
+        ]
+
+    @property
+    def without_copies(self) -> CorpusSection:
+        """The same rows alone."""
+        return self.model_copy(update={"augment": None})

@@ -46,12 +46,40 @@ class SentencePieceTokenizer(Section):
     )
 
 
+class WordPieceTokenizer(Section):
+    """A tokenizer as BERT has it, trained on the corpus being dumped.
+
+    Texts and pairs get [CLS] and [SEP], pairs their token types.
+    """
+
+    kind: Literal["wordpiece"] = Field(description="Which kind this is.")
+    vocab_size: PositiveInt = Field(
+        30522, description="Most pieces, the five special ones included."
+    )
+    fields: list[Identifier] = Field(
+        default_factory=lambda: ["text"], description="Corpus fields to train on."
+    )
+    lower: StrictBool = Field(True, description="Letters become small, and lose their accents.")
+    words: StrictBool = Field(
+        False,
+        description="Whole words alone, the most frequent ones; any other is [UNK].",
+    )
+    max_sentences: PositiveInt = Field(
+        1_000_000, description="Train on the first this many lines of each field."
+    )
+
+    @property
+    def mask(self) -> bool:
+        """It always has a mask token."""
+        return True
+
+
 TokenizerSection = Annotated[
-    PretrainedTokenizer | SentencePieceTokenizer, Field(discriminator="kind")
+    PretrainedTokenizer | SentencePieceTokenizer | WordPieceTokenizer, Field(discriminator="kind")
 ]
 
 
-def _teacher_tokenizer() -> dict[str, PretrainedTokenizer | SentencePieceTokenizer]:
+def _teacher_tokenizer() -> dict[str, TokenizerSection]:
     return {"teacher": PretrainedTokenizer()}
 
 

@@ -29,7 +29,8 @@ def short_names() -> list[str]:
 def read_file(name_or_path: str) -> dict[str, Any]:
     """Plain values of a recipe file, on top of those of the recipe that it extends.
 
-    Mappings are merged key by key; lists and plain values take the place of what was there.
+    Mappings are merged key by key; lists and plain values take the place of what was there, and so
+    does a model's config of another `model_type`.
 
     Args:
         name_or_path: a YAML file, or the name of a built-in recipe.
@@ -88,12 +89,20 @@ def _find(name_or_path: str, folder: Path) -> Path:
 
 
 def merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree with another laid over it: mappings key by key, all else as a whole."""
+    """A tree with another laid over it: mappings key by key, all else as a whole.
+
+    A config of another model type is laid over nothing: keys of one model mean nothing of another.
+    """
     found = dict(base)
     for key, value in own.items():
         under = found.get(key)
-        if isinstance(under, dict) and isinstance(value, dict):
+        if isinstance(under, dict) and isinstance(value, dict) and not _other_model(under, value):
             found[key] = merged(under, value)
         else:
             found[key] = value
     return found
+
+
+def _other_model(base: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
+    """Whether these are configs of models of two types."""
+    return own.get("model_type", base.get("model_type")) != base.get("model_type")

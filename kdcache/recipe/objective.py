@@ -126,7 +126,8 @@ class CrossEntropyTerm(TermSection):
     )
     masks: Identifier | None = Field(
         None,
-        description="For a student of kind masked_lm, which needs it: name of a masks signal. The "
+        description="For students of kinds masked_lm and masked_seq2seq, which need it: name of a "
+        "masks signal. The "
         "student reads the masked tokens, and the term is the mean over them.",
     )
 

@@ -17,18 +17,23 @@ TeacherName = Annotated[
 ]
 
 
+#: Where labels are at masked tokens.
+_OF_MASKS = ("masked", "segment", "segment_in_place")
+
+
 class LogitsSignal(Section):
     """The teacher's distribution over its vocabulary, position by position."""
 
     kind: Literal["logits"] = Field("logits", description="Which kind this is.")
     teacher: TeacherName = None
-    at: Literal["targets", "positions", "masked", "segment"] = Field(
+    at: Literal["targets", "positions", "masked", "segment", "segment_in_place"] = Field(
         "targets",
         description="targets: every token of `stream`, the decoder's side of an encoder-decoder. "
         "positions: every token of `stream` but the first, under a causal model (those of the "
         "loss mask alone, where the stream has one). masked: the masked tokens of `stream`, "
         "under a masked model. segment: the masked segment of `stream`, written by the decoder "
-        "of an encoder-decoder that reads the rest (MASS).",
+        "of an encoder-decoder that reads the rest, as a text of its own. segment_in_place: "
+        "the same with each of its tokens at its position in `stream` (MASS).",
     )
     source: Identifier | None = Field(
         None,
@@ -37,7 +42,7 @@ class LogitsSignal(Section):
     )
     stream: Identifier = Field("tgt", description="Stream whose tokens are labelled.")
     masks: Identifier | None = Field(
-        None, description="A masks signal over `stream`, for masked and segment."
+        None, description="A masks signal over `stream`, for masked and segments."
     )
     hypotheses: Identifier | None = Field(
         None,
@@ -64,8 +69,10 @@ class LogitsSignal(Section):
         if missing:
             found = ", ".join(f"{t:g}" for t in missing)
             raise ValueError(f"codec.temperatures {found} must be among the signal's temperatures")
-        if (self.masks is not None) != (self.at in ("masked", "segment")):
-            raise ValueError("masks goes with `at: masked` or `at: segment`, and they need it")
+        if (self.masks is not None) != (self.at in _OF_MASKS):
+            raise ValueError(
+                f"masks goes with `at: {'`, `at: '.join(_OF_MASKS)}`, and they need it"
+            )
         if self.at != "targets" and (self.source is not None or self.hypotheses is not None):
             raise ValueError("source and hypotheses go with `at: targets` alone")
         return self

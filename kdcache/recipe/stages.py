@@ -38,11 +38,17 @@ def whole_stages(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in tree.items() if key not in _SECTIONS} | {STAGES: found}
 
 
-def read_stage(name_or_path: str) -> tuple[dict[str, Any], str | None]:
-    """Plain values of a recipe file with its stages made whole, and the stage that a name means.
+def read_recipe(name_or_path: str) -> tuple[dict[str, Any], str | None]:
+    """Plain values of a recipe file with its stages made whole, or of one of its stages.
 
     Args:
-        name_or_path: see `read_file`; with `:STAGE` behind it, one of its stages.
+        name_or_path: see `read_file`; with `:STAGE` behind it, that stage as a recipe of its own.
+
+    Returns:
+        The values, and the stage that they are of; None for the whole.
+
+    Raises:
+        RecipeError: there is no such file or stage, or it is no recipe.
     """
     try:
         return whole_stages(read_file(name_or_path)), None
@@ -50,20 +56,33 @@ def read_stage(name_or_path: str) -> tuple[dict[str, Any], str | None]:
         base, colon, stage = name_or_path.rpartition(":")
         if not colon or not stage.isidentifier():
             raise
-    return whole_stages(read_file(base)), stage
+    stages = whole_stages(read_file(base)).get(STAGES)
+    stages = stages if isinstance(stages, Mapping) else {}
+    if stage not in stages:
+        has = f"it has {', '.join(stages)}" if stages else "it has none"
+        raise RecipeError(f"{name_or_path}: there is no stage {stage!r}; {has}")
+    if not isinstance(stages[stage], Mapping):
+        raise RecipeError(f"{name_or_path}: should be a section of keys (found {stages[stage]!r})")
+    return dict(stages[stage]), stage
 
 
-def override_all(tree: dict[str, Any], dotted: str, text: str) -> None:
+def override_all(tree: dict[str, Any], dotted: str, text: str, own: str | None = None) -> None:
     """Set one value in place, of every stage where the path does not name one.
 
     Args:
         tree: with whole stages, if any.
         dotted: see `override`.
         text: see `override`.
+        own: the stage that the tree is of; None for a whole recipe.
 
     Raises:
         RecipeError: the path leads nowhere, or the value is not YAML.
     """
+    if own is not None and dotted.startswith(f"{STAGES}."):
+        stage, _, rest = dotted.removeprefix(f"{STAGES}.").partition(".")
+        if stage != own or not rest:
+            raise RecipeError(f"--{dotted}: the recipe is of stage {own} alone; leave it out")
+        dotted = rest
     stages = tree.get(STAGES)
     if not stages or dotted.partition(".")[0] not in _SECTIONS:
         override(tree, dotted, text)

@@ -56,16 +56,23 @@ class TaskHead(Section):
         return self
 
 
+StudentKind = Literal[
+    "encoder_decoder", "masked_lm", "masked_seq2seq", "causal_lm", "classifier", "multi_task"
+]
+
+
 class StudentSection(Section):
     """The model that is trained."""
 
-    kind: Literal["encoder_decoder", "masked_lm", "causal_lm", "classifier", "multi_task"] = Field(
+    kind: StudentKind = Field(
         "encoder_decoder",
         description="What the model is. All but an encoder_decoder read train.source, which is "
         "train.target too. masked_lm: with tokens masked, and predicts what stood there (BERT). "
-        "causal_lm: predicts every token but the first from those before it, of a chat those that "
-        "the assistant wrote (GPT-2, Llama). classifier: says of a whole text or pair which class "
-        "it is of, or a number. multi_task: an encoder with a head for each of several tasks.",
+        "masked_seq2seq: an encoder-decoder that reads with a segment masked, and predicts the "
+        "segment (MASS). causal_lm: predicts every token but the first from those before it, of a "
+        "chat those that the assistant wrote (GPT-2, Llama). classifier: says of a whole text or "
+        "pair which class it is of, or a number. multi_task: an encoder with a head for each of "
+        "several tasks.",
     )
     labels: Annotated[list[str], Field(min_length=1)] | None = Field(
         None,
@@ -77,6 +84,11 @@ class StudentSection(Section):
         None,
         description="Of a classifier on a cache with tasks: only gold labels of this task count. "
         "null: of the task of the objective's classes signals, else of all.",
+    )
+    range: tuple[Number, Number] | None = Field(
+        None,
+        description="Of a classifier with a single label, the lowest and the highest gold number; "
+        "another is refused with its row. null: any number.",
     )
     tasks: dict[Identifier, TaskHead] = Field(
         default_factory=dict,
@@ -118,11 +130,14 @@ class StudentSection(Section):
 
     @model_validator(mode="after")
     def _of_a_classifier(self) -> StudentSection:
-        given = [name for name in ("labels", "task") if getattr(self, name) is not None]
+        given = [name for name in ("labels", "task", "range") if getattr(self, name) is not None]
         if given and self.kind != "classifier":
             raise ValueError(f"{given[0]} goes with kind classifier; kind is {self.kind}")
         if len(set(self.labels or ())) < len(self.labels or ()):
             raise ValueError(f"labels names one twice: {self.labels}")
+        low, high = self.range or (0, 1)
+        if low >= high or (self.range is not None and len(self.labels or [""]) > 1):
+            raise ValueError("range is [lowest, highest] of a classifier with a single label")
         return self
 
     @model_validator(mode="after")

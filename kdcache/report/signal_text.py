@@ -94,6 +94,7 @@ def _logits(signal: Block) -> tuple[str, Lines]:
         "positions": f"{signal['stream']}, every token from those before it",
         "masked": f"the masked tokens of {signal['stream']}",
         "segment": f"the masked segments of {signal['stream']}",
+        "segment_in_place": f"the masked segments of {signal['stream']}, in their places",
     }[signal["at"]]
     if signal["hypotheses"]:
         every = signal["hypothesis"] == "all"

@@ -15,9 +15,8 @@ from typing import Any
 
 from kdcache.errors import RecipeError, StoppedError, TrainingError
 from kdcache.formats.cache import open_cache
-from kdcache.recipe import load_recipe, parse_recipe
-from kdcache.recipe.stages import STAGES, override_all, read_stage
-from kdcache.recipe.tree import override
+from kdcache.recipe import parse_recipe
+from kdcache.recipe.stages import override_all, read_recipe
 from kdcache.sweep.folder import LOCK, SweepFolder, only_one, read_sweep
 from kdcache.sweep.plan import PlannedRun, plan_runs
 from kdcache.sweep.status import Status
@@ -80,7 +79,9 @@ def plan_sweep(
             "sweep: runs here are of one process each; start `kdcache sweep` without torchrun, "
             "with --jobs, or give torchrun the commands of --list"
         )
-    tree = _tree(source, overrides)
+    tree, stage = read_recipe(source)
+    for dotted, text in overrides:
+        override_all(tree, dotted, text, stage)
     recipe = parse_recipe(tree, source).single()
     if cache is None and not recipe.train.caches:
         raise RecipeError("sweep: no cache; give --cache CACHE, or name caches in train.caches")
@@ -103,22 +104,6 @@ def plan_sweep(
         runs=runs,
         folder=SweepFolder(path, opened, cache),
     )
-
-
-def _tree(source: str, overrides: Overrides) -> dict[str, Any]:
-    """Plain values of a recipe, or of the one stage that a name means, with its sweep section."""
-    tree, stage = read_stage(source)
-    own = [pair for pair in overrides if _of_sweep(pair[0])]
-    for dotted, text in overrides:
-        if not _of_sweep(dotted):
-            override_all(tree, dotted, text)
-    if stage is not None:
-        if stage not in tree.get(STAGES, {}):
-            load_recipe(source)  # says which stages there are
-        tree = {"sweep": tree.get("sweep"), **tree[STAGES][stage]}
-    for dotted, text in own:
-        override(tree, dotted, text)
-    return tree
 
 
 def _of_sweep(dotted: str) -> bool:

@@ -78,6 +78,22 @@ class Model:
         before = [self.model.config.decoder_start_token_id, *target[:-1]]
         return self.log_probs(input_ids=source, decoder_input_ids=before)
 
+    def in_place(self, masking: Masking) -> np.ndarray:
+        """[N, V] of a decoder that writes a segment at its own positions, token after token.
+
+        What stands elsewhere is hidden from it, so that can be any token: it is the text itself.
+        """
+        found = [np.zeros((0, self.model.config.vocab_size))]
+        for number, position in enumerate(masking.positions):
+            before = list(masking.truth[: position + 1])
+            written = [self.model.config.decoder_start_token_id, *masking.segment]
+            for place, token in zip(masking.positions[: number + 1], written, strict=False):
+                before[place] = token
+            seen = [int(place in masking.positions) for place in range(position + 1)]
+            read = {"decoder_input_ids": before, "decoder_attention_mask": seen}
+            found.append(self.log_probs(input_ids=masking.reading, **read)[-1:])
+        return np.concatenate(found)
+
 
 def streams_of(path, name: str) -> dict[int, list[int]]:
     """Corpus row to the tokens of a stream."""
@@ -138,6 +154,10 @@ def labels_of(path, at: str, model: Model, types=None) -> tuple[dict, dict]:
         for row, every in maskings_of(path, "masks").items():
             places[row] = [list(enumerate(m.segment)) for m in every]
             said[row] = np.concatenate([model.written(m.reading, m.segment) for m in every])
+    elif at == "segment_in_place":
+        for row, every in maskings_of(path, "masks").items():
+            places[row] = [[(p, m.truth[p]) for p in m.positions] for m in every]
+            said[row] = np.concatenate([model.in_place(m) for m in every])
     return places, said
 
 

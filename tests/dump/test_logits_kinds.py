@@ -187,12 +187,20 @@ def test_masked_tokens_of_a_pair(zoo, dumped):
 
 
 @pytest.mark.parametrize("scheme", ["segment", "span"])
-@pytest.mark.parametrize("architecture", ["bart", "mbart"])
-def test_a_masked_segment(architecture, scheme, zoo, dumped, capsys):
+@pytest.mark.parametrize(
+    ("architecture", "at"),
+    [
+        ("bart", "segment"),
+        ("mbart", "segment"),
+        ("bart", "segment_in_place"),
+        ("mbart", "segment_in_place"),
+    ],
+)
+def test_a_masked_segment(architecture, at, scheme, zoo, dumped, capsys):
     masks = {"kind": "masks", "replicas": REPLICAS, **MASKS[scheme]}
-    signals = {"masks": masks, **logits_signals("segment", masks="masks")}
+    signals = {"masks": masks, **logits_signals(at, masks="masks")}
     path = dumped(zoo(architecture), signals)
-    places, said = labels_of(path, "segment", Model(architecture, zoo(architecture)))
+    places, said = labels_of(path, at, Model(architecture, zoo(architecture)))
     assert assert_every(path, places, said) > 30
     if scheme == "segment":
         every = [one for e in maskings_of(path, "masks").values() for one in e]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import glob
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 DEEN = "--dump.teacher.path models/deen --corpus.fields.src train.de --corpus.fields.tgt train.en"
-TEACHER_OF_ITS_OWN = (
-    "kdcache dump no-kd --out caches/tokens --corpus.fields.src train.de --corpus.fields.tgt "
-    "train.en --dump.tokenizers.teacher.path models/deen"
+#: A teacher that knows its 40 sentences by heart, for filters that ask what a teacher knows.
+TAUGHT = (
+    f"kdcache dump no-kd --out caches/tokens {DEEN}",
+    "kdcache train no-kd --cache caches/tokens --out runs/taught --train.max_steps 300 "
+    "--train.batch_tokens 500 --train.checkpoints.every_steps 300 --train.optimizer.lr 0.01 "
+    "--train.schedule.warmup_steps 30 --train.student.config.dropout 0",
 )
 
 
@@ -23,6 +29,7 @@ class Scene:
         before: commands that the page takes for done.
         dots: what `...` stands for in a dump.
         removed: start of a command, and what a reader has taken away before it.
+        prepare: writes what else the reader has, into the folder.
         slow: whether it waits for `-m slow`.
     """
 
@@ -31,11 +38,12 @@ class Scene:
     before: tuple[str, ...] = ()
     dots: str = DEEN
     removed: tuple[tuple[str, str], ...] = ()
+    prepare: Callable[[Path], object] | None = None
     slow: bool = True
 
 
-def _dump(recipe: str, out: str) -> str:
-    return f"kdcache dump {recipe} --out caches/{out} {DEEN}"
+def _dump(recipe: str, out: str, words: str = DEEN) -> str:
+    return f"kdcache dump {recipe} --out caches/{out} {words}"
 
 
 def _part(out: str, *more: str) -> str:
@@ -43,10 +51,13 @@ def _part(out: str, *more: str) -> str:
 
 
 #: Soft labels on references and on the best hypothesis, hypotheses, and hidden states.
-WHOLE = (
-    _dump("nmt-all", "whole --dump.signals.logits_best "
-          "'{kind: logits, source: src, stream: tgt, hypotheses: beams, hypothesis: 0}'"),
-)  # fmt: skip
+WHOLE = _dump(
+    "hybrid",
+    "whole --dump.signals.logits_best "
+    "'{kind: logits, source: src, stream: tgt, hypotheses: beams, hypothesis: 0}' "
+    "--dump.signals.encoder '{kind: hidden, side: encoder, stream: src}'",
+    DEEN.replace("models/deen", "runs/taught/best"),
+)
 SYSTEMS = "docs/systems.md"
 SCENES = [
     Scene(
@@ -56,7 +67,7 @@ SCENES = [
     ),
     Scene("docs/machines.md", dots=DEEN, before=(_dump("word-level", "deen"),)),
     Scene("docs/repair.md", before=(_dump("word-level", "deen"),)),
-    Scene("docs/recipes.md"),
+    Scene("docs/recipes.md", before=(_dump("word-level", "deen"),)),
     Scene("docs/stores.md"),
     Scene("docs/training.md", before=(_dump("word-level", "deen"),)),
     Scene("docs/while_dumping.md"),
@@ -75,7 +86,8 @@ SCENES = [
     Scene(
         "docs/compile.md",
         before=(
-            *WHOLE,
+            *TAUGHT,
+            WHOLE,
             *(_part(name) for name in ("deen", "a", "clean")),
             *(_part(f"{name} --fraction 0.5") for name in ("b", "noisy")),
             *(_part(f"part{n} --count {8 * n} --seed {n}") for n in (1, 2, 3)),
@@ -85,6 +97,13 @@ SCENES = [
             _dump("word-level", "fine"),
         ),
         removed=(("kdcache compile wire/deen", "caches/deen"),),
+    ),
+    Scene(
+        "docs/exchange.md",
+        before=(
+            "kdcache dump nmt-all --out caches/deen --dump.teacher.path models/deen "
+            "--corpus.fields.src train.de --corpus.fields.tgt train.en",
+        ),
     ),
     Scene(SYSTEMS, "One dump for all"),
     Scene(SYSTEMS, "word-level"),
@@ -120,13 +139,14 @@ SCENES = [
     Scene(SYSTEMS, "causal-lm"),
     Scene(
         SYSTEMS,
-        "LightPAFF, GPT-2",
+        "LightPAFF",
         before=(
-            "kdcache dump causal-lm-small --out caches/text --corpus.fields.text english.txt",
-            "kdcache train causal-lm-small --cache caches/text --out runs/gpt2",
-            "kdcache train causal-lm-small --cache caches/text --out runs/pre-trained",
+            "kdcache dump causal-lm-small --out caches/gpt2 --corpus.fields.text english.txt",
+            "kdcache train causal-lm-small --cache caches/gpt2 --out runs/gpt2",
+            "kdcache train causal-lm-small --cache caches/gpt2 --out runs/gpt2-task",
         ),
     ),
+    Scene(SYSTEMS, "mkd"),
     Scene(
         SYSTEMS,
         "Ensembles and several teachers",
@@ -141,6 +161,11 @@ PARSED = {
     "kdcache train word-level --cache caches/deen --out runs/deen --train.log tensorboard": (
         "needs a package; tests/train/test_report.py runs the like where it is there"
     ),
+}
+#: The same of whole sections.
+PARSED_SECTIONS = {
+    (SYSTEMS, "BERT students"): "tests/train/test_bert_students.py has the teachers they need",
+    (SYSTEMS, "Bi-attentive BiLSTM"): "tests/train/test_bilstm_students.py trains them",
 }
 #: Other programs, and who answers for them.
 NOT_OURS = {
@@ -166,7 +191,7 @@ NAMES = {
     r"\bTEACHER\b": "models/deen",
     r"\bBERT\b": "models/bert",
     r"--cache CACHE\b": "--cache caches/deen",
-    r"--out CACHE\b": "--out caches/deen",
+    r"--out CACHE\b": "--out caches/new",
     r"\bRUN\b": "runs/run",
     r"'\$SLURM_ARRAY_TASK_ID'": "0",
 }
@@ -185,7 +210,7 @@ def own_words(text: str) -> tuple[dict[str, str], list[str]] | None:
     """
     if text.startswith("sbatch"):
         text = text.removesuffix('"')  # of --wrap
-    text = _LAUNCHER.sub("", text)
+    text = re.sub(r'^eval "\$\((.*)\)"$', r"\1", _LAUNCHER.sub("", text))
     if not re.match(r"(?:[A-Z_]+=\S* )*(?:pip .* && )?kdcache ", text):
         return None
     words = shlex.split(text)
@@ -203,9 +228,14 @@ def mapped(words: list[str], dots: str) -> list[str]:
     text = " ".join(shlex.quote(word) for word in words if word != "...")
     for pattern, name in NAMES.items():
         text = re.sub(pattern, name, text)
-    found = shlex.split(text)
+    found = [name for word in shlex.split(text) for name in _files(word)]
     if "..." in words and words[0] == "dump":
         more = shlex.split(dots)
         for option, value in zip(more[::2], more[1::2], strict=True):
             found += [] if option in found else [option, value]
     return found
+
+
+def _files(word: str) -> list[str]:
+    """What a shell makes of a word with a star: the files that are there."""
+    return (sorted(glob.glob(word)) if word.endswith(".parquet") else []) or [word]

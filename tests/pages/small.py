@@ -1,7 +1,8 @@
-"""A page's command made small: its own words, then overrides that shrink models and steps."""
+"""A page's command made small: its own words, and overrides that shrink models and steps."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from kdcache.cli import _parser, _split_overrides
@@ -13,8 +14,8 @@ SIZES = {
     "d_model": 16,
     "encoder_ffn_dim": 32,
     "decoder_ffn_dim": 32,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
     "hidden_size": 16,
     "intermediate_size": 32,
     "num_attention_heads": 2,
@@ -41,6 +42,8 @@ EVALUATE = {
     "latency_sentences": 1,
 }
 PIECES = 30
+MAX_TOKENS = 64  # as many as the teachers have positions
+HYPOTHESIS = 12
 
 
 def shrunk(words: list[str]) -> list[str]:
@@ -53,7 +56,11 @@ def shrunk(words: list[str]) -> list[str]:
     if arguments.command in ("train", "sweep"):
         return [*words, *_train(load_recipe(arguments.recipe, overrides), dict(overrides))]
     if arguments.command == "evaluate":
-        return [*words, *_overrides("evaluate", EVALUATE)]
+        run = Path(arguments.run_path) / "recipe.yaml"
+        corpus = load_recipe(str(run)).evaluate.corpus if run.is_file() else None
+        several = corpus is not None and bool(corpus.tasks)  # which have limits of their own
+        values = {k: v for k, v in EVALUATE.items() if not (several and k == "corpus.limit")}
+        return [*words, *_overrides("evaluate", values)]
     return words
 
 
@@ -63,18 +70,24 @@ def _overrides(section: str, values: dict[str, Any]) -> list[str]:
 
 def _dump(recipe: Recipe) -> list[str]:
     words = _overrides("dump", DUMP)
+    if recipe.dump.max_tokens is not None:
+        words += _overrides("dump", {"max_tokens": min(recipe.dump.max_tokens, MAX_TOKENS)})
     for name, tokenizer in recipe.dump.tokenizers.items():
         if tokenizer.kind == "sentencepiece":
             words += _overrides(f"dump.tokenizers.{name}", {"vocab_size": PIECES})
+    for name, signal in recipe.dump.signals.items():
+        if signal.kind == "beams":
+            words += _overrides(f"dump.signals.{name}", {"max_length": HYPOTHESIS})
     return words
 
 
 def _train(recipe: Recipe, given: dict[str, str]) -> list[str]:
     values = {key: value for key, value in TRAIN.items() if f"train.{key}" not in given}
     words = _overrides("train", values)
-    student = recipe.train.student
+    student = [recipe, *recipe.stages.values()][-1].train.student
     config = getattr(student, "config", None) or {}
-    words += _overrides("train.student.config", {k: v for k, v in SIZES.items() if k in config})
+    sizes = {key: value for key, value in SIZES.items() if key in config}
+    words += _overrides("train.student.config", sizes)
     if recipe.train.validation is not None:
         words += _overrides("train.validation", {"every_steps": 2})
     return words

@@ -229,6 +229,23 @@ def test_numbers_are_learned_by_their_squares(world):
     assert found["dev_pearson"] == pytest.approx(np.corrcoef(said, dev.gold)[0, 1], rel=1e-4)
 
 
+def test_a_number_out_of_range_is_refused_with_its_row(world, tmp_path):
+    hard, student = {"loss": "label_mse"}, {"labels": ["score"]}
+    keys = {"cache": "number", "student": student | {"range": [0, 4]}}
+    first_batch(make_trainer(world, hard, **keys))  # they are from 0 to 4
+    keys["student"]["range"] = [0, 3.5]
+    with pytest.raises(CorpusError, match=r"label '4' lies outside train.student.range \[0, 3"):
+        make_trainer(world, hard, **keys)  # of the development set
+    made = make_trainer(world, hard, validation={}, **keys)
+    with pytest.raises(CorpusError, match=r"corpus row \d+: its gold label '4' lies outside"):
+        first_batch(made)
+    with pytest.raises(RecipeError, match=r"train.student.range: is of a number, the student says"):
+        make_trainer(world, HARD, KL, student={"range": [0, 1]})
+    for wrong in ({"range": [1, 0]}, {"range": [0, 1], "labels": LABELS}):
+        with pytest.raises(RecipeError, match=r"range is .* of a classifier with a single label"):
+            make_trainer(world, HARD, student=wrong)
+
+
 OTHERS = {
     "distilbert": {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32},
     "roberta": BERT | {"max_position_embeddings": 64},

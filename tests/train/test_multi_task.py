@@ -17,7 +17,7 @@ from kdcache.dump.runner import dump
 from kdcache.errors import CorpusError, IdentityError, ModelError, RecipeError, TrainingError
 from kdcache.formats.cache import open_cache
 from kdcache.multi_task import MultiTaskConfig, MultiTaskModel
-from kdcache.recipe import EvaluateSection, parse_recipe
+from kdcache.recipe import EvaluateSection, load_recipe, parse_recipe
 from kdcache.tasks import Task
 from kdcache.train.batches.stream import BatchStream
 from kdcache.train.evaluation.evaluate import evaluate
@@ -172,7 +172,7 @@ def test_losses_are_those_of_one_text_at_a_time(world, pooling):
     teacher = MultiTaskModel.from_pretrained(world.root / "teacher").double().eval()
     rows, seen = samples(world), set()
     with closing(iter(made.stream)) as batches:
-        for _ in range(12):
+        for _ in range(9):
             batch = next(batches)
             (micro,) = batch.micro
             made.optimizer.zero_grad()
@@ -235,10 +235,10 @@ def test_f1_of_two_classes():
     assert binary_f1(gold * 0, said * 0) == 0
 
 
-def batches_of(made, count, **options):
+def batches_of(made, count, batch_tokens=100, window=3, **options):
     """Some global batches: rows of all micro-batches of a rank, and where the stream stands."""
     stream = BatchStream(
-        *(made.cache, ["text"], made.objective.signals, 100, made.section.seed, 3),
+        *(made.cache, ["text"], made.objective.signals, batch_tokens, made.section.seed, window),
         **{"gold": made.objective.gold, "tasks": made.objective.tasks, **options},
     )
     with closing(iter(stream)) as batches:
@@ -279,8 +279,49 @@ def test_batches_are_of_one_task_and_mixed(world):
     for at in range(0, both - 3, 5):
         again = batches_of(made, 2, state=first[at].state)
         assert [b.rows.tolist() for b in again] == [b.rows.tolist() for b in first[at + 1 : at + 3]]
+    assert any(len(set(m.unit.tolist())) < len(m) for batch in first for m in batch.micro)
+    # Most windows of a shard have nothing of one task: they are passed over, and it goes on.
+    alone = make_trainer(world, tasks=["rank"], validation={})
+    few = batches_of(alone, 30, window=1)
+    per_epoch = {epoch: [r for b in few if b.epoch == epoch for r in b.rows] for epoch in (0, 1)}
+    ranks = [n for n, row in enumerate(rows) if row["task"] == "rank"]
+    assert sorted(per_epoch[0]) == sorted(per_epoch[1]) == ranks
+    assert per_epoch[0] != per_epoch[1]
+    for at in range(28):
+        (again,) = batches_of(alone, 1, window=1, state=few[at].state)
+        assert again.rows.tolist() == few[at + 1].rows.tolist()
     with pytest.raises(IdentityError, match="digest"):
         batches_of(made, 1, state=first[0].state, tasks=None)
+
+
+def test_ranks_and_micro_batches_add_up(world):
+    made = make_trainer(world, GOLD, SOFT, student={"config": BERT | STILL}, batch_tokens=300)
+    whole = batches_of(made, 8, batch_tokens=300)
+    assert {batch.micro[0].task for batch in whole} == set(HEADS)
+    cuts = [
+        [
+            batches_of(made, 8, batch_tokens=300, rank=rank, world=world_size, accumulate=parts)
+            for rank in range(world_size)
+        ]
+        for world_size, parts in ((1, 1), (1, 3), (2, 2))
+    ]
+    for number in range(8):
+        found = []
+        for ranks in cuts:
+            made.optimizer.zero_grad()
+            totals = 0
+            for own in ranks:
+                for micro in own[number].micro:
+                    total, _ = made.distillation(
+                        micro, own[number].counts, made.objective.at(1, 10)
+                    )
+                    total.backward()
+                    totals += total.detach()
+            found.append(
+                [totals, *(None if p.grad is None else p.grad.clone() for p in made.parameters)]
+            )
+        for other in found[1:]:
+            torch.testing.assert_close(found[0], other, rtol=1e-4, atol=1e-6, allow_subclasses=True)
 
 
 def test_from_gold_to_a_teacher_to_a_student(world, tmp_path, monkeypatch):
@@ -362,6 +403,26 @@ def test_a_body_of_the_first_layers_of_a_model(world, tmp_path):
     assert one.config.pooling == "mean_cls"
 
 
+GPT = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "body", "beside"),
+    [("mkd-paper", 21.3e6, 0), ("mkd-teacher-paper", 303.9e6, 1024 * 1025 + 514 * 1024)],
+)
+def test_published_sizes(recipe, body, beside):
+    """Without embeddings; the teacher's count has its pooler, positions and token types."""
+    student = load_recipe(recipe).train.student
+    heads = {name: one.model_dump() for name, one in student.tasks.items()}
+    config = student.config | {"vocab_size": 30522}
+    with torch.device("meta"):
+        model = MultiTaskModel(MultiTaskConfig(config, heads, head_size=student.head_size))
+    tables = [one.weight for one in model.modules() if isinstance(one, torch.nn.Embedding)]
+    apart = {id(one) for one in [*tables, *model.heads.parameters()]}
+    found = sum(one.numel() for one in model.parameters() if id(one) not in apart)
+    assert found + beside == pytest.approx(body, rel=2e-3)
+
+
 REFUSED = [
     (
         {"tasks": ["topic"], "student": {"tasks": {"topic": {}}}},
@@ -408,7 +469,7 @@ REFUSED = [
     ({}, [{"loss": "score_kl", "signal": "scores"}], RecipeError, "task 'close' says a number"),
     ({}, [{"loss": "cross_entropy"}], RecipeError, "is no term of a multi_task student"),
     ({"target": "src"}, [GOLD], RecipeError, "reads one stream"),
-    ({"student": {"config": {"model_type": "gpt2"}}}, [GOLD], ModelError, "gpt2 is no encoder"),
+    ({"student": {"config": GPT}}, [GOLD], ModelError, "gpt2 is no encoder"),
     (
         {"student": {"config": BERT | {"num_labels": 2}}},
         [GOLD],

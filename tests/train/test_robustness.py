@@ -12,6 +12,7 @@ from kdcache.detokenize import wikitext
 from kdcache.models import load_tokenizer
 from kdcache.recipe import CorpusSection, EvaluateSection, PerturbSection, dump_recipe, parse_recipe
 from kdcache.train.evaluation.evaluate import evaluate, load_model, score_model
+from kdcache.train.evaluation.latency import timed
 from kdcache.train.evaluation.perturb import perturbed, robustness
 from kdcache.train.students.student import fixed_tables
 from tests.train.conftest import make_lines
@@ -74,6 +75,27 @@ def test_fixed_tables_do_not_move_and_scores_are_averaged(world):
     assert plain["loss_nats"] == {"mean": result["loss_nats"], "sd": 0.0}
     assert plain["bleu"]["mean"] == result["bleu"]["score"]
     assert result["latency_seconds"]["num_sentences"] == 2
+
+
+class Elsewhere:
+    """A model that lies on a device which this machine may not have."""
+
+    def __init__(self):
+        self.device, self.ran = torch.device("cuda"), []
+
+    def to(self, device):
+        self.device = torch.device(device)
+
+
+def test_a_model_on_a_gpu_is_timed_there_and_on_the_cpu():
+    model = Elsewhere()
+    found = timed(model, lambda n: model.ran.append((model.device.type, n)), 3, {"num_tokens": 7})
+    assert model.ran == [(d, n) for d in ("cuda", "cpu") for n in (0, 0, 1, 2)]  # one warms up
+    assert model.device.type == "cuda"
+    for key in ("latency_seconds", "latency_cpu_seconds"):
+        assert (found[key]["num_sentences"], found[key]["num_tokens"]) == (3, 7)
+        assert 0 <= found[key]["median"] <= found[key]["p90"]
+    assert timed(model, print, 0, {}) == {"latency_seconds": None}
 
 
 TOKENISED = """ = = Early life = =

@@ -13,12 +13,15 @@ from kdcache.cli import main
 from kdcache.formats.cache import open_cache
 from kdcache.recipe import dump_recipe, load_recipe, parse_recipe
 from kdcache.recipe.tree import read_yaml
+from kdcache.train.evaluation.evaluate import count_parameters
 from kdcache.train.runs.trainer import Trainer
+from kdcache.train.students.student import build_student
 from tests.train import many_ranks
 from tests.train.conftest import make_lines
 from tests.train.test_masked_lm import BERT, save_tokenizer
 
 LABELS = ["no", "yes"]
+STAGES = ["pretraining", "finetuning"]
 TINY = {
     "train.student.config.hidden_size": "16",
     "train.student.config.num_hidden_layers": "1",
@@ -145,7 +148,15 @@ def test_stages_are_one_command_and_go_on_where_they_stopped(world, tmp_path, mo
 def test_a_stage_does_not_go_on_from_another_start(world, tmp_path, capsys):
     run = tmp_path / "run"
     assert main(command(world, run)) == 0
+    run = run.rename(tmp_path / "moved")  # a folder may move
+    assert main(command(world, run)) == 0
     (run / "pretraining").rename(tmp_path / "gone")
+    (run / "finetuning").rename(run / "later")
+    (run / "later" / "recipe.yaml").rename(tmp_path / "recipe.yaml")
+    assert main(["evaluate", str(run)]) == 1
+    assert "its last stage, finetuning, has not begun; finish" in capsys.readouterr().err
+    (tmp_path / "recipe.yaml").rename(run / "later" / "recipe.yaml")
+    (run / "later").rename(run / "finetuning")
     assert main(command(world, run)) == 1
     assert "stage finetuning: " in (said := capsys.readouterr().err.splitlines()[-1])
     assert "holds another run: cache.start.digest" in said
@@ -210,6 +221,10 @@ def test_caches_and_outputs_that_do_not_fit_are_refused(world, tmp_path, capsys)
         found = said(name, "lightpaff-bert:middle", "--out", "x", "--print-recipe")
         assert "there is no stage 'middle'; it has pretraining, finetuning" in found
     assert "it has none" in said("train", "word-level:one", "--print-recipe")
+    more = ["--stages.finetuning.train.seed", "7", "--print-recipe"]
+    assert "of stage pretraining alone" in said("train", "lightpaff-bert:pretraining", *more)
+    assert main(["train", "lightpaff-bert:finetuning", *more]) == 0
+    assert "seed: 7" in capsys.readouterr().out
     words = ["--corpus.fields.text", str(world.root / "text")]
     found = said("dump", "lightpaff-bert", "--out", str(tmp_path / "x"), *words)
     assert "name one of lightpaff-bert-small:pretraining, lightpaff-bert-small:fin" in found
@@ -234,3 +249,53 @@ def test_a_resolved_recipe_of_stages_is_read_back_as_it_is():
         assert dump_recipe(parse_recipe(read_yaml(text))) == text
         assert recipe.stages["finetuning"].name == f"{recipe.name}:finetuning"
         assert load_recipe(f"{name}:finetuning") == recipe.stages["finetuning"]
+
+
+#: Recipe, pieces of the vocabulary, and millions of parameters as published and as they are here.
+SIZES = [
+    ("lightpaff-bert-paper:pretraining", 30522, 25, 25.6),
+    ("lightpaff-bert-paper:finetuning", 30522, 25, 25.6),
+    ("lightpaff-bert-paper:finetuning", 21128, 20, 20.8),  # BERT's Chinese vocabulary
+    ("lightpaff-gpt2-paper:finetuning", 50257, 67, 67.7),
+    ("lightpaff-mass-paper:pretraining", 32000, 42, 41.6),
+]
+
+
+@pytest.mark.parametrize(("name", "vocab_size", "published", "ours"), SIZES)
+def test_parameters_are_those_of_the_paper(name, vocab_size, published, ours):
+    tokenizer = SimpleNamespace(pad_id=0, eos_id=3, bos_id=2)
+    with torch.device("meta"):
+        model = build_student(load_recipe(name).train.student, tokenizer, vocab_size, 1)
+    found = count_parameters(model)["total"] / 1e6
+    assert round(found, 1) == ours
+    assert found == pytest.approx(published, rel=0.045)
+
+
+def test_a_stage_without_distillation_needs_no_teacher():
+    """The six rows of the paper's Table 7, by the overrides that docs/systems.md gives."""
+    hard = [("objective.0.weight", "1"), ("objective.1.weight", "0")]
+    first, second = ([(f"stages.{s}.train.{k}", v) for k, v in hard] for s in STAGES)
+    both = [(f"train.{k}", v) for k, v in hard]
+    for name in ("bert", "gpt2", "mass"):
+        for overrides, soft in (
+            (both, []),
+            (second, STAGES[:1]),
+            (first, STAGES[1:]),
+            ([], STAGES),
+        ):
+            stages = load_recipe(f"lightpaff-{name}", overrides).stages
+            used = {s: [t.loss for t in one.train.objective if t.used] for s, one in stages.items()}
+            assert [s for s in STAGES if any("kl" in loss for loss in used[s])] == soft
+            assert all(used[s] for s in STAGES)
+        alone = load_recipe(f"lightpaff-{name}:finetuning", both)
+        assert [t.used for t in alone.train.objective] == [True, False]
+
+
+def test_lambdas_are_the_papers():
+    said = {"bert": (0.0, 1.0), "gpt2": (0.6, 0.4), "mass": (0.3, 0.7)}
+    for name, weights in said.items():
+        for scale in ("small", "paper"):
+            objective = load_recipe(f"lightpaff-{name}-{scale}:pretraining").train.objective
+            assert [term.loss for term in objective] == ["cross_entropy", "forward_kl"]
+            assert tuple(term.weight for term in objective) == weights
+            assert objective[1].temperature == 1

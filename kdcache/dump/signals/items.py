@@ -187,6 +187,21 @@ def segment_items(samples: SampleShard, stream: str, masks: Mapping[str, Ragged]
     return Items(masked.sample, masked.variant, tokens, masked.tokens, labels, from_start=True)
 
 
+def placed_segment_items(samples: SampleShard, stream: str, masks: Mapping[str, Ragged]) -> Items:
+    """One item for every masking: the decoder writes masked tokens at their positions.
+
+    Args:
+        samples: the shard.
+        stream: that is masked.
+        masks: columns of the masks signal's shard.
+    """
+    masked = masked_items(samples, stream, masks)
+    truth = stream_ids(samples, stream).take(masked.sample)
+    tokens = Ragged(truth.offsets, {"id": truth.fields["id"]})
+    parts = masked.sample, masked.variant, tokens, masked.tokens, masked.labels
+    return Items(*parts, from_start=True)
+
+
 def _all(tokens: Ragged) -> Ragged:
     """Labels at every token."""
     lengths = tokens.lengths

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from kdcache.dump.signals.items import (
     Items,
     hypothesis_items,
     masked_items,
+    placed_segment_items,
     position_items,
     segment_items,
     target_items,
@@ -31,6 +33,12 @@ from kdcache.recipe import LogitsSignal
 
 #: Logits made at a time: what a processor's cache holds, and a GiB in float32 elsewhere.
 PIECE_ENTRIES_CPU, PIECE_ENTRIES = 1 << 22, 1 << 28
+#: How items are made of maskings.
+_OF_MASKS = {
+    "masked": masked_items,
+    "segment": segment_items,
+    "segment_in_place": placed_segment_items,
+}
 
 
 class LogitsEncoder(SignalEncoder):
@@ -86,8 +94,7 @@ class LogitsEncoder(SignalEncoder):
             items = position_items(samples, record.stream)
         else:
             assert record.masks is not None, "the recipe was checked"
-            build = masked_items if record.at == "masked" else segment_items
-            items = build(samples, record.stream, inputs[record.masks])
+            items = _OF_MASKS[record.at](samples, record.stream, inputs[record.masks])
         self._corpus_rows = samples.row
         self._keys = {
             purpose: _item_keys(record, purpose, items, samples) for purpose in ("draw", "round")
@@ -116,6 +123,8 @@ class LogitsEncoder(SignalEncoder):
             for purpose in ("draw", "round")
         )
         batch = items.batch(rows, self.teacher.pad_id, device)
+        if record.at == "segment_in_place":
+            batch = replace(batch, seen=at)
         entries = PIECE_ENTRIES_CPU if device.type == "cpu" else PIECE_ENTRIES
         pieces, done = [], 0
         for logits in self.teacher.logits_in_pieces(batch, at, entries):  # [R, V]

@@ -14,7 +14,7 @@ from kdcache.dump.batches import Batch
 from kdcache.dump.teachers.model import LanguageTeacher
 from kdcache.errors import ModelError
 from kdcache.formats.signals import Side
-from kdcache.models import project_only, shift_right
+from kdcache.models import project_only, shift_in_place, shift_right
 
 
 class EncoderDecoderTeacher(LanguageTeacher):
@@ -22,7 +22,7 @@ class EncoderDecoderTeacher(LanguageTeacher):
 
     kind = "encoder_decoder"
     signals = ("logits", "hidden", "attention", "beams")
-    places = ("targets", "segment")
+    places = ("targets", "segment", "segment_in_place")
     sides = ("encoder", "decoder")
 
     def predict_inputs(self, batch: Batch) -> dict[str, Any]:
@@ -33,7 +33,11 @@ class EncoderDecoderTeacher(LanguageTeacher):
                 "batch has none"
             )
         inputs = self.inputs(self.model, Batch(batch.source_ids, batch.source_mask))
-        if batch.from_start:
+        if batch.seen is not None:
+            start = decoder_start(self.model)
+            inputs["decoder_input_ids"] = shift_in_place(batch.ids, batch.seen, self.pad_id, start)
+            inputs["decoder_attention_mask"] = batch.seen.long()
+        elif batch.from_start:
             labels = batch.ids.masked_fill(~batch.mask, -100)
             inputs["decoder_input_ids"] = shift_right(
                 labels, self.pad_id, decoder_start(self.model)

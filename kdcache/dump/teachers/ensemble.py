@@ -55,6 +55,10 @@ class Ensemble(Teacher):
                 f"of kind {self.kind} has neither; use one of them, or average: parameters"
             )
 
+    def for_task(self, task: str | None) -> Teacher:
+        """All members as they speak for one task, see `Teacher.for_task`."""
+        return Ensemble([teacher.for_task(task) for teacher in self.teachers])
+
     @torch.inference_mode()
     def logits_in_pieces(self, batch: Batch, at: Tensor, piece_entries: int) -> Iterator[Tensor]:
         """[R, V] float32 log-probs of the mean, see `Teacher.logits_in_pieces`."""

@@ -133,7 +133,8 @@ def _parted(
     """Columns of several batches in their wide form, as tensors of each of them."""
     records = {name: record_counts(column, sizes) for name, column in columns.items()}
     if isinstance(record, LogitsRecord):
-        spec = LogitsSpec(record.codec, record.vocab_size, tuple(record.temperatures))
+        knots = tuple(record.temperatures)
+        spec = LogitsSpec(record.codec, record.vocab_size, knots, record.imported)
         return cut(coded_labels(spec, columns), _LABELS, records)
     if isinstance(record, ClassesRecord):
         return cut(_scores(record, columns), {"values": "scores"}, {**records, "": list(sizes)})

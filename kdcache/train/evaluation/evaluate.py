@@ -37,6 +37,7 @@ HYPOTHESES = "hypotheses.txt"
 #: Kinds of students that translate nothing, to what scores them.
 SCORERS = {
     "masked_lm": evaluate_masked,
+    "masked_seq2seq": evaluate_masked,
     "causal_lm": evaluate_causal,
     "classifier": evaluate_classifier,
     "multi_task": evaluate_tasks,
@@ -124,7 +125,8 @@ def _evaluate_other(
         "model": str(directory),
         "parameters": count_parameters(model),
         "device": str(model.device),
-        **text_latency(model, section, kind == "causal_lm"),
+        # What a masked_seq2seq will do one sentence at a time, another stage teaches it.
+        **(text_latency(model, section, kind) if kind != "masked_seq2seq" else {}),
         **robustness(model, section.perturb, scorer),
     }
     write_evaluation(Path(out) if out is not None else path, result, None)

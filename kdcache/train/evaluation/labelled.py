@@ -259,7 +259,7 @@ def evaluate_classifier(
         label = recipe.corpus.label
     names = model.config.id2label
     labels = tuple(str(names[number]) for number in range(model.config.num_labels))
-    gold = GoldLabels(labels, _task_of(recipe) if corpus.tasks else None)
+    gold = GoldLabels(labels, _task_of(recipe) if corpus.tasks else None, range=train.student.range)
     parts = corpus, (field, pair, label), tokenizer, gold
     texts = labelled_texts("evaluate.corpus", *parts, max_positions(model))
     texts.check_ids(model)

@@ -46,14 +46,15 @@ def timed(
     return found
 
 
-def text_latency(model: Any, section: EvaluateSection, causal: bool) -> dict[str, Any]:
+def text_latency(model: Any, section: EvaluateSection, kind: str) -> dict[str, Any]:
     """`timed` of forward passes over one text of a given length, all its logits made.
 
     Args:
         model: a masked LM, causal LM, classifier or model of several tasks (with one head).
         section: how many passes, and of how many tokens.
-        causal: whether it is a causal LM.
+        kind: of the student.
     """
+    causal = kind == "causal_lm"
     length = section.latency_tokens or (CAUSAL_TOKENS if causal else TEXT_TOKENS)
     length = min(length, max_positions(model) or length)
     rows, _ = embedding_rows(model)

@@ -7,6 +7,7 @@ from kdcache.train.families.classifier import Classifier
 from kdcache.train.families.encoder_decoder import EncoderDecoder
 from kdcache.train.families.family import Family, Setting
 from kdcache.train.families.masked_lm import MaskedLM
+from kdcache.train.families.masked_seq2seq import MaskedSeq2Seq
 from kdcache.train.families.multi_task import MultiTask
 
 __all__ = ["FAMILIES", "Family", "Setting"]
@@ -15,6 +16,7 @@ __all__ = ["FAMILIES", "Family", "Setting"]
 FAMILIES: dict[str, Family] = {
     "encoder_decoder": EncoderDecoder(),
     "masked_lm": MaskedLM(),
+    "masked_seq2seq": MaskedSeq2Seq(),
     "classifier": Classifier(),
     "causal_lm": CausalLM(),
     "multi_task": MultiTask(),

@@ -46,7 +46,7 @@ class Classifier(Family):
         if labels is None and not soft and student.path is not None:
             labels = labels_at(Path(student.path).expanduser())
         parts = section.objective, signals, section.source
-        return ClassifierObjective(*parts, labels, student.task)
+        return ClassifierObjective(*parts, labels, student.task, student.range)
 
     def build(
         self,
@@ -107,6 +107,7 @@ class Classifier(Family):
         corpus, stream = section.validation.corpus, setting.cache.stream(section.source)
         assert corpus is not None
         assert isinstance(objective, ClassifierObjective)
+        assert section.student is not None
         gold = objective.gold
         assert not isinstance(gold, TaskGold)
         found = labelled_texts(
@@ -114,7 +115,9 @@ class Classifier(Family):
             corpus,
             (stream.field, stream.pair, corpus.label or setting.cache.manifest.corpus.label),
             load_tokenizer(setting.source),
-            GoldLabels(objective.labels, None if gold is None else gold.task),
+            GoldLabels(
+                objective.labels, None if gold is None else gold.task, range=section.student.range
+            ),
             setting.positions,
         )
         limited = found.limited(section.validation.limit_tokens)

@@ -21,7 +21,7 @@ from kdcache.formats.schema import join_ids, split_ids
 from kdcache.formats.signals import MasksRecord, SignalRecord
 from kdcache.mask_choice import Scheme
 from kdcache.masking import MaskVocabulary, draw_masks
-from kdcache.models import load_tokenizer, project_only
+from kdcache.models import load_tokenizer, project_only, shift_in_place
 from kdcache.recipe import TrainSection
 from kdcache.tokenizers import all_special_ids, token_strings
 from kdcache.train.batches.batch import Batch
@@ -34,7 +34,7 @@ from kdcache.train.runs.scoring import Score, score_tokens_in_turns, token_sums
 from kdcache.train.runs.validate import encode
 from kdcache.train.students.distillation import Distillation
 from kdcache.train.students.masked_lm import MaskedDistillation
-from kdcache.train.students.student import embedding_rows
+from kdcache.train.students.student import decoder_start, embedding_rows
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,8 @@ def score_masked(
     """Loss and accuracy over masked tokens.
 
     Args:
-        model: a transformers masked LM on `device`.
+        model: on `device`, a transformers masked LM, or an encoder-decoder that writes what is
+            masked.
         texts: the same on every rank.
         device: of the model.
         batch_tokens: padded tokens of one forward.
@@ -184,11 +185,16 @@ def _sums(model: Any, texts: MaskedTexts, device: torch.device, rows: Sequence[i
         mask[place, : len(own)] = True
         labels[place, : len(own)] = ids[place, : len(own)] = own
         ids[place, positions], chosen[place, positions] = texts.ids[row], True
-    targets = torch.from_numpy(labels[chosen]).to(device)  # [K]
-    with project_only(model, torch.from_numpy(chosen).to(device)):
-        read = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device).long()
-        logits = model(input_ids=read[0], attention_mask=read[1]).logits  # [K, V]
-    return token_sums(logits, targets)
+    truth, at = torch.from_numpy(labels).to(device), torch.from_numpy(chosen).to(device)
+    read = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device).long()
+    written: dict[str, Any] = {}
+    if model.config.is_encoder_decoder:  # the masked tokens are what its decoder writes
+        start = decoder_start(model)
+        written = {"decoder_input_ids": shift_in_place(truth, at, pad=0, start=start)}
+        written |= {"decoder_attention_mask": at.long(), "use_cache": False}
+    with project_only(model, at):
+        logits = model(input_ids=read[0], attention_mask=read[1], **written).logits  # [K, V]
+    return token_sums(logits, truth[at])
 
 
 def _check_ids(texts: MaskedTexts, model: Any) -> None:

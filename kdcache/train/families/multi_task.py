@@ -17,6 +17,7 @@ from kdcache.models import load_tokenizer
 from kdcache.recipe import ScoreKLTerm, ScoreMSETerm, StudentSection, TaskHead, TrainSection
 from kdcache.tasks import Task
 from kdcache.train.batches.batch import Batch
+from kdcache.train.batches.tasks import TaskOrder
 from kdcache.train.evaluation.tasks import TaskTexts, task_texts
 from kdcache.train.families.family import Family, Setting
 from kdcache.train.losses.multi_task_objective import MultiTaskObjective, signal_name
@@ -53,6 +54,8 @@ class MultiTask(Family):
         chosen = list(heads) if section.tasks is None else list(dict.fromkeys(section.tasks))
         if unknown := [name for name in chosen if name not in heads]:
             raise RecipeError(f"train.tasks: the student has no {unknown[0]!r}; {sorted(heads)}")
+        for cache in caches:
+            TaskOrder(tuple(chosen)).check(cache)
         left = sorted(set(caches[0].manifest.corpus.tasks) - set(chosen))
         if left:
             logger.info("%s: left out, no tasks of the student: %s", caches[0].path, left)

@@ -32,6 +32,7 @@ class ClassifierObjective(Objective):
         stream: what the student reads.
         labels: names of its classes; None: those of the terms' signals.
         task: whose gold labels count; None: that of the terms' signals, else all.
+        bounds: the lowest and the highest gold number; None: any.
 
     Attributes:
         labels: C names; a single one: the student says a number.
@@ -51,6 +52,7 @@ class ClassifierObjective(Objective):
         stream: str,
         labels: Sequence[str] | None = None,
         task: str | None = None,
+        bounds: tuple[float, float] | None = None,
     ) -> None:
         self.source = self.target = stream
         self.paths, self.terms, self.names = used_terms(terms)
@@ -81,7 +83,12 @@ class ClassifierObjective(Objective):
         ]
         for where, term in used:
             _check_number(where, term, self.labels)
-        self.gold = GoldLabels(self.labels, task, hard[0][0]) if hard else None
+        if bounds is not None and len(self.labels) > 1:
+            raise RecipeError(
+                f"train.student.range: is of a number, the student says which of "
+                f"{shown(self.labels)} a text is; take it out"
+            )
+        self.gold = GoldLabels(self.labels, task, hard[0][0], range=bounds) if hard else None
 
     def count(self, number: int, counts: Mapping[str, int]) -> int:
         """Samples, of a term over layers rows, that a term is the mean over, at least 1.

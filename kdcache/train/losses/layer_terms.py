@@ -226,7 +226,8 @@ def check_scores_signal(
         raise RecipeError(f"{where}.signal: {_unfit(name, record, 'classes')}")
     if record.masks:
         raise RecipeError(
-            f"{where}.signal: {name!r} is of masked inputs; {term.loss} needs plain ones"
+            f"{where}.signal: {name!r} is of masked inputs; {term.loss} needs plain ones: dump "
+            "masked copies as samples in its place (corpus.augment)"
         )
     if record.stream != source:
         raise IdentityError(

@@ -10,6 +10,9 @@ from kdcache.recipe import CrossEntropyTerm, MaskedKLTerm, SoftTerm, Term
 from kdcache.train.losses.objective import Objective, Part, used_terms
 from kdcache.train.losses.soft_terms import check_tails
 
+#: What an `at` is called.
+PLACES = {"masked": "masked tokens", "segment_in_place": "masked segments in their places"}
+
 
 class MaskedObjective(Objective):
     """The terms of a recipe over the signals of a cache; one that never counts is not built.
@@ -23,13 +26,17 @@ class MaskedObjective(Objective):
         masks: name of the masks signal, the same for all terms.
         predicted: what the masked tokens are called where a stream's tokens are counted.
 
-    Others as `Objective` has them; `soft_labels` are those of the masked tokens.
+    Others as `Objective` has them; `soft_labels` are those of the masked tokens. A class of it says
+    where its labels are (`place`), and what the student and the teacher are called.
 
     Raises:
         RecipeError: no term, one that a masked LM cannot have, a signal that is not there, or
             one that cannot serve the term.
         IdentityError: a signal is of another stream.
     """
+
+    place = "masked"
+    student, teacher = "a masked LM", "a masked model"
 
     def __init__(
         self, terms: Sequence[Term], signals: Mapping[str, SignalRecord], stream: str
@@ -45,7 +52,7 @@ class MaskedObjective(Objective):
         if len(found) > 1:
             (masks, first), (other, second) = list(found.items())[:2]
             raise RecipeError(
-                f"{second}: is of masks {other!r}, {first} of {masks!r}; a masked LM reads one "
+                f"{second}: is of masks {other!r}, {first} of {masks!r}; {self.student} reads one "
                 "masking: give all terms the same"
             )
         (self.masks,) = found
@@ -69,16 +76,18 @@ class MaskedObjective(Objective):
         soft = isinstance(term, SoftTerm) and not isinstance(term, MaskedKLTerm)
         if not hard and not soft:
             raise RecipeError(
-                f"{where}: {term.loss} is no term of a masked LM, which takes cross_entropy with "
-                "masks, and losses over logits at masked tokens"
+                f"{where}: {term.loss} is no term of {self.student}, which takes cross_entropy "
+                "with masks, and losses over logits at masked tokens"
             )
         if term.sample_weight is not None:
-            raise RecipeError(f"{where}.sample_weight: a masked LM's terms have none; take it out")
+            raise RecipeError(
+                f"{where}.sample_weight: {self.student}'s terms have none; take it out"
+            )
         if isinstance(term, CrossEntropyTerm):
             if term.masks is None:
                 raise RecipeError(
-                    f"{where}.masks: is null; a masked LM predicts the tokens of a masks signal, "
-                    f"of which the cache has {_named(signals, MasksRecord)}"
+                    f"{where}.masks: is null; {self.student} predicts the tokens of a masks "
+                    f"signal, of which the cache has {_named(signals, MasksRecord)}"
                 )
             return [self._checked_masks(f"{where}.masks", term.masks, signals)]
         assert isinstance(term, SoftTerm)
@@ -89,11 +98,11 @@ class MaskedObjective(Objective):
     ) -> str:
         """The masks that one of a term's signals labels."""
         record = signals.get(name)
-        if not isinstance(record, LogitsRecord) or record.at != "masked":
+        if not isinstance(record, LogitsRecord) or record.at != self.place:
             raise RecipeError(
-                f"{where}.signal: {name!r} is no logits signal at masked tokens, of which "
-                f"the cache has {_named(signals, LogitsRecord, 'masked')}; dump with a masked "
-                f"model {name}: {{at: masked, stream: {self.source}, masks: NAME}}"
+                f"{where}.signal: {name!r} is no logits signal at {PLACES[self.place]}, of which "
+                f"the cache has {_named(signals, LogitsRecord, self.place)}; dump with "
+                f"{self.teacher} {name}: {{at: {self.place}, stream: {self.source}, masks: NAME}}"
             )
         check_tails(where, term, record)
         self.records[name] = record
@@ -115,6 +124,13 @@ class MaskedObjective(Objective):
                 f"{self.source!r}; set train.source and train.target to the signal's stream"
             )
         return name
+
+
+class SegmentObjective(MaskedObjective):
+    """The same of an encoder-decoder that predicts a masked segment, every token in its place."""
+
+    place = "segment_in_place"
+    student, teacher = "a masked_seq2seq", "an encoder-decoder"
 
 
 def _named(

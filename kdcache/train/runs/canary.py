@@ -37,12 +37,14 @@ class Alignment:
         hits: positions whose stored entries hold the target, by shift of the targets (-1, 0, 1).
         checked: positions where the stored entries say something about the gold log-prob.
         disagreeing: those of them where both differ by more than rounding.
+        imported: whether values agree in any case, so that the hits alone tell.
     """
 
     num_positions: int
     hits: dict[int, int]
     checked: int
     disagreeing: int
+    imported: bool = False
 
     @property
     def aligned(self) -> bool:
@@ -50,7 +52,7 @@ class Alignment:
         if self.disagreeing > MAX_DISAGREEING * self.checked:
             return False
         # An untrained teacher may repeat its input, so values that agree outweigh the hits.
-        if self.checked >= PROOF:
+        if self.checked >= PROOF and not self.imported:
             return True
         shifted = max(self.hits[-1], self.hits[1])
         return shifted - self.hits[0] <= SIGMAS * math.sqrt(shifted + self.hits[0] + 1)
@@ -122,7 +124,7 @@ def alignment(coded: CodedLabels, targets: np.ndarray, lengths: np.ndarray) -> A
         checked, disagreeing = _drawn_against_gold(coded, targets, rows, ids)
     else:
         checked, disagreeing = _exact_against_gold(coded, targets, rows, ids)
-    return Alignment(num, hits, checked, disagreeing)
+    return Alignment(num, hits, checked, disagreeing, coded.spec.imported)
 
 
 def check_masked(batch: Batch, source: str, signals: Mapping[str, str]) -> None:

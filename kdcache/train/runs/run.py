@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kdcache.errors import IdentityError, StorageError
+from kdcache.errors import IdentityError, ModelError, StorageError
 from kdcache.formats.stores.commit import is_temporary, storage_errors, write_data
 from kdcache.recipe import Recipe, dump_recipe, load_recipe
 
@@ -129,6 +129,8 @@ class RunDirectory:
                 tree.pop(key, None)
             for share in tree["caches"]:
                 share.pop("path")  # what lies there is compared instead
+            if "start" in here["cache"]:
+                tree["student"].pop("path")  # so is what it begins with
         if difference := _first_difference(found, here):
             key, there, now = difference
             raise IdentityError(
@@ -142,11 +144,22 @@ def last_stage(path: Path) -> Path:
 
     Args:
         path: a run, or a transformers directory.
+
+    Raises:
+        ModelError: the last stage has not begun.
     """
     if (path / IDENTITY).is_file() or not (path / RECIPE).is_file():
         return path
     stages = list(load_recipe(str(path / RECIPE)).stages)
-    return path / stages[-1] if stages else path
+    if not stages:
+        return path
+    if not (path / stages[-1] / RECIPE).is_file():
+        begun = [stage for stage in stages if (path / stage / RECIPE).is_file()]
+        raise ModelError(
+            f"{path}: its last stage, {stages[-1]}, has not begun; finish `kdcache train`, or name "
+            f"another: {', '.join(str(path / stage) for stage in begun) or 'none has'}"
+        )
+    return path / stages[-1]
 
 
 @contextmanager

@@ -21,12 +21,12 @@ from kdcache.recipe import Recipe, StudentSection, dump_recipe
 from kdcache.train.families import FAMILIES
 from kdcache.train.runs.loop import train
 from kdcache.train.runs.parallel import joined
-from kdcache.train.runs.run import IDENTITY, RECIPE, write_text
+from kdcache.train.runs.run import IDENTITY, LOCK, RECIPE, write_text
 
 logger = logging.getLogger(__name__)
 
 #: Kinds of students that go on as another kind: all weights but those of its head are kept.
-GOES_ON_AS = {("masked_lm", "classifier")}
+GOES_ON_AS = {("masked_lm", "classifier"), ("masked_seq2seq", "encoder_decoder")}
 
 
 def caches_of_stages(recipe: Recipe, given: Sequence[str]) -> dict[str, str | None]:
@@ -114,8 +114,10 @@ def check_stages(recipe: Recipe, caches: Mapping[str, str | Path | None]) -> Non
                 raise RecipeError("train.student is not set; give train.student.config or .path")
             paths = [share.path for share in section.caches] or [str(caches[name])]
             opened = [open_cache(path) for path in paths]
+            family = FAMILIES[section.student.kind]
+            whole = family.completed(section, opened)
             for cache in opened:
-                FAMILIES[section.student.kind].objective(section, cache.signals)
+                family.objective(whole, cache.signals)
             if before is not None:
                 _check_follows(before, section.student, opened[0], stage)
         before = (name, section.student, opened[0], stage)
@@ -132,7 +134,8 @@ def _check_follows(
     if other.kind != student.kind and (other.kind, student.kind) not in GOES_ON_AS:
         raise RecipeError(
             f"train.student.kind is {student.kind}, which a {other.kind} of stage {name} cannot "
-            "become; give both the same, or a masked_lm before a classifier"
+            "become; give both the same, or a masked_lm before a classifier, or a masked_seq2seq "
+            "before an encoder_decoder"
         )
     for key in ("path", "config", "layers"):
         if getattr(student, key) != getattr(other, key):
@@ -186,7 +189,7 @@ def _claim(run: Path, recipe: Recipe) -> None:
     with storage_errors(run):
         run.mkdir(parents=True, exist_ok=True)
         names = [entry.name for entry in run.iterdir() if not is_temporary(entry.name)]
-    if other := sorted(set(names) - {RECIPE, *recipe.stages}):
+    if other := sorted(set(names) - {RECIPE, LOCK, *recipe.stages}):
         raise StorageError(
             f"{run}: output already holds other files ({', '.join(other[:3])}); choose an empty "
             "directory"

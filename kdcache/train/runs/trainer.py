@@ -31,6 +31,7 @@ from kdcache.train.families.family import Development
 from kdcache.train.losses.label_signals import check_text
 from kdcache.train.losses.objective import Moment
 from kdcache.train.losses.schedule import learning_rate
+from kdcache.train.losses.score_signals import signals_for
 from kdcache.train.runs.checkpoint import RunState, publish, tied_weights
 from kdcache.train.runs.gate import Gate
 from kdcache.train.runs.memory import memory_errors
@@ -100,9 +101,9 @@ class Trainer:
         assert section.student is not None
         if section.gate is not None and section.student.kind != "encoder_decoder":
             raise RecipeError("train.gate: goes with a student of kind encoder_decoder alone")
-        self.objective = self.family.objective(section, cache.signals)
+        self.objective = self.family.objective(section, signals_for(cache, section.source))
         for other in self.caches[1:]:
-            self.family.objective(section, other.signals)
+            self.family.objective(section, signals_for(other, section.source))
         for each in self.caches if self.objective.over_references else ():
             check_text(each, section.target)
         self.tokenizer = cache.stream(section.target).tokenizer

@@ -39,7 +39,7 @@ class MaskedDistillation(Distillation):
     ) -> tuple[list[Tensor], Tensor]:
         """As of an encoder-decoder, over the masked tokens in place of a target's."""
         tokens, masked = masked_inputs(micro, self.objective)
-        outputs = run_masked_lm(self.student, tokens, masked, self._linear)
+        outputs = self._run(tokens, masked)
         labels = masked_labels(tokens, masked)
         totals, values = [], labels.new_zeros(len(self.objective.terms), dtype=torch.float32)
         for group in groups:
@@ -51,6 +51,10 @@ class MaskedDistillation(Distillation):
             totals.append(total)
             values = values.to(found).index_add(0, numbers_of(parts, found.device), found)
         return totals, values
+
+    def _run(self, tokens: Tokens, masked: Masked) -> StudentOutputs:
+        """What the student says of the masked tokens."""
+        return run_masked_lm(self.student, tokens, masked, self._linear)
 
 
 def numbers_of(parts: Sequence[tuple[Moment, Part]], device: torch.device) -> Tensor:

@@ -160,7 +160,8 @@ def _new_body(keys: dict[str, Any], tokenizer: TokenizerRecord, vocab_size: int)
     """The config of a body that a recipe describes."""
     model_type = keys.get("model_type")
     if model_type not in OWN_BODIES:
-        config = from_config("multi_task", keys, tokenizer, vocab_size, None).config
+        with torch.device("meta"):  # its config alone is wanted
+            config = from_config("multi_task", keys, tokenizer, vocab_size, None).config
         check_encoder(config)
         return config
     filled = {"vocab_size": vocab_size, "pad_token_id": tokenizer.pad_id}

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 #: Kind of a student to transformers' class that builds or loads it, and what it is called.
 LOADERS = {
     "encoder_decoder": ("AutoModelForSeq2SeqLM", "an encoder-decoder"),
+    "masked_seq2seq": ("AutoModelForSeq2SeqLM", "an encoder-decoder"),
     "masked_lm": ("AutoModelForMaskedLM", "a masked LM"),
     "classifier": ("AutoModelForSequenceClassification", "a classifier"),
     "causal_lm": ("AutoModelForCausalLM", "a causal LM"),
@@ -276,7 +277,7 @@ def from_config(
         raise ModelError(
             f"train.student.config.model_type {model_type!r}: transformers knows no such model"
         ) from None
-    if default.is_encoder_decoder != (kind == "encoder_decoder"):
+    if default.is_encoder_decoder != (LOADERS[kind] == LOADERS["encoder_decoder"]):
         raise ModelError(
             f"train.student.config.model_type {model_type!r} is not {LOADERS[kind][1]}, which "
             f"train.student.kind says; give another of them"

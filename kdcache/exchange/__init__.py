@@ -1,0 +1,1 @@
+"""Caches made of what others dumped, and what others read made of caches."""
