@@ -8,12 +8,13 @@ from typing import Any
 from kdcache.formats.cache import Cache, open_cache
 from kdcache.formats.signals import LogitsRecord
 from kdcache.recipe.tree import write_yaml
+from kdcache.report.charts import Curve, Reliability, curves, histogram, reliability
 from kdcache.report.commits import committed
 from kdcache.report.document import Code, Document, Labels, Section, Table
 from kdcache.report.inspect import inspect_cache
 from kdcache.report.label_statistics import LabelStatistics, label_statistics, reliability_bins
 from kdcache.report.page import Entry
-from kdcache.report.pictures import SERIES, Curve, Reliability, curves, histogram, reliability
+from kdcache.report.pictures import SERIES
 from kdcache.report.run_page import footer
 from kdcache.report.runs import versions_text
 from kdcache.report.text import percent, size

@@ -8,10 +8,11 @@ from pathlib import Path
 from kdcache.errors import KDCacheError
 from kdcache.formats.cache import Cache, open_cache
 from kdcache.formats.signals import LogitsRecord
+from kdcache.report.charts import Curve, Reliability, curves, reliability
 from kdcache.report.commits import committed
 from kdcache.report.document import Document, Section
 from kdcache.report.label_statistics import label_statistics, reliability_bins
-from kdcache.report.pictures import MUTED, SERIES, Curve, Reliability, curves, reliability
+from kdcache.report.pictures import MUTED, SERIES
 from kdcache.report.runs import RunRecord, provenance, scores, speed
 
 #: Target tokens that a student is run over for its calibration.

@@ -9,9 +9,10 @@ from typing import Any
 
 from kdcache.errors import KDCacheError
 from kdcache.formats.cache import open_cache
+from kdcache.report.charts import Curve, Dots, curves, dots, heat_map, scatter
 from kdcache.report.commits import committed
 from kdcache.report.document import Document, Section, Table
-from kdcache.report.pictures import SERIES, Curve, Dots, curves, dots, heat_map, scatter
+from kdcache.report.pictures import SERIES
 from kdcache.report.run_page import calibration, footer
 from kdcache.report.runs import RunRecord, open_run, provenance, scores, speed
 from kdcache.sweep.folder import read_sweep

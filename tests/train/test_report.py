@@ -11,10 +11,10 @@ from transformers import AutoModelForSeq2SeqLM
 
 from kdcache.cli import main
 from kdcache.formats.cache import open_cache
+from kdcache.report.charts import Reliability
 from kdcache.report.commits import committed
 from kdcache.report.inspect import inspect_cache
 from kdcache.report.label_statistics import label_statistics, reliability_bins
-from kdcache.report.pictures import Reliability
 from kdcache.report.report import write_report
 from kdcache.train.evaluation.calibration import student_confidence
 from kdcache.train.runs.loop import train
