@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 from kdcache import __version__
-from kdcache.cli import _parser, main
+from kdcache.cli import main, make_parser
 from kdcache.formats.stores.store import STATUS
 from kdcache.usage import command_parsers
 
-COMMANDS = sorted(command_parsers(_parser()))
+COMMANDS = sorted(command_parsers(make_parser()))
 STUDENT = {
     "model_type": "marian",
     "d_model": 8,

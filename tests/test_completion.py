@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from kdcache.cli import _parser, main
-from kdcache.completion import script
+from kdcache.cli import main, make_parser
+from kdcache.commands.completion_script import script
 from kdcache.recipe import builtin_names
 from kdcache.usage import command_parsers
 
 #: Words of a line, the last to be completed, and what has to be and must not be offered.
 CASES = [
     (["tr"], {"train"}, {"dump", "--help"}),
-    ([""], set(command_parsers(_parser())), {"word-level"}),
+    ([""], set(command_parsers(make_parser())), {"word-level"}),
     (["train", "word-"], {"word-level", "word-level-paper"}, {"no-kd", "train"}),
     (["train", "--ca"], {"--cache"}, {"--out"}),
     (["dump", "no-kd", "--p"], {"--plan", "--processes", "--print-recipe"}, {"--out", "--plan.x"}),
@@ -46,7 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "files").mkdir()
     (root / "files" / "notes.yaml").touch()
     for shell in ASK:
-        (root / shell).write_text(script(_parser(), shell), encoding="utf-8")
+        (root / shell).write_text(script(make_parser(), shell), encoding="utf-8")
     return root
 
 
@@ -84,9 +84,9 @@ def test_a_shell_offers_the_words(shell: str, place: Path) -> None:
 
 def test_the_script_knows_every_recipe_and_option() -> None:
     for shell in ASK:
-        text = script(_parser(), shell)
+        text = script(make_parser(), shell)
         assert [name for name in builtin_names() if name not in text] == []
-        for command in command_parsers(_parser()).values():
+        for command in command_parsers(make_parser()).values():
             for option in command._option_string_actions:
                 assert option.removeprefix("--").removeprefix("-") in text
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import kdcache
-from kdcache.cli import _parser, _split_overrides, main
+from kdcache.cli import main, make_parser, split_overrides
 from kdcache.dump.teacher import Teacher
 from kdcache.recipe import load_recipe
 from kdcache.recipe.teacher import TeacherSection
@@ -51,7 +51,7 @@ def is_parsed_only(command: Command) -> bool:
 
 
 def test_every_command_has_one_who_answers_for_it() -> None:
-    ours = "|".join(command_parsers(_parser()))
+    ours = "|".join(command_parsers(make_parser()))
     used = set()
     for command in COMMANDS:
         if own_words(command.text) is None:
@@ -77,8 +77,8 @@ def test_every_command_of_ours_parses_and_its_recipe_resolves(tmp_path: Path, mo
         found = own_words(command.text)
         if found is None:
             continue
-        words, overrides = _split_overrides(mapped(found[1], ""), _parser())
-        arguments = parse(_parser(), words)
+        words, overrides = split_overrides(mapped(found[1], ""), make_parser())
+        arguments = parse(make_parser(), words)
         assert arguments.takes_overrides or not overrides, command
         recipe = getattr(arguments, "recipe", None)
         if recipe or overrides:

@@ -317,7 +317,7 @@ class TrainSection(Section):
     log: Literal["tensorboard"] | None = Field(
         None,
         description="tensorboard: write the metrics as TensorBoard's events too, in the run's "
-        '`tensorboard` folder (needs `pip install "kdcache[tensorboard]"`).',
+        "`tensorboard` folder (needs `pip install tensorboard`).",
     )
 
     @model_validator(mode="after")

@@ -85,7 +85,7 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise KDCacheError(
-            'a report is drawn by matplotlib, which is not installed; pip install "kdcache[report]"'
+            "a report needs the matplotlib package; install it (pip install matplotlib)"
         ) from None
 
 

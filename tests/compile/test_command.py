@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kdcache.cli import _parser, main
-from kdcache.compile.arguments import options_of
+from kdcache.cli import main, make_parser
+from kdcache.commands.compile import options_of
 from kdcache.compile.options import CompileOptions, Condition, Targets
 from kdcache.formats.cache import open_cache
 from tests.compile.universe import LOGITS, PAIRS
@@ -22,7 +22,7 @@ def test_arguments_become_options():
     words += ["--fraction", "1/4", "--seed", "7", "--mix", "1", "0.5", "--targets", "beams=sampled"]
     words += ["--codec", "x={name: topk, k: 3}", "--codec", "y={name: threshold, c: 1/8}"]
     words += ["--rename", "x=z", "--shard-tokens", "100", "--bleu-tokenizer", "char"]
-    arguments = _parser().parse_args(words)
+    arguments = make_parser().parse_args(words)
     assert arguments.caches == ["a", "s3://b/c"]
     assert options_of(arguments) == CompileOptions(
         signals=["x", "y"],
@@ -38,7 +38,7 @@ def test_arguments_become_options():
         shard_tokens=100,
         bleu_tokenizer="char",
     )
-    plain = options_of(_parser().parse_args(["compile", "a", "--out", "b"]))
+    plain = options_of(make_parser().parse_args(["compile", "a", "--out", "b"]))
     assert plain == CompileOptions(filters=[])
 
 
@@ -123,5 +123,5 @@ def test_the_commands_of_the_docs_are_commands():
     assert len(commands) > 15
     for name, *words in commands:
         assert name == "kdcache"
-        arguments = _parser().parse_args(words)
+        arguments = make_parser().parse_args(words)
         options_of(arguments).check(len(arguments.caches))

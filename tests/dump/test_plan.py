@@ -174,6 +174,6 @@ def test_bad_words_are_bad_usage(words, message, capsys):
     [("200GB", 200e9), ("1.5TiB", 1.5 * 2**40), ("10 mb", 10e6), ("1024", 1024), ("3k", 3000)],
 )
 def test_sizes(text, size):
-    from kdcache.cli import _bytes
+    from kdcache.commands.dump import _bytes
 
     assert _bytes(text) == size

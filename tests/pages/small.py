@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kdcache.cli import _parser, _split_overrides
+from kdcache.cli import make_parser, split_overrides
 from kdcache.recipe import Recipe, load_recipe
 from kdcache.usage import parse
 
@@ -48,8 +48,8 @@ HYPOTHESIS = 12
 
 def shrunk(words: list[str]) -> list[str]:
     """The words of a command with those behind them that make it small."""
-    parser = _parser()
-    rest, overrides = _split_overrides(words, parser)
+    parser = make_parser()
+    rest, overrides = split_overrides(words, parser)
     arguments = parse(parser, rest)
     if arguments.command == "dump":
         return [*words, *_dump(load_recipe(arguments.recipe, overrides))]

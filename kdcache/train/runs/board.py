@@ -21,8 +21,8 @@ def check_installed() -> None:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError:
         raise RecipeError(
-            "train.log is tensorboard, which is not installed; "
-            'pip install "kdcache[tensorboard]", or set train.log null'
+            "train.log: tensorboard needs the tensorboard package; install it "
+            "(pip install tensorboard), or set train.log null"
         ) from None
 
 

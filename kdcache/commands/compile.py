@@ -1,19 +1,46 @@
-"""The arguments of `kdcache compile`, and the options they stand for."""
+"""`kdcache compile`: make one cache of others."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from kdcache.errors import KDCacheError, RecipeError
+from kdcache.commands.command import Overrides, add_command
+from kdcache.commands.output import print_summary
+from kdcache.commands.values import condition, number, told
+from kdcache.errors import RecipeError
 
 if TYPE_CHECKING:
     from kdcache.compile.options import CompileOptions
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
+def add(parsers: Any) -> None:
+    """Declare the command.
+
+    Args:
+        parsers: of the command line.
+    """
+    command = add_command(
+        parsers,
+        "compile",
+        run,
+        "make one cache of others, without a teacher",
+        "kdcache compile caches/a caches/b --out caches/both",
+    )
+    _add_arguments(command)
+
+
+def run(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    """Make one cache of others."""
+    if arguments.compress or arguments.expand or arguments.level is not None:
+        return print_summary(arguments, _transfer(arguments))
+    from kdcache.compile.compiler import compile_caches
+
+    options = options_of(arguments)
+    return print_summary(arguments, compile_caches(arguments.caches, arguments.out, options))
+
+
+def _add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare the arguments.
 
     Args:
@@ -41,13 +68,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     add("--ids", metavar="FILE", help="keep the samples listed: a sample_id or row a line")
     size = command.add_mutually_exclusive_group()
-    size.add_argument("--fraction", type=_number, metavar="X", help="keep this share of samples")
+    size.add_argument("--fraction", type=number, metavar="X", help="keep this share of samples")
     size.add_argument("--count", type=int, metavar="N", help="keep this many samples")
     add("--seed", type=int, default=0, metavar="N", help="of choices and draws (default 0)")
     add(
         "--mix",
         nargs="+",
-        type=_number,
+        type=number,
         metavar="W",
         help="take each cache's samples so often; merged else",
     )
@@ -113,19 +140,6 @@ def options_of(arguments: argparse.Namespace) -> CompileOptions:
     )
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Compile as the arguments say.
-
-    Returns:
-        The summary of `compile_caches`.
-    """
-    if arguments.compress or arguments.expand or arguments.level is not None:
-        return _transfer(arguments)
-    from kdcache.compile.compiler import compile_caches
-
-    return compile_caches(arguments.caches, arguments.out, options_of(arguments))
-
-
 def _transfer(arguments: argparse.Namespace) -> dict[str, Any]:
     """Compress or expand one cache."""
     from kdcache.compile.options import CompileOptions
@@ -144,38 +158,7 @@ def _transfer(arguments: argparse.Namespace) -> dict[str, Any]:
     return compress_cache(cache, arguments.out, arguments.level or DEFAULT_LEVEL)
 
 
-def told(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A parser whose error argparse prints as it is.
-
-    Args:
-        parse: says by a KDCacheError what is wrong.
-    """
-
-    def parsed(text: str) -> Any:
-        try:
-            return parse(text)
-        except KDCacheError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return parsed
-
-
-def _number(text: str) -> float:
-    """A number or a fraction such as 1/20."""
-    try:
-        return float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number or fraction") from None
-
-
 # What parses is imported when there is something to parse: other commands start without it.
-
-
-def condition(text: str) -> object:
-    """A filter, for argparse behind `told`."""
-    from kdcache.compile.options import parse_condition
-
-    return parse_condition(text)
 
 
 def _targets(text: str) -> object:
