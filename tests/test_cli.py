@@ -210,6 +210,17 @@ def test_an_unknown_recipe_is_told_the_nearest(capsys: pytest.CaptureFixture[str
             "dump {world}/recipe.yaml --out {tmp}/c --dump.teacher.device_map auto",
             "needs the accelerate package; install it (pip install accelerate), or leave",
         ),
+        (
+            "matplotlib",
+            "report {world}/cache --out {tmp}/page.html",
+            "a report needs the matplotlib package; install it (pip install matplotlib)",
+        ),
+        (
+            "tensorboard",
+            "train {world}/recipe.yaml --cache {world}/cache --out {tmp}/run "
+            "--train.log tensorboard",
+            "needs the tensorboard package; install it (pip install tensorboard), or set",
+        ),
     ],
 )
 def test_a_missing_extra_is_one_line_that_says_what_to_install(
@@ -226,6 +237,7 @@ def test_a_missing_extra_is_one_line_that_says_what_to_install(
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     assert said in fails(capsys, *words.format(world=world, tmp=tmp_path).split())
+    assert not list(tmp_path.iterdir())
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,6 @@
 """Reports: what they measure against plain counting, and pages in a real browser."""
 
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -176,28 +175,6 @@ def test_what_has_no_report_is_said_in_a_line(swept, world, tmp_path, capsys):
         error = capsys.readouterr().err
         assert line in error
         assert error.count("\n") == 1
-
-
-def test_a_missing_matplotlib_is_one_line(swept, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert main(["report", str(swept[0].out)]) == 1
-    error = capsys.readouterr().err
-    assert 'pip install "kdcache[report]"' in error
-    assert error.count("\n") == 1
-
-
-def test_a_missing_tensorboard_is_one_line(make_recipe, world, tmp_path, monkeypatch, capsys):
-    from kdcache.recipe import dump_recipe
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    (tmp_path / "recipe.yaml").write_text(dump_recipe(make_recipe(log="tensorboard")))
-    out = tmp_path / "run"
-    words = ["train", str(tmp_path / "recipe.yaml"), "--cache", str(world.cache)]
-    assert main([*words, "--out", str(out)]) == 1
-    error = capsys.readouterr().err
-    assert 'pip install "kdcache[tensorboard]"' in error
-    assert error.count("\n") == 1
-    assert not out.exists()
 
 
 def test_tensorboard_has_the_numbers_of_the_metrics(make_recipe, world, tmp_path):

@@ -18,7 +18,7 @@ def check_installed() -> None:
         RecipeError: the package is missing.
     """
     try:
-        import torch.utils.tensorboard  # noqa: F401
+        import tensorboard  # noqa: F401
     except ImportError:
         raise RecipeError(
             "train.log: tensorboard needs the tensorboard package; install it "
