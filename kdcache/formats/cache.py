@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,29 +15,25 @@ import pyarrow as pa
 from kdcache.errors import FormatError, IntegrityError
 from kdcache.formats.dense import DenseShard, open_dense_part
 from kdcache.formats.integrity import check_opened, check_opened_size, mapped
-from kdcache.formats.listing import list_commits, list_signals, part_of, read_commit, read_signal
+from kdcache.formats.listing import list_commits, part_of, read_commit
 from kdcache.formats.manifest import (
-    MANIFEST_NAME,
     SAMPLES,
     CommitRecord,
     FileRecord,
-    Manifest,
     PartRecord,
     StreamRecord,
     TokenizerRecord,
     commit_path,
     signal_path,
 )
+from kdcache.formats.opening import read_manifest, read_signals
 from kdcache.formats.ragged import offsets_of
-from kdcache.formats.record import read_record
 from kdcache.formats.schema import ragged_columns, samples_schema, signal_schema, stream_extras
 from kdcache.formats.shard import SampleShard, SignalShard, open_part, sample_shard
 from kdcache.formats.signals import (
     AttentionRecord,
-    BeamsRecord,
     HiddenRecord,
     LogitsRecord,
-    MasksRecord,
     SignalRecord,
 )
 from kdcache.formats.stores.store import REPAIR, Store, open_store
@@ -88,18 +83,8 @@ class Cache:
         """
         self.store = store
         self.path = store.name
-        self.manifest = _read_manifest(store)
-        self.signals: dict[str, SignalRecord] = {}
-        for name in list_signals(store):
-            with contextlib.suppress(*([FormatError] if skip_broken else [])):
-                self.signals[name] = _checked_signal(self, name)
-        for name, record in list(self.signals.items()):
-            try:
-                _check_inputs(self, record)
-            except FormatError:
-                if not skip_broken:
-                    raise
-                del self.signals[name]
+        self.manifest = read_manifest(store)
+        self.signals = read_signals(store, self.manifest, skip_broken)
         self._commits: dict[tuple[str, int], CommitRecord] = {}
         self._checked: set[str] = set()
         self._valid: set[str] = set()
@@ -390,60 +375,3 @@ class Cache:
         file = next(file for file in self.tokenizer(name).files if file.path == path)
         data = bytes(self._mapped(file))
         return decode_tokens(data, self.store.at(path), self.tokenizer(name).vocab_size)
-
-
-def _read_manifest(store: Store) -> Manifest:
-    try:
-        return read_record(Manifest, store, MANIFEST_NAME)
-    except FileNotFoundError:
-        pass
-    if not store.exists():
-        raise FormatError(f"{store.name}: nothing there; a cache is what `kdcache dump` made")
-    have = len(list_commits(store).get(SAMPLES, set()))
-    if have:
-        raise FormatError(
-            f"{store.name}: dump is unfinished: {have} shards of 'samples' are committed and there "
-            f"is no {MANIFEST_NAME}; run the same `kdcache dump` again to finish"
-        )
-    raise FormatError(f"{store.name}: not a cache: it has no {MANIFEST_NAME}")
-
-
-def _checked_signal(cache: Cache, name: str) -> SignalRecord:
-    """A signal's record whose streams are the manifest's."""
-    record, where = read_signal(cache.store, name), cache.store.at(signal_path(name))
-    sides: Mapping[str, tuple[str | None, str | None]] = {
-        "stream": (record.stream, record.stream_digest),
-        "source": (record.source, record.source_digest),
-    }
-    for role, (stream, digest) in sides.items():
-        if stream is None:
-            continue
-        if stream not in cache.manifest.streams:
-            raise FormatError(
-                f"{where}: signal {name!r}: its {role} {stream!r} is no stream of the cache; "
-                f"{MANIFEST_NAME} has {sorted(cache.manifest.streams)}"
-            )
-        found = cache.manifest.streams[stream].digest
-        if found != digest:
-            raise IntegrityError(
-                f"{where}: signal {name!r} was made for {role} {stream!r} of digest {digest}, "
-                f"{MANIFEST_NAME} has {found}: its labels belong to other tokens"
-            )
-    return record
-
-
-def _check_inputs(cache: Cache, record: SignalRecord) -> None:
-    """What a signal was made from must be there, of the right kind and over the same tokens."""
-    for role, name, kind in (
-        ("masks", record.masks, MasksRecord),
-        ("hypotheses", record.hypotheses, BeamsRecord),
-    ):
-        if name is None:
-            continue
-        found = cache.signals.get(name)
-        if not isinstance(found, kind) or found.stream != record.stream:
-            what = f"of kind {found.kind} over stream {found.stream!r}" if found else "missing"
-            raise FormatError(
-                f"{cache.store.at(signal_path(record.name))}: made from the {role} {name!r} over "
-                f"stream {record.stream!r}; that signal is {what}"
-            )
