@@ -58,8 +58,9 @@ class AxolotlReader:
     def rows(self, advance: Callable[[int], object], start: int = 0) -> Iterator[PeerRow]:
         """See `Reader`."""
         for number, where, row in json_lines(self._paths, advance, start):
+            messages = required(row, self._messages, "messages", where)
             try:
-                text = chats.canonical(required(row, self._messages, "messages", where))
+                text = chats.canonical(messages)
             except ValueError as error:
                 raise CorpusError(f"{where}: {error}") from None
             read = lambda row=row, where=where: self._labels(row, where)  # noqa: E731

@@ -33,9 +33,9 @@ def check_causal(cache: Cache, record: LogitsRecord) -> None:
     """
     stream = cache.stream(record.stream)
     if record.at != "positions" or stream.template == "chat":
-        found = "the assistant's tokens alone" if record.at == "positions" else f"at {record.at}"
+        found = "the assistant's tokens alone" if record.at == "positions" else record.at
         raise RecipeError(
-            f"{cache.path}: signal {record.name!r} has labels of {found}; these formats want them "
+            f"{cache.path}: signal {record.name!r} has labels at {found}; these formats want them "
             "at every token of a text but the first; export to parquet instead"
         )
     if not record.codec.has_exact or record.codec.has_drawn:

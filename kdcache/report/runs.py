@@ -13,6 +13,7 @@ from typing import Any
 from kdcache.errors import StorageError
 from kdcache.recipe import Recipe, load_recipe
 from kdcache.report.document import Code, Section, Table
+from kdcache.train.runs.run import whole_lines
 
 RECIPE, RECORD, METRICS, EVALUATION = "recipe.yaml", "run.json", "metrics.jsonl", "evaluation.json"
 #: Terms that are over references and gold labels: what a run has without a teacher.
@@ -74,13 +75,7 @@ class RunRecord:
             lines = (self.path / METRICS).read_text(encoding="utf-8").splitlines()
         except OSError:
             return []
-        found = []
-        for line in lines:
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue  # a run that goes on is writing it
-        return found
+        return whole_lines(lines)
 
     def curve(self, *keys: str) -> list[tuple[float, float]]:
         """(step, number) of all lines of metrics that have it, by its path."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
@@ -13,6 +12,7 @@ from typing import Any
 from kdcache.report.text import number
 from kdcache.sweep.folder import METRICS, read_summary
 from kdcache.sweep.plan import PlannedRun, short_names, shown
+from kdcache.train.runs.run import whole_lines
 
 #: Seconds between two drawings.
 _INTERVAL = 0.5
@@ -144,13 +144,7 @@ def _last_lines(path: Path) -> list[dict[str, Any]]:
             lines = file.read().decode("utf-8", "replace").splitlines()[1 if size > _TAIL else 0 :]
     except OSError:
         return []
-    found = []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue  # being written
-    return found
+    return whole_lines(lines)
 
 
 def _duration(seconds: float) -> str:

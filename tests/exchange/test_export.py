@@ -261,7 +261,7 @@ def test_an_output_is_whole_or_not_there(cache, tmp_path, monkeypatch, capsys):
 REFUSED = {
     "not at every token": (
         {"format": "distillkit", "signals": ["all"]},
-        "has labels of at targets; these formats want them at every token",
+        "has labels at targets; these formats want them at every token",
     ),
     "several signals": ({"format": "vllm"}, "is made of one signal of soft labels"),
     "no hypotheses": (

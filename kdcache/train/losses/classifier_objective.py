@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from kdcache.errors import RecipeError
 from kdcache.formats.signals import ClassesRecord, SignalRecord
@@ -21,6 +20,7 @@ from kdcache.recipe import (
 from kdcache.train.batches.gold import GOLD, GoldLabels, shown
 from kdcache.train.losses.layer_terms import check_layers_signal, check_scores_signal
 from kdcache.train.losses.objective import Moment, Objective, used_terms
+from kdcache.train.losses.score_terms import tempered
 
 
 class ClassifierObjective(Objective):
@@ -106,14 +106,7 @@ class ClassifierObjective(Objective):
 
     def at(self, step: int, total_steps: int) -> list[Moment]:
         """The terms that count at a step, see `Objective.at`."""
-        found = []
-        for one in super().at(step, total_steps):
-            term = self.terms[one.number]
-            if isinstance(term, ScoreKLTerm):
-                factor = term.temperature**2 if term.temperature_squared else 1.0
-                one = replace(one, weight=one.weight * factor, temperature=term.temperature)
-            found.append(one)
-        return found
+        return list(tempered(super().at(step, total_steps), self.terms))
 
 
 def _check_kind(where: str, term: Term) -> None:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from kdcache.errors import RecipeError
 from kdcache.formats.signals import ClassesRecord, SignalRecord
@@ -15,6 +14,7 @@ from kdcache.train.batches.gold import GOLD, shown
 from kdcache.train.batches.tasks import TaskGold, TaskOrder
 from kdcache.train.losses.layer_terms import check_scores_signal
 from kdcache.train.losses.objective import Moment, Objective, used_terms
+from kdcache.train.losses.score_terms import tempered
 
 #: What a signal of each kind of task says.
 PROBLEMS = {
@@ -90,14 +90,7 @@ class MultiTaskObjective(Objective):
 
     def at(self, step: int, total_steps: int) -> list[Moment]:
         """The terms that count at a step, see `Objective.at`."""
-        found = []
-        for one in super().at(step, total_steps):
-            term = self.terms[one.number]
-            if isinstance(term, ScoreKLTerm):
-                factor = term.temperature**2 if term.temperature_squared else 1.0
-                one = replace(one, weight=one.weight * factor, temperature=term.temperature)
-            found.append(one)
-        return found
+        return list(tempered(super().at(step, total_steps), self.terms))
 
 
 def signal_name(term: ScoreMSETerm | ScoreKLTerm, task: str) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -238,3 +238,18 @@ def write_text(path: Path, text: str) -> None:
         return path
 
     write_data(path, write)
+
+
+def whole_lines(lines: Iterable[str]) -> list[dict[str, Any]]:
+    """Lines of metrics as values, without those that are still being written.
+
+    Args:
+        lines: of metrics.jsonl.
+    """
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found

@@ -21,11 +21,11 @@ from kdcache.recipe import (
     ScoreMSETerm,
 )
 from kdcache.train.batches.batch import Batch, Scores, Tokens
-from kdcache.train.losses.class_losses import label_cross_entropy, label_mse, score_kl
+from kdcache.train.losses.class_losses import label_cross_entropy, label_mse
 from kdcache.train.losses.classifier_objective import ClassifierObjective
-from kdcache.train.losses.feature_losses import score_mse
 from kdcache.train.losses.layer_terms import LayersLoss
 from kdcache.train.losses.objective import Moment
+from kdcache.train.losses.score_terms import scores_loss
 from kdcache.train.students.distillation import Distillation
 from kdcache.train.students.student_outputs import Layers, StudentOutputs
 
@@ -96,11 +96,7 @@ class ClassifierDistillation(Distillation):
         assert isinstance(term, ScoreMSETerm | ScoreKLTerm)
         scores = micro.signals[term.signal]
         assert isinstance(scores, Scores)
-        own, teacher = logits[scores.counts > 0], scores.values.view(-1, len(scores.labels))
-        if isinstance(term, ScoreKLTerm):
-            return score_kl(own, teacher, moment.temperature, share)
-        each = share * (len(scores.labels) if term.over_classes == "sum" else 1)
-        return score_mse(own, teacher, own.new_full((len(own),), each, dtype=torch.float32))
+        return scores_loss(term, logits, scores, moment.temperature, share)
 
 
 def class_scores(model: Any, tokens: Tokens) -> Tensor:

@@ -28,10 +28,9 @@ from kdcache.multi_task import (
 from kdcache.recipe import ScoreKLTerm, ScoreMSETerm, StudentSection, TaskLossTerm
 from kdcache.tasks import Task
 from kdcache.train.batches.batch import Batch, Scores
-from kdcache.train.losses.class_losses import score_kl
-from kdcache.train.losses.feature_losses import score_mse
 from kdcache.train.losses.multi_task_objective import MultiTaskObjective, signal_name
 from kdcache.train.losses.objective import Moment
+from kdcache.train.losses.score_terms import scores_loss
 from kdcache.train.losses.task_losses import task_loss
 from kdcache.train.students.distillation import Distillation
 from kdcache.train.students.layer_copy import with_layers
@@ -93,11 +92,7 @@ class MultiTaskDistillation(Distillation):
         assert isinstance(term, ScoreMSETerm | ScoreKLTerm)
         scores = micro.signals[signal_name(term, micro.task)]
         assert isinstance(scores, Scores)
-        own, teacher = logits[scores.counts > 0], scores.values.view(-1, len(scores.labels))
-        if isinstance(term, ScoreKLTerm):
-            return score_kl(own, teacher, moment.temperature, share)
-        each = share * (len(scores.labels) if term.over_classes == "sum" else 1)
-        return score_mse(own, teacher, own.new_full((len(own),), each, dtype=torch.float32))
+        return scores_loss(term, logits, scores, moment.temperature, share)
 
 
 def config_at(path: str | Path) -> MultiTaskConfig | None:
