@@ -294,7 +294,7 @@ def test_what_cannot_be_written_is_refused(cache, tmp_path, name):
     ("words", "message"),
     [
         (["parquet", "--gzip"], "argument --gzip: goes with the format text"),
-        (["text", "--n-best", "0"], "argument --n-best: 0 is given"),
+        (["text", "--n-best", "0"], "argument --n-best: '0' is given"),
         (["text", "--suffixes", "a", "a"], "give no two names"),
         (["text", "--filter", "x"], "argument --filter: filter 'x': expected one such as"),
         (["words"], "invalid choice: 'words'"),

@@ -287,6 +287,13 @@ def test_a_text_of_another_length_is_refused(data, tmp_path):
         bring(data, path, tmp_path / "cache", "axolotl")
 
 
+def test_a_row_without_messages_is_said_once(data, tmp_path):
+    path = peers.write_vllm(data, tmp_path / "bad.jsonl")
+    with pytest.raises(CorpusError) as caught:
+        bring(data, path, tmp_path / "cache", "axolotl")
+    assert str(caught.value).startswith(f"{path}: line 1: no messages: expected the key 'messages'")
+
+
 def test_bytes_of_another_config_are_refused(data, tmp_path):
     files, _ = peers.write_distillkit(data, tmp_path / "capture")
     with pytest.raises(RecipeError, match=r"nothing\.yaml: cannot be read"):
