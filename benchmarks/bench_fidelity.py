@@ -77,7 +77,7 @@ def train_one(args: argparse.Namespace, method: str, seed: int, setting: Setting
     from kdcache.dump.teachers.loading import load_teacher
     from kdcache.formats.cache import open_cache
     from kdcache.labels import CodedLabels, decode
-    from kdcache.models import load_tokenizer
+    from kdcache.models.loading import load_tokenizer
     from kdcache.recipe import StudentSection, TeacherSection
     from kdcache.train.batches.batch import Batch
     from kdcache.train.batches.stream import BatchStream

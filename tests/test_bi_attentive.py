@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from kdcache.bi_attentive import BiAttentive, BiAttentiveConfig
-from kdcache.multi_task import MultiTaskConfig, MultiTaskModel
+from kdcache.models.bi_attentive import BiAttentive, BiAttentiveConfig
+from kdcache.models.multi_task import MultiTaskConfig, MultiTaskModel
+from kdcache.models.tasks import Task
 from kdcache.recipe import load_recipe
-from kdcache.tasks import Task
 
 SIZES = {
     "vocab_size": 40,

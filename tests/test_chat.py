@@ -3,8 +3,8 @@ import re
 
 import pytest
 
-from kdcache.chat import ChatTemplate
 from kdcache.errors import CorpusError, ModelError
+from kdcache.text.chat import ChatTemplate
 from tests.dump.world import make_lines
 from tests.dump.zoo import CHAT_TEMPLATE, TOKENIZERS
 

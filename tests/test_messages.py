@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from kdcache.messages import canonical, parse
+from kdcache.text.messages import canonical, parse
 
 CHAT = [
     {"role": "user", "content": "Wie geht's? \u2028 \u00e4"},

@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from kdcache import models
 from kdcache.errors import ModelError
-from kdcache.models import recorded, replayed, resolve_device, shift_right
+from kdcache.models import loading
+from kdcache.models.loading import resolve_device
+from kdcache.models.passes import recorded, replayed, shift_right
 
 
 def test_shift_right():
@@ -22,7 +23,7 @@ def test_no_such_model(path, message, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     with pytest.raises(ModelError, match=message) as error:
-        models.model_directory(path)
+        loading.model_directory(path)
     assert "\n" not in str(error.value)
 
 
@@ -30,9 +31,9 @@ def test_a_hub_id_is_resolved_to_its_commit(tmp_path, monkeypatch):
     snapshot = tmp_path / "0123abc"
     snapshot.mkdir()
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: str(snapshot))
-    assert models.model_directory("who/what", "main") == (snapshot, "0123abc")
+    assert loading.model_directory("who/what", "main") == (snapshot, "0123abc")
     with pytest.raises(ModelError, match="no revision"):
-        models.model_directory(str(tmp_path), "main")
+        loading.model_directory(str(tmp_path), "main")
 
 
 def test_devices():

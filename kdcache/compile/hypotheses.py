@@ -41,7 +41,7 @@ class Texts:
             ModelError: transformers cannot load the tokenizer.
         """
         if self._backend is None:
-            from kdcache.models import load_tokenizer
+            from kdcache.models.loading import load_tokenizer
 
             self._backend = load_tokenizer(self._cache.tokenizer_dir(self._name))
         flat = tokens.fields["id"]

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kdcache.corpus import RowBatch
 from kdcache.dump.tokenize import Tokenizer
 from kdcache.formats.identity import sample_id
 from kdcache.formats.ragged import Ragged
 from kdcache.recipe import StreamSection
+from kdcache.text.corpus import RowBatch
 
 
 @dataclass(frozen=True)

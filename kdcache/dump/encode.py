@@ -8,13 +8,13 @@ from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 
-from kdcache.corpus import RowBatch
 from kdcache.dump.chunk import encode_stream
 from kdcache.dump.tokenize import Tokenizer
 from kdcache.errors import ModelError
 from kdcache.formats.ragged import Ragged
 from kdcache.processes import worker_pool
 from kdcache.recipe import StreamSection
+from kdcache.text.corpus import RowBatch
 
 #: A corpus of fewer rows is tokenised before other processes have started.
 FEW_ROWS = 200_000

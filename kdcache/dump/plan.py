@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from kdcache.corpus import read_corpus
 from kdcache.dump.audit import AuditPlan, encoder_of
 from kdcache.dump.batches import Batch, plan_batches
 from kdcache.dump.codecs.trial import Trials
@@ -33,9 +32,10 @@ from kdcache.formats.dense import dense_row_bytes
 from kdcache.formats.manifest import SAMPLES
 from kdcache.formats.signals import AttentionRecord, HiddenRecord, LogitsRecord
 from kdcache.formats.zarr_layout import CHUNK_ROWS
-from kdcache.models import resolve_device
+from kdcache.models.loading import resolve_device
 from kdcache.progress import progress
 from kdcache.recipe import CorpusSection, LogitsSignal, Recipe
+from kdcache.text.corpus import read_corpus
 
 #: Rows of a pilot, and most positions that codecs are tried on.
 PILOT_ROWS, TRIAL_POSITIONS = 400, 4000

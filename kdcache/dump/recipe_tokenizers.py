@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator
 from itertools import islice
 
-from kdcache.corpus import read_corpus
 from kdcache.dump.teachers.in_turn import Teachers
 from kdcache.dump.tokenize import Tokenizer, train_sentencepiece
 from kdcache.dump.wordpiece import train_wordpiece
@@ -19,6 +18,7 @@ from kdcache.recipe import (
     SentencePieceTokenizer,
     WordPieceTokenizer,
 )
+from kdcache.text.corpus import read_corpus
 
 logger = logging.getLogger(__name__)
 

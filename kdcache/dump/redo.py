@@ -15,7 +15,6 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from kdcache.corpus import read_corpus
 from kdcache.dump.checks import check_streams
 from kdcache.dump.ranks import Ranks
 from kdcache.dump.recipe_tokenizers import max_tokens, recipe_tokenizers
@@ -50,6 +49,7 @@ from kdcache.formats.stores.store import Store, open_store
 from kdcache.formats.writer import SIGNAL_IGNORES, CacheWriter
 from kdcache.recipe import Recipe, load_recipe, parse_recipe
 from kdcache.recipe.tree import override
+from kdcache.text.corpus import read_corpus
 
 Overrides = Sequence[tuple[str, str]]
 

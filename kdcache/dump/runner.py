@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.corpus import read_corpus
 from kdcache.dump.checks import check_inputs, check_later, check_signal, check_streams
 from kdcache.dump.ranks import Ranks
 from kdcache.dump.recipe_tokenizers import pretrained_tokenizers
@@ -29,6 +28,7 @@ from kdcache.formats.writer import CacheWriter
 from kdcache.recipe import (
     Recipe,
 )
+from kdcache.text.corpus import read_corpus
 
 logger = logging.getLogger(__name__)
 

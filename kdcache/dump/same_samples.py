@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from kdcache.corpus import read_corpus
 from kdcache.dump.chunk import sample_ids_of
 from kdcache.errors import IdentityError
 from kdcache.formats.cache import Cache
@@ -16,6 +15,7 @@ from kdcache.formats.identity import CorpusDigest, differences
 from kdcache.formats.manifest import Manifest
 from kdcache.progress import progress
 from kdcache.recipe import CorpusSection, Recipe
+from kdcache.text.corpus import read_corpus
 
 
 def manifest_recipe(recipe: Recipe, max_tokens: int | None) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from contextlib import closing
 
 import numpy as np
 
-from kdcache.corpus import RowBatch, read_corpus
 from kdcache.dump.chunk import Chunk, sample_ids_of
 from kdcache.dump.encode import FEW_ROWS, encoded
 from kdcache.dump.same_samples import manifest_recipe
@@ -41,6 +40,7 @@ from kdcache.formats.schema import (
 from kdcache.formats.writer import CacheWriter
 from kdcache.progress import progress
 from kdcache.recipe import CorpusSection, DumpSection, Recipe, StreamSection
+from kdcache.text.corpus import RowBatch, read_corpus
 
 
 class SampleWriter:

@@ -7,7 +7,6 @@ import time
 
 import numpy as np
 
-from kdcache.corpus import read_corpus
 from kdcache.dump.ranks import Ranks
 from kdcache.dump.recipe_tokenizers import max_tokens, trained_tokenizers
 from kdcache.dump.same_samples import check_corpus, check_recipe
@@ -21,6 +20,7 @@ from kdcache.formats.manifest import SAMPLES
 from kdcache.formats.stores.claims import POLL_SECONDS
 from kdcache.formats.writer import CacheWriter
 from kdcache.recipe import CorpusSection, Recipe
+from kdcache.text.corpus import read_corpus
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.chat import ChatTemplate
 from kdcache.errors import CorpusError, ModelError
 from kdcache.formats.ragged import Ragged, offsets_of
-from kdcache.models import load_tokenizer, model_directory
+from kdcache.models.loading import load_tokenizer, model_directory
 from kdcache.recipe import SentencePieceTokenizer
-from kdcache.tokenizers import (
+from kdcache.text.chat import ChatTemplate
+from kdcache.text.tokenizers import (
     all_special_ids,
     directory_files,
     encode_pairs,
@@ -131,7 +131,7 @@ class Tokenizer:
         """Conversations as "id" int64 and "loss" uint8, 1 for what the assistant wrote.
 
         Args:
-            texts: M texts of messages, see `kdcache.messages`; an empty one has no tokens.
+            texts: M texts of messages, see `kdcache.text.messages`; an empty one has no tokens.
             place: says for a message where one of them stands.
 
         Raises:

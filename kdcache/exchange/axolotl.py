@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from kdcache import messages as chats
 from kdcache.errors import CorpusError
 from kdcache.exchange.json_lines import json_lines, required, total_bytes
 from kdcache.exchange.peer_rows import PeerLabels, PeerRow, integers
+from kdcache.text import messages as chats
 
 #: Keys that are looked for where none is named.
 MESSAGES = ["messages", "messages_combined"]

@@ -11,7 +11,7 @@ from typing import IO, Any
 from kdcache.dump.runner import dump
 from kdcache.errors import StorageError
 from kdcache.formats.stores.commit import storage_errors, write_data
-from kdcache.models import quiet_transformers
+from kdcache.models.loading import quiet_transformers
 from kdcache.quickstart import grammar
 from kdcache.quickstart.outcome import report_page
 from kdcache.quickstart.plan import (

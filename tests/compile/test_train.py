@@ -20,7 +20,7 @@ from kdcache.formats.checks.verify import verify_cache
 from kdcache.formats.keyed import text_key
 from kdcache.formats.schema import join_ids
 from kdcache.labels import LogitsSpec, coded_labels, decode, densify
-from kdcache.models import shift_right
+from kdcache.models.passes import shift_right
 from kdcache.recipe import parse_recipe
 from kdcache.train.batches.stream import BatchStream
 from kdcache.train.losses.schedule import learning_rate

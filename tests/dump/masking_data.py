@@ -6,9 +6,9 @@ import numpy as np
 
 from kdcache.formats.ragged import Ragged, offsets_of
 from kdcache.formats.schema import join_ids
-from kdcache.mask_choice import Scheme
-from kdcache.masking import MaskVocabulary, draw_masks, scheme_of
 from kdcache.recipe.signals import MasksSignal
+from kdcache.text.mask_choice import Scheme
+from kdcache.text.masking import MaskVocabulary, draw_masks, scheme_of
 
 SCHEMES = ["bert", "whole_word", "span", "segment", "word"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -6,7 +6,7 @@ import transformers
 
 from kdcache.dump.batches import Batch, pad
 from kdcache.formats.ragged import Ragged, offsets_of
-from kdcache.models import load_tokenizer
+from kdcache.models.loading import load_tokenizer
 from tests.dump import zoo as models
 
 HEADS = {

@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from kdcache import corpus as corpus_module
 from kdcache.compile import CompileOptions, compile_caches
-from kdcache.corpus import read_corpus
 from kdcache.dump.runner import dump
 from kdcache.errors import CorpusError, IdentityError, ModelError, RecipeError
 from kdcache.formats.cache import open_cache
 from kdcache.formats.checks.verify import verify_cache
 from kdcache.recipe import CorpusSection, parse_recipe
+from kdcache.text import corpus as corpus_module
+from kdcache.text.corpus import read_corpus
 from tests.dump.descriptions import NOISE
 from tests.dump.test_classes import Oracle, stored
 from tests.dump.world import make_lines

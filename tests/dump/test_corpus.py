@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kdcache import corpus as corpus_module
-from kdcache.corpus import read_corpus
 from kdcache.errors import CorpusError
 from kdcache.recipe import CorpusSection
+from kdcache.text import corpus as corpus_module
+from kdcache.text.corpus import read_corpus
 
 SRC = ["eins zwei", "Ärger 12", "  ", "vier \u2028 noch vier", "", "sechs"]
 TGT = ["one two", "trouble 12", "blank", "four \u2028 still four", "nothing", "six"]

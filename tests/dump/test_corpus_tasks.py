@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kdcache import corpus as corpus_module
-from kdcache.corpus import read_corpus
 from kdcache.errors import CorpusError, RecipeError
 from kdcache.recipe import CorpusSection, parse_recipe
+from kdcache.text import corpus as corpus_module
+from kdcache.text.corpus import read_corpus
 
 POLAR = [("good film", "1"), ("", "0"), ("bad film", "0"), ("fine", "1"), ("so so", "0")]
 ENTAIL = [("a b", "a", "yes"), ("a", " ", "no"), ("c", "b", "no")]

@@ -10,10 +10,10 @@ from concurrent.futures import Future
 
 import pytest
 
-from kdcache.corpus import RowBatch
 from kdcache.dump import encode, samples
 from kdcache.dump.runner import dump
 from kdcache.errors import CorpusError, ModelError
+from kdcache.text.corpus import RowBatch
 from tests.dump.test_samples import CHATS, WORDS, recipe
 from tests.dump.zoo import TOKENIZERS
 
@@ -22,7 +22,7 @@ from tests.dump.zoo import TOKENIZERS
 def root(tmp_path, monkeypatch):
     """A corpus of 21 batches of rows, large enough for others to be asked."""
     monkeypatch.setattr(samples, "FEW_ROWS", 0)
-    monkeypatch.setattr("kdcache.corpus.BATCH_ROWS", 20)
+    monkeypatch.setattr("kdcache.text.corpus.BATCH_ROWS", 20)
     TOKENIZERS["bert"](WORDS).save_pretrained(tmp_path / "bert")
     lines = [" ".join(WORDS[n % 7 : n % 11 + 1]) or "x" for n in range(420)]
     (tmp_path / "text").write_text("".join(line + "\n" for line in lines))

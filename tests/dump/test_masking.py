@@ -10,7 +10,7 @@ import pytest
 
 from kdcache.formats.keyed import sample_keys
 from kdcache.formats.ragged import Ragged
-from kdcache.mask_choice import Tokens, span_lengths
+from kdcache.text.mask_choice import Tokens, span_lengths
 from tests.dump.chi_squared import assert_counts, assert_independent, assert_same_counts
 from tests.dump.masking_data import (
     CLS,

@@ -12,11 +12,11 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import kdcache.masking as masking
+import kdcache.text.masking as masking
 from kdcache.errors import FormatError, ModelError
 from kdcache.formats.ragged import Ragged, offsets_of, segment_indices
-from kdcache.mask_choice import Scheme
-from kdcache.masking import MaskVocabulary
+from kdcache.text.mask_choice import Scheme
+from kdcache.text.masking import MaskVocabulary
 from tests.dump.masking_data import (
     CLS,
     MASK,

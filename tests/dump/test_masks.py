@@ -10,9 +10,9 @@ from kdcache.formats.cache import open_cache
 from kdcache.formats.checks.verify import verify_cache
 from kdcache.formats.masks import masked_stream, masked_tokens
 from kdcache.formats.ragged import Ragged, concat, offsets_of
-from kdcache.masking import MaskVocabulary, draw_masks, scheme_of
 from kdcache.recipe import parse_recipe
 from kdcache.recipe.signals import MasksSignal
+from kdcache.text.masking import MaskVocabulary, draw_masks, scheme_of
 from tests.dump.world import tree
 
 SCHEMES = ["bert", "whole_word", "span", "segment", "word"]

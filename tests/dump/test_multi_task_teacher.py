@@ -10,7 +10,7 @@ from kdcache.dump.runner import dump
 from kdcache.errors import ModelError
 from kdcache.formats.cache import open_cache
 from kdcache.formats.checks.verify import verify_cache
-from kdcache.multi_task import MultiTaskConfig, MultiTaskModel
+from kdcache.models.multi_task import MultiTaskConfig, MultiTaskModel
 from kdcache.recipe import parse_recipe
 from tests.dump.test_classes import stored
 from tests.train.conftest import make_lines

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, BertConfig, BertForPreTraining, T5Config, T5Model
 
-from kdcache import models
 from kdcache.dump.teachers.loading import load_teacher, teacher_positions
 from kdcache.errors import ModelError
+from kdcache.models import passes
 from kdcache.recipe import TeacherSection
 from tests.dump import zoo as zoo_models
 from tests.dump.reading import batch_of, close, plain
@@ -133,9 +133,9 @@ def test_the_hook_is_gone_afterwards(world, family):
     ids = torch.tensor([[5, 6, 1]])
     two = torch.tensor([[True, True, False]])
     with torch.no_grad():
-        with models.project_only(teacher.model, two):
+        with passes.project_only(teacher.model, two):
             assert len(teacher.model(input_ids=ids, decoder_input_ids=ids).logits) == 2
-        with pytest.raises(IndexError), models.project_only(teacher.model, two[:, :2]):
+        with pytest.raises(IndexError), passes.project_only(teacher.model, two[:, :2]):
             teacher.model(input_ids=ids, decoder_input_ids=ids)
         assert teacher.model(input_ids=ids, decoder_input_ids=ids).logits.dim() == 3
 
@@ -279,7 +279,7 @@ def test_positions(zoo, architecture, head, limit):
 
 
 def test_positions_of_other_models():
-    from kdcache.positions import max_positions
+    from kdcache.models.positions import max_positions
 
     def of(model_type, **keys):
         return max_positions(AutoConfig.for_model(model_type, **keys))

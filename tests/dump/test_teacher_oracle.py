@@ -6,7 +6,7 @@ import torch
 
 from kdcache.dump.teachers.loading import load_teacher
 from kdcache.errors import ModelError
-from kdcache.models import load_tokenizer
+from kdcache.models.loading import load_tokenizer
 from kdcache.recipe import TeacherSection
 from tests.dump import zoo as models
 from tests.dump.reading import (

@@ -6,7 +6,7 @@ import pytest
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from kdcache.dump.tokenize import Tokenizer
-from kdcache.tokenizers import all_special_ids
+from kdcache.text.tokenizers import all_special_ids
 from tests.dump.world import make_lines
 from tests.dump.zoo import TOKENIZERS
 

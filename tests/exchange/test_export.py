@@ -18,7 +18,7 @@ from kdcache.exchange.exporter import ExportOptions, export_cache
 from kdcache.exchange.importer import ImportOptions, import_files
 from kdcache.formats.cache import open_cache
 from kdcache.formats.schema import join_ids
-from kdcache.models import load_tokenizer
+from kdcache.models.loading import load_tokenizer
 from kdcache.recipe import parse_recipe
 from kdcache.report.inspect import inspect_cache
 from tests.exchange import peers

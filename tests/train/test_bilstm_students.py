@@ -10,10 +10,10 @@ import torch
 from kdcache.dump.runner import dump
 from kdcache.errors import IdentityError, ModelError
 from kdcache.formats.cache import open_cache
-from kdcache.models import load_tokenizer
-from kdcache.multi_task import MultiTaskConfig, MultiTaskModel
+from kdcache.models.loading import load_tokenizer
+from kdcache.models.multi_task import MultiTaskConfig, MultiTaskModel
+from kdcache.models.tasks import Task
 from kdcache.recipe import EvaluateSection, load_recipe, parse_recipe
-from kdcache.tasks import Task
 from kdcache.train.evaluation.evaluate import evaluate
 from kdcache.train.runs.loop import train
 from kdcache.train.runs.trainer import Trainer

@@ -15,7 +15,7 @@ from kdcache.dump.runner import dump
 from kdcache.errors import CorpusError, IdentityError, ModelError, RecipeError, TrainingError
 from kdcache.formats.cache import open_cache
 from kdcache.labels import decode
-from kdcache.models import load_tokenizer
+from kdcache.models.loading import load_tokenizer
 from kdcache.recipe import EvaluateSection, load_recipe, parse_recipe
 from kdcache.train.evaluation.evaluate import evaluate, read_evaluation
 from kdcache.train.families.causal_lm import score_causal

@@ -20,7 +20,7 @@ from kdcache.losses import (
     reverse_kl_rows,
     total_variation_rows,
 )
-from kdcache.models import shift_right
+from kdcache.models.passes import shift_right
 from kdcache.recipe import parse_recipe
 from kdcache.train.batches.stream import BatchStream
 from kdcache.train.losses.narrowing import narrowed

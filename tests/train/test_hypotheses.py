@@ -14,7 +14,7 @@ from kdcache.errors import IdentityError, ModelError, RecipeError
 from kdcache.formats.cache import open_cache
 from kdcache.formats.schema import join_ids
 from kdcache.labels import decode, densify, entropy_nats
-from kdcache.models import load_tokenizer
+from kdcache.models.loading import load_tokenizer
 from kdcache.recipe import parse_recipe
 from kdcache.train.batches.batch import Hypotheses
 from kdcache.train.batches.hypotheses import with_hypotheses

@@ -16,7 +16,7 @@ from kdcache.dump.runner import dump
 from kdcache.errors import RecipeError
 from kdcache.formats.cache import open_cache
 from kdcache.formats.signals import HiddenRecord
-from kdcache.models import shift_right
+from kdcache.models.passes import shift_right
 from kdcache.recipe import HiddenMSETerm, StudentSection, load_recipe, parse_recipe
 from kdcache.train.batches.batch import Batch, DenseRows, Tokens
 from kdcache.train.evaluation.evaluate import count_parameters

@@ -14,9 +14,9 @@ from kdcache.dump.runner import dump
 from kdcache.errors import IdentityError, ModelError, RecipeError, TrainingError
 from kdcache.formats.cache import open_cache
 from kdcache.labels import decode
-from kdcache.masking import scheme_of
-from kdcache.models import load_tokenizer
+from kdcache.models.loading import load_tokenizer
 from kdcache.recipe import EvaluateSection, MasksSignal, load_recipe, parse_recipe
+from kdcache.text.masking import scheme_of
 from kdcache.train.evaluation.evaluate import evaluate, read_evaluation
 from kdcache.train.evaluation.masked import masks_of
 from kdcache.train.families.masked_lm import masked_texts, scheme_of_record, score_masked

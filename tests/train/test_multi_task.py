@@ -16,9 +16,9 @@ from transformers import BertConfig, BertForMaskedLM
 from kdcache.dump.runner import dump
 from kdcache.errors import CorpusError, IdentityError, ModelError, RecipeError, TrainingError
 from kdcache.formats.cache import open_cache
-from kdcache.multi_task import MultiTaskConfig, MultiTaskModel
+from kdcache.models.multi_task import MultiTaskConfig, MultiTaskModel
+from kdcache.models.tasks import Task
 from kdcache.recipe import EvaluateSection, load_recipe, parse_recipe
-from kdcache.tasks import Task
 from kdcache.train.batches.stream import BatchStream
 from kdcache.train.evaluation.evaluate import evaluate
 from kdcache.train.evaluation.metrics import binary_f1

@@ -11,7 +11,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from kdcache.formats.cache import open_cache
 from kdcache.formats.keyed import text_key
-from kdcache.models import shift_right
+from kdcache.models.passes import shift_right
 from kdcache.train.batches.stream import BatchStream
 from kdcache.train.losses.schedule import learning_rate
 from kdcache.train.runs.loop import train

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from kdcache.corpus import read_corpus
-from kdcache.detokenize import wikitext
-from kdcache.models import load_tokenizer
+from kdcache.models.loading import load_tokenizer
 from kdcache.recipe import CorpusSection, EvaluateSection, PerturbSection, dump_recipe, parse_recipe
+from kdcache.text.corpus import read_corpus
+from kdcache.text.detokenize import wikitext
 from kdcache.train.evaluation.evaluate import evaluate, load_model, score_model
 from kdcache.train.evaluation.latency import timed
 from kdcache.train.evaluation.perturb import perturbed, robustness

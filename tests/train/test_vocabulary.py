@@ -27,9 +27,9 @@ from kdcache.dump.runner import dump
 from kdcache.dump.tokenize import Tokenizer as DumpTokenizer
 from kdcache.errors import CorpusError, IdentityError, ModelError
 from kdcache.formats.cache import open_cache
-from kdcache.models import load_tokenizer
+from kdcache.models.loading import load_tokenizer
 from kdcache.recipe import StudentSection, parse_recipe
-from kdcache.tokenizers import directory_files, tokenizer_digest
+from kdcache.text.tokenizers import directory_files, tokenizer_digest
 from kdcache.train.batches.stream import BatchStream
 from kdcache.train.evaluation.evaluate import evaluate
 from kdcache.train.evaluation.translate import translate

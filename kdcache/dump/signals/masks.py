@@ -14,8 +14,8 @@ from kdcache.formats.cache import Cache
 from kdcache.formats.shard import SampleShard
 from kdcache.formats.signals import MasksRecord
 from kdcache.formats.units import MAIN_COLUMN
-from kdcache.masking import MaskVocabulary, draw_masks, no_mask_token, scheme_of
 from kdcache.recipe import MasksSignal
+from kdcache.text.masking import MaskVocabulary, draw_masks, no_mask_token, scheme_of
 
 
 class MasksEncoder(SignalEncoder):

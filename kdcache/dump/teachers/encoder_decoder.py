@@ -14,7 +14,7 @@ from kdcache.dump.batches import Batch
 from kdcache.dump.teachers.model import LanguageTeacher
 from kdcache.errors import ModelError
 from kdcache.formats.signals import Side
-from kdcache.models import project_only, shift_in_place, shift_right
+from kdcache.models.passes import project_only, shift_in_place, shift_right
 
 
 class EncoderDecoderTeacher(LanguageTeacher):

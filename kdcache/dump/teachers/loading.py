@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-import kdcache.multi_task
+import kdcache.models.multi_task
 from kdcache.dump.teacher import Teacher
 from kdcache.dump.teachers.causal import CausalTeacher
 from kdcache.dump.teachers.classifier import ClassifierTeacher
@@ -31,8 +31,8 @@ from kdcache.dump.teachers.model import ModelTeacher
 from kdcache.dump.teachers.multi_task import MultiTaskTeacher
 from kdcache.errors import KDCacheError, ModelError
 from kdcache.formats.signals import TeacherRecord
-from kdcache.models import model_directory, quiet_transformers, resolve_device
-from kdcache.positions import max_positions
+from kdcache.models.loading import model_directory, quiet_transformers, resolve_device
+from kdcache.models.positions import max_positions
 from kdcache.recipe.teacher import TeacherSection
 
 
@@ -45,7 +45,7 @@ class _Kind:
     teacher: type[ModelTeacher]
 
 
-#: The class of kdcache.multi_task; the others are transformers' own.
+#: The class of kdcache.models.multi_task; the others are transformers' own.
 MULTI_TASK = "MultiTaskModel"
 KINDS = {
     "encoder_decoder": _Kind("an encoder-decoder", "AutoModelForSeq2SeqLM", EncoderDecoderTeacher),
@@ -242,7 +242,7 @@ def _load_model(
         options["trust_remote_code"] = False
     try:
         model, info = getattr(
-            kdcache.multi_task if name == MULTI_TASK else transformers, name
+            kdcache.models.multi_task if name == MULTI_TASK else transformers, name
         ).from_pretrained(
             source.directory,
             dtype=section.dtype,

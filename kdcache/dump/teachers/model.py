@@ -16,8 +16,8 @@ from kdcache.dump.batches import Batch
 from kdcache.dump.teacher import Teacher
 from kdcache.errors import ModelError
 from kdcache.formats.signals import Side, TeacherRecord
-from kdcache.models import output_projection, project_first, project_only, recorded, replayed
-from kdcache.positions import max_positions
+from kdcache.models.passes import output_projection, project_first, project_only, recorded, replayed
+from kdcache.models.positions import max_positions
 
 #: What a model is asked for, and the words of a message.
 WANTED = {"hidden_states": "hidden states", "attentions": "attentions"}

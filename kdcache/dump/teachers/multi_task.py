@@ -15,11 +15,11 @@ from kdcache.dump.teacher import Problem
 from kdcache.dump.teachers.encoder import EncoderTeacher
 from kdcache.errors import ModelError
 from kdcache.formats.signals import TeacherRecord
-from kdcache.multi_task import is_own, task_scores
+from kdcache.models.multi_task import is_own, task_scores
 
 
 class MultiTaskTeacher(EncoderTeacher):
-    """A `kdcache.multi_task.MultiTaskModel`; before `for_task` it has the body's states alone."""
+    """A `MultiTaskModel`; before `for_task` it has the body's states alone."""
 
     kind = "multi_task"
     signals: tuple[str, ...] = ("classes", "hidden", "attention")

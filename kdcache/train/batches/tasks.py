@@ -14,7 +14,7 @@ from kdcache.errors import RecipeError
 from kdcache.formats.cache import Cache
 from kdcache.formats.keyed import permutation
 from kdcache.formats.window import WindowReader
-from kdcache.tasks import Task
+from kdcache.models.tasks import Task
 from kdcache.train.batches.batch import Batch
 from kdcache.train.batches.gold import GoldLabels
 from kdcache.train.batches.order import fill, order_key, pools

@@ -14,12 +14,12 @@ from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.significance import PairedTest
 from torch import nn
 
-from kdcache.corpus import read_corpus
 from kdcache.errors import CorpusError, IdentityError, ModelError, RecipeError
 from kdcache.formats.identity import sample_id
 from kdcache.formats.stores.commit import storage_errors
-from kdcache.models import quiet_transformers, resolve_device
+from kdcache.models.loading import quiet_transformers, resolve_device
 from kdcache.recipe import CorpusSection, EvaluateSection, Recipe, load_recipe
+from kdcache.text.corpus import read_corpus
 from kdcache.train.evaluation.causal import evaluate_causal
 from kdcache.train.evaluation.labelled import evaluate_classifier
 from kdcache.train.evaluation.latency import text_latency, timed

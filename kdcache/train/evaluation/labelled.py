@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.corpus import read_corpus
 from kdcache.errors import CorpusError, RecipeError
 from kdcache.formats.identity import sample_id
 from kdcache.recipe import CorpusSection, EvaluateSection, Recipe
-from kdcache.tokenizers import encode_pairs
+from kdcache.text.corpus import read_corpus
+from kdcache.text.tokenizers import encode_pairs
 from kdcache.train.batches.batch import Tokens
 from kdcache.train.batches.gold import GoldLabels, has_gold
 from kdcache.train.evaluation.metrics import (

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kdcache.multi_task import MultiTaskModel
+from kdcache.models.multi_task import MultiTaskModel
 from kdcache.progress import progress
 from kdcache.recipe import EvaluateSection
 from kdcache.train.students.student import embedding_rows, max_positions

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from kdcache.corpus import read_corpus
 from kdcache.errors import CorpusError, RecipeError
 from kdcache.formats.identity import sample_id
-from kdcache.masking import scheme_of
 from kdcache.recipe import CorpusSection, EvaluateSection, MasksSignal, Recipe
+from kdcache.text.corpus import read_corpus
+from kdcache.text.masking import scheme_of
 from kdcache.train.families.masked_lm import masked_texts, score_masked
 from kdcache.train.students.student import max_positions
 

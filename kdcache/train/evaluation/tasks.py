@@ -14,9 +14,9 @@ from torch import Tensor
 
 from kdcache.errors import RecipeError
 from kdcache.formats.identity import sample_id
-from kdcache.multi_task import task_scores
+from kdcache.models.multi_task import task_scores
+from kdcache.models.tasks import Task
 from kdcache.recipe import CorpusSection, EvaluateSection, Recipe
-from kdcache.tasks import Task
 from kdcache.train.batches.batch import Tokens
 from kdcache.train.batches.tasks import TaskGold
 from kdcache.train.evaluation.labelled import (

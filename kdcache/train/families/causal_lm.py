@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.chat import ChatTemplate
-from kdcache.corpus import read_corpus
 from kdcache.errors import CorpusError, RecipeError
 from kdcache.formats.signals import SignalRecord
-from kdcache.models import load_tokenizer, project_only
+from kdcache.models.loading import load_tokenizer
+from kdcache.models.passes import project_only
 from kdcache.recipe import TrainSection
+from kdcache.text.chat import ChatTemplate
+from kdcache.text.corpus import read_corpus
 from kdcache.train.batches.batch import Batch
 from kdcache.train.families.family import Family, Setting
 from kdcache.train.losses.causal_objective import CausalObjective

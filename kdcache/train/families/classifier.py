@@ -12,7 +12,7 @@ from typing import Any
 from kdcache.errors import ModelError, RecipeError
 from kdcache.formats.manifest import TokenizerRecord
 from kdcache.formats.signals import SignalRecord
-from kdcache.models import load_tokenizer
+from kdcache.models.loading import load_tokenizer
 from kdcache.recipe import ScoreKLTerm, ScoreMSETerm, StudentSection, TrainSection
 from kdcache.train.batches.batch import Batch
 from kdcache.train.batches.gold import GoldLabels, shown

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from kdcache.corpus import read_corpus
 from kdcache.errors import RecipeError
 from kdcache.formats.signals import SignalRecord
-from kdcache.models import load_tokenizer
+from kdcache.models.loading import load_tokenizer
 from kdcache.recipe import CrossEntropyTerm, TrainSection
+from kdcache.text.corpus import read_corpus
 from kdcache.train.batches.batch import Batch
 from kdcache.train.batches.hypotheses import with_hypotheses
 from kdcache.train.families.family import Family, Setting

@@ -13,17 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.corpus import read_corpus
 from kdcache.errors import CorpusError, RecipeError
 from kdcache.formats.identity import sample_id
 from kdcache.formats.ragged import Ragged, offsets_of
 from kdcache.formats.schema import join_ids, split_ids
 from kdcache.formats.signals import MasksRecord, SignalRecord
-from kdcache.mask_choice import Scheme
-from kdcache.masking import MaskVocabulary, draw_masks
-from kdcache.models import load_tokenizer, project_only, shift_in_place
+from kdcache.models.loading import load_tokenizer
+from kdcache.models.passes import project_only, shift_in_place
 from kdcache.recipe import TrainSection
-from kdcache.tokenizers import all_special_ids, token_strings
+from kdcache.text.corpus import read_corpus
+from kdcache.text.mask_choice import Scheme
+from kdcache.text.masking import MaskVocabulary, draw_masks
+from kdcache.text.tokenizers import all_special_ids, token_strings
 from kdcache.train.batches.batch import Batch
 from kdcache.train.families.family import Family, Setting
 from kdcache.train.losses.masked_objective import MaskedObjective

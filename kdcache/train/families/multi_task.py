@@ -13,9 +13,9 @@ from kdcache.errors import ModelError, RecipeError
 from kdcache.formats.cache import Cache
 from kdcache.formats.manifest import TokenizerRecord
 from kdcache.formats.signals import ClassesRecord, SignalRecord
-from kdcache.models import load_tokenizer
+from kdcache.models.loading import load_tokenizer
+from kdcache.models.tasks import Task
 from kdcache.recipe import ScoreKLTerm, ScoreMSETerm, StudentSection, TaskHead, TrainSection
-from kdcache.tasks import Task
 from kdcache.train.batches.batch import Batch
 from kdcache.train.batches.tasks import TaskOrder
 from kdcache.train.evaluation.tasks import TaskTexts, task_texts

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from kdcache.errors import RecipeError
 from kdcache.formats.signals import ClassesRecord, SignalRecord
+from kdcache.models.tasks import Task
 from kdcache.recipe import ScoreKLTerm, ScoreMSETerm, TaskLossTerm, Term
-from kdcache.tasks import Task
 from kdcache.train.batches.gold import GOLD, shown
 from kdcache.train.batches.tasks import TaskGold, TaskOrder
 from kdcache.train.losses.layer_terms import check_scores_signal

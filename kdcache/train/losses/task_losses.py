@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdcache.tasks import Task
+from kdcache.models.tasks import Task
 from kdcache.train.losses.class_losses import label_cross_entropy, label_mse
 from kdcache.train.losses.loss_plan import compute_dtype
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import RecipeError
-from kdcache.models import resolve_device
+from kdcache.models.loading import resolve_device
 from kdcache.progress import progress
 from kdcache.recipe import Recipe
 from kdcache.train.batches.stream import GlobalBatch

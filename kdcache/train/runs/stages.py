@@ -16,7 +16,7 @@ from typing import Any
 from kdcache.errors import IdentityError, ModelError, RecipeError, StorageError
 from kdcache.formats.cache import Cache, open_cache
 from kdcache.formats.stores.commit import is_temporary, storage_errors
-from kdcache.models import resolve_device
+from kdcache.models.loading import resolve_device
 from kdcache.recipe import Recipe, StudentSection, dump_recipe
 from kdcache.train.families import FAMILIES
 from kdcache.train.runs.loop import train

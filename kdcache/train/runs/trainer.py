@@ -19,7 +19,7 @@ from torch.amp import GradScaler
 from kdcache.errors import ModelError, RecipeError, TrainingError
 from kdcache.formats.cache import Cache
 from kdcache.formats.keyed import text_key
-from kdcache.models import resolve_device
+from kdcache.models.loading import resolve_device
 from kdcache.recipe import StudentSection, TrainSection
 from kdcache.train.batches.batch import Batch
 from kdcache.train.batches.hypotheses import with_hypotheses

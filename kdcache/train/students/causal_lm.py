@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import ModelError, RecipeError
-from kdcache.models import project_first, project_only
+from kdcache.models.passes import project_first, project_only
 from kdcache.train.batches.batch import Batch, Tokens
 from kdcache.train.losses.causal_objective import CausalObjective
 from kdcache.train.losses.objective import Moment, Objective

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.modeling_outputs import BaseModelOutput
 
-from kdcache.models import project_first, project_only, shift_right
+from kdcache.models.passes import project_first, project_only, shift_right
 from kdcache.train.batches.batch import Tokens
 from kdcache.train.students.student import decoder_start
 from kdcache.train.students.student_outputs import StudentOutputs, projected_by

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcache.models import project_first, project_only
+from kdcache.models.passes import project_first, project_only
 from kdcache.train.batches.batch import Batch, Masked, Tokens
 from kdcache.train.losses.masked_objective import MaskedObjective
 from kdcache.train.losses.objective import Moment, Objective, Part

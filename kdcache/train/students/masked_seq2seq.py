@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kdcache.models import project_first, project_only, shift_in_place
+from kdcache.models.passes import project_first, project_only, shift_in_place
 from kdcache.train.batches.batch import Masked, Tokens
 from kdcache.train.students.masked_lm import MaskedDistillation
 from kdcache.train.students.masked_pass import masked_ids

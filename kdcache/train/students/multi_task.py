@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from kdcache.errors import ModelError
 from kdcache.formats.keyed import text_key
 from kdcache.formats.manifest import TokenizerRecord
-from kdcache.models import quiet_transformers
-from kdcache.multi_task import (
+from kdcache.models.loading import quiet_transformers
+from kdcache.models.multi_task import (
     OWN_BODIES,
     MultiTaskConfig,
     MultiTaskModel,
@@ -25,8 +25,8 @@ from kdcache.multi_task import (
     with_tasks,
     without_pooler,
 )
+from kdcache.models.tasks import Task
 from kdcache.recipe import ScoreKLTerm, ScoreMSETerm, StudentSection, TaskLossTerm
-from kdcache.tasks import Task
 from kdcache.train.batches.batch import Batch, Scores
 from kdcache.train.losses.multi_task_objective import MultiTaskObjective, signal_name
 from kdcache.train.losses.objective import Moment

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcache import positions
 from kdcache.errors import ModelError
 from kdcache.formats.keyed import text_key
 from kdcache.formats.manifest import TokenizerRecord
-from kdcache.models import project_only, quiet_transformers, shift_right
+from kdcache.models import positions
+from kdcache.models.loading import quiet_transformers
+from kdcache.models.passes import project_only, shift_right
 from kdcache.recipe import StudentSection
 from kdcache.train.students.layer_copy import with_layers
 
@@ -40,7 +41,7 @@ def model_class(kind: str) -> Any:
     import transformers
 
     if kind == "multi_task":
-        from kdcache.multi_task import MultiTaskModel
+        from kdcache.models.multi_task import MultiTaskModel
 
         return MultiTaskModel
     return getattr(transformers, LOADERS[kind][0])

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdcache.models import output_projection, project_first, project_only, shift_right
+from kdcache.models.passes import output_projection, project_first, project_only, shift_right
 from kdcache.train.batches.batch import Tokens
 from kdcache.train.students.student import decoder_start
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.formats.cache import Cache
-from kdcache.models import load_tokenizer
+from kdcache.models.loading import load_tokenizer
 from kdcache.recipe import StudentSection
-from kdcache.tokenizers import has_tokenizer
+from kdcache.text.tokenizers import has_tokenizer
 from kdcache.train.students.vocabulary import KnownIds, cache_tokenizer_files, check_tokenizer
 
 #: Folder of a student's directory with the tokenizer of what it reads.

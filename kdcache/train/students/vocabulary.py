@@ -19,9 +19,9 @@ from torch import Tensor
 
 from kdcache.errors import IdentityError, ModelError
 from kdcache.formats.cache import Cache
-from kdcache.models import load_tokenizer
+from kdcache.models.loading import load_tokenizer
 from kdcache.recipe import StudentSection
-from kdcache.tokenizers import (
+from kdcache.text.tokenizers import (
     directory_files,
     has_tokenizer,
     special_ids,

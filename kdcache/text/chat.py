@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from kdcache import messages as chats
 from kdcache.errors import CorpusError, ModelError
-from kdcache.messages import Messages
+from kdcache.text import messages as chats
+from kdcache.text.messages import Messages
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -73,7 +73,7 @@ class ChatTemplate:
         """Tokens of one conversation.
 
         Args:
-            text: of a corpus field, see `kdcache.messages`; without messages if it is empty.
+            text: of a corpus field, see `kdcache.text.messages`; without messages if it is empty.
 
         Returns:
             Token ids, and 1 for each that the assistant wrote, 0 for the others.

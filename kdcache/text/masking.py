@@ -34,8 +34,8 @@ from kdcache.formats.masks import masks_columns
 from kdcache.formats.ragged import Ragged, segment_indices
 from kdcache.formats.schema import join_ids
 from kdcache.formats.words import WordMarks, word_marks
-from kdcache.mask_choice import Scheme, Tokens, choose
 from kdcache.recipe.signals import MasksSignal
+from kdcache.text.mask_choice import Scheme, Tokens, choose
 
 #: Share of tokens (of words for `word`) where the recipe names none.
 PROBABILITY = {"bert": 0.15, "whole_word": 0.15, "span": 0.15, "segment": 0.5, "word": 0.1}

@@ -20,11 +20,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdcache import messages
-from kdcache.augment import with_copies
-from kdcache.detokenize import DETOKENIZERS
 from kdcache.errors import CorpusError
 from kdcache.recipe import CorpusSection, TaskSection
+from kdcache.text import messages
+from kdcache.text.augment import with_copies
+from kdcache.text.detokenize import DETOKENIZERS
 
 BATCH_ROWS = 4096
 BLOCK_BYTES = 1 << 20

@@ -83,7 +83,7 @@ class BiAttentiveConfig(PreTrainedConfig):
 
 
 class BiAttentive(PreTrainedModel):
-    """The model without a head, a body of `kdcache.multi_task` models.
+    """The model without a head, a body of `kdcache.models.multi_task` models.
 
     Source: Liu et al. 2019, MKD, section 3.2; McCann et al. 2017, sections 5.2 and 5.3.
     """

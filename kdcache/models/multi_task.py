@@ -20,10 +20,10 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from kdcache.errors import ModelError
-from kdcache.tasks import Task
+from kdcache.models.tasks import Task
 
 #: Bodies that are no transformers encoder: model type to module, config class and body class.
-OWN_BODIES = {"bi_attentive": ("kdcache.bi_attentive", "BiAttentiveConfig", "BiAttentive")}
+OWN_BODIES = {"bi_attentive": ("kdcache.models.bi_attentive", "BiAttentiveConfig", "BiAttentive")}
 
 Pooling = Literal["cls", "mean_cls"]
 

@@ -1,0 +1,1 @@
+"""Models: where they lie, our own, and what a pass of any of them is made to do."""

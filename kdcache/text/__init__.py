@@ -1,0 +1,1 @@
+"""Text: rows of files, conversations, tokenizers, and which tokens are masked."""
