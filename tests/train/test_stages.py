@@ -162,6 +162,8 @@ def test_a_stage_does_not_go_on_from_another_start(world, tmp_path, capsys):
     assert "holds another run: cache.start.digest" in said
     assert main(command(world, run, "--stages.finetuning.train.max_steps", "5")) == 1
     assert "train.max_steps is 4 there and 5 here" in capsys.readouterr().err
+    stands = load_recipe(str(run / "recipe.yaml"))  # what was refused has not taken its place
+    assert stands.stages["finetuning"].train.max_steps == 4
 
 
 @pytest.mark.slow

@@ -96,6 +96,9 @@ def train_stages(
                 start = None if before is None else _start_of(run, before)
                 summaries[name] = train(begun, caches[name], run / name, start)
             before = name
+        with ranks.together():
+            if ranks.main:
+                write_text(run / RECIPE, dump_recipe(recipe))  # a resumed one may run elsewhere
     return {"run": str(run), "stages": summaries}
 
 
@@ -183,7 +186,7 @@ def _start_of(run: Path, before: str) -> dict[str, str]:
 
 
 def _claim(run: Path, recipe: Recipe) -> None:
-    """Make the directory of all stages, and put the recipe there."""
+    """Make the directory of all stages, and put the recipe there if there is none."""
     if run.exists() and not run.is_dir():
         raise StorageError(f"{run}: output is a file; choose a directory")
     with storage_errors(run):
@@ -194,7 +197,8 @@ def _claim(run: Path, recipe: Recipe) -> None:
             f"{run}: output already holds other files ({', '.join(other[:3])}); choose an empty "
             "directory"
         )
-    write_text(run / RECIPE, dump_recipe(recipe))
+    if RECIPE not in names:  # else the stages find out whether it is the same run
+        write_text(run / RECIPE, dump_recipe(recipe))
 
 
 @contextmanager
