@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import RecipeError
-from kdcache.formats.cache import open_cache
+from kdcache.formats.cache import Cache, open_cache
 from kdcache.models import resolve_device
 from kdcache.progress import progress
 from kdcache.recipe import Recipe
@@ -25,7 +25,7 @@ from kdcache.train.runs.checkpoint import (
     recover,
     save_checkpoint,
 )
-from kdcache.train.runs.parallel import joined
+from kdcache.train.runs.parallel import Ranks, joined
 from kdcache.train.runs.run import RunDirectory, locked
 from kdcache.train.runs.trainer import Trainer
 from kdcache.versions import versions_of
@@ -76,7 +76,19 @@ def train(
     caches, run = [open_cache(path) for path in paths], Path(out)
     if recipe.train.student is None:
         raise RecipeError("train.student is not set; give train.student.config or .path")
-    with joined(resolve_device(recipe.train.device)) as ranks, ExitStack() as held:
+    with joined(resolve_device(recipe.train.device)) as ranks:
+        return _train(recipe, caches, run, start, ranks)
+
+
+def _train(
+    recipe: Recipe,
+    caches: list[Cache],
+    run: Path,
+    start: Mapping[str, Any] | None,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """What `train` does among its ranks; apart, since the trainer must end before they part."""
+    with ExitStack() as held:
         trainer = Trainer(recipe.train, caches, ranks)
         identity = trainer.identity() | ({"start": dict(start)} if start else {})
         about = (run, recipe, identity, versions_of(LIBRARIES))
