@@ -32,7 +32,7 @@ from kdcache.train.batches.batch import (
     Scores,
     SignalBatch,
 )
-from kdcache.train.batches.cut import cut, record_counts
+from kdcache.train.batches.cut import cut, record_counts, split
 from kdcache.train.batches.pad import padded_parts
 
 #: Tensors of coded labels to the column whose records they count.
@@ -96,7 +96,7 @@ class Gatherer:
         signals = {name: self._signal(name, window, parts, index) for name in self._records}
         sample_ids = window.sample_id.take(index, axis=0)
         rows = window.row.take(index)
-        targets = None if gold is None else _gold(gold.take(index)).split(sizes)
+        targets = None if gold is None else split(_gold(gold.take(index)), sizes)
         made, end = [], 0
         for number, size in enumerate(sizes):
             start, end = end, end + size
