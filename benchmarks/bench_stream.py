@@ -6,6 +6,9 @@ both streams (padded ids and masks) and of the labels (counts, ids, codes and ta
 sparse row batch); `stream_peers/peer_samples.py` lists them all. Before the clock runs, some
 batches of each are compared with those that kdcache makes of the same samples, bit for bit.
 
+kdcache copies by compiled code, which an installation has where there is a C compiler (`compiled`
+in the result; it is built here if it is missing), unless --numpy leaves it out.
+
 kdcache fills batches to a token budget, from samples of similar length; its peers take as many
 samples a batch as kdcache does on average, in the order of their own shuffling, and pad more. What
 is counted are target tokens, not padding. Each way has a process of its own and one thread for
@@ -13,7 +16,8 @@ kernels; a peer has the faster of no and two worker processes, found out before 
 --quick.
 Ways take turns (A B C A B C ...); medians with the smallest and largest. `over_memcpy` is the rate
 over that of a plain numpy copy of the same bytes into memory that is there, `over_clone` over that
-of cloning the same tensors; `over_best_peer` over the fastest peer.
+of cloning the same tensors; `over_best_peer` over the fastest peer. There kdcache gathers with one
+thread; `two_threads` has the same ratios for two.
 
 Peers are installed with pip, in virtual environments of their own under --venvs, on demand. One
 that cannot be installed or fails is named as such in the result.
@@ -38,6 +42,7 @@ from stream_peers.kdcache_tensors import SIGNAL, tensors_of
 from stream_peers.peer_loop import digest
 from stream_ways import OURS, PEERS, Ways
 
+from kdcache.formats import native
 from kdcache.formats.cache import Cache, open_cache
 from kdcache.formats.codec import ThresholdCodec, TopKCodec
 from kdcache.formats.window import WindowReader
@@ -194,13 +199,24 @@ def summary(
     """Rates of all ways that went through all turns, and kdcache's over theirs."""
     names = [name for name in turns[-1] if all(name in once for once in turns)]
     rates = {name: [once[name]["tokens_per_second"] for once in turns] for name in names}
-    over = {
-        name: spread([mine / his for mine, his in zip(rates["kdcache"], rates[name], strict=True)])
-        for name in names
-        if name != "kdcache"
-    }
     peers = [name for name in names if name not in OURS]
     best = max(peers, key=lambda name: statistics.median(rates[name]), default=None)
+
+    def over(mine: str) -> dict[str, dict[str, float]]:
+        return {
+            name: spread([a / b for a, b in zip(rates[mine], rates[name], strict=True)])
+            for name in names
+            if name != mine
+        }
+
+    def ratios(mine: str) -> dict[str, Any]:
+        found = over(mine)
+        return {
+            "over_memcpy": found["copy"]["median"],
+            "over_clone": found["clone"]["median"],
+            "over_best_peer": found[best]["median"] if best else None,
+        }
+
     return {
         "tokens_per_second": {name: spread(each) for name, each in rates.items()},
         "first_batch_seconds": {
@@ -209,11 +225,10 @@ def summary(
             if name not in ("copy", "clone")
         },
         "workers": {name: ways.workers[name, codec, budget] for name in peers},
-        "kdcache_over": over,
-        "over_memcpy": over["copy"]["median"],
-        "over_clone": over["clone"]["median"],
+        "kdcache_over": over("kdcache"),
         "best_peer": best,
-        "over_best_peer": over[best]["median"] if best else None,
+        **ratios("kdcache"),
+        "two_threads": ratios("kdcache, two threads"),
     }
 
 
@@ -226,7 +241,7 @@ def table(result: dict[str, Any]) -> str:
                 f"{codec}, {budget} tokens or {cell['samples_per_batch']} samples a batch, "
                 f"{cell['bytes_per_token']:.0f} bytes/token: over_memcpy "
                 f"{cell['over_memcpy']:.3f}, over_clone {cell['over_clone']:.3f}, "
-                f"over_best_peer {cell['over_best_peer']}"
+                f"over_best_peer {cell['over_best_peer']}; with two threads {cell['two_threads']}"
             )
             for name, rate in cell["tokens_per_second"].items():
                 over = cell["kdcache_over"].get(name, {"median": 1})["median"]
@@ -251,6 +266,20 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def prepare(numpy_alone: bool) -> bool:
+    """Whether kdcache has compiled code, here and in the processes that are started."""
+    if numpy_alone:
+        os.environ[native.OFF] = "1"
+        return False
+    if native.library() is None:
+        native.library.cache_clear()
+        try:
+            native.build()
+        except (native.NotBuilt, OSError) as error:
+            log(f"kdcache has no compiled code: {error}")
+    return native.library() is not None
+
+
 def main() -> None:
     """Print one JSON object on the last line."""
     parser = argparse.ArgumentParser(
@@ -265,6 +294,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="of a turn (default 1, quick 0.5)")
     parser.add_argument("--turns", type=int, help="default 5, quick 1")
     parser.add_argument("--growth-shards", type=_numbers, help="default 4,66; quick 2,8")
+    parser.add_argument("--numpy", action="store_true", help="leave compiled code out")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results")
     args = parser.parse_args()
     quick = args.quick
@@ -277,6 +307,7 @@ def main() -> None:
     args.growth_tokens = 200_000 if quick else 3_000_000
     args.growth_batches = 100 if quick else 7_000
     wanted = list(PEERS) if args.peers is None else args.peers.split(";") if args.peers else []
+    compiled = prepare(args.numpy)
     venvs = Path(args.venvs or Path.home() / ".cache/kdcache-bench/peers").resolve()
     venvs.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
@@ -292,6 +323,7 @@ def main() -> None:
             "benchmark": "bench_stream",
             "generated_data": True,
             "quick": quick,
+            "compiled": compiled,
             "turns": args.turns,
             "seconds_a_turn": args.seconds,
             "load": os.getloadavg()[0],

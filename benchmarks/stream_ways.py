@@ -19,7 +19,12 @@ PEERS = {
     "webdataset": ("webdataset", "peer_webdataset"),
     "parquet (DistillKit-like)": ("datasets", "peer_parquet"),
 }
-OURS = {"kdcache": "side_kdcache", "copy": "side_copy flat", "clone": "side_copy clone"}
+OURS = {
+    "kdcache": "side_kdcache 1",
+    "kdcache, two threads": "side_kdcache 2",
+    "copy": "side_copy flat",
+    "clone": "side_copy clone",
+}
 
 #: Ways that get a new process for every turn. LitData waits ten seconds before it reads again in a
 #: process that has stopped reading in the middle of an epoch.

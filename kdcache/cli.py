@@ -22,7 +22,7 @@ from kdcache import __version__, commands
 from kdcache.commands import Overrides
 from kdcache.compile import arguments as compile_arguments
 from kdcache.dump.ranks import Ranks, parse_ranks
-from kdcache.errors import KDCacheError, StoppedError
+from kdcache.errors import KDCacheError, StoppedError, one_line
 from kdcache.exchange import arguments as exchange_arguments
 from kdcache.usage import parse
 
@@ -55,22 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except StoppedError as error:
-        print(f"kdcache: {_one_line(error)}", file=sys.stderr)
+        print(f"kdcache: {one_line(error)}", file=sys.stderr)
         return 128 + signal.SIGTERM
     except (KDCacheError, OSError) as error:
-        print(f"kdcache: {_one_line(error)}", file=sys.stderr)
+        print(f"kdcache: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("kdcache: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-
-
-def _one_line(error: BaseException) -> str:
-    """The message of an error without line breaks, an OSError's with its file first."""
-    text = str(error)
-    if isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(text.split()) or type(error).__name__
 
 
 def _split_overrides(
@@ -109,6 +101,8 @@ def _parser() -> argparse.ArgumentParser:
         _add_dump,
         _add_train,
         _add_evaluate,
+        _add_sweep,
+        _add_report,
         _add_inspect,
         _add_verify,
         _add_audit,
@@ -207,6 +201,72 @@ def _add_evaluate(parsers: Any) -> None:
     command.add_argument("--recipe", metavar="RECIPE", help="score as it says; the run's own else")
     command.add_argument("--against", metavar="RUN2", help="an evaluated run to compare with")
     command.add_argument("--out", metavar="DIR", help="where results go; the run itself else")
+
+
+def _add_sweep(parsers: Any) -> None:
+    """Train many students."""
+    command = _command(
+        parsers,
+        "sweep",
+        commands.sweep,
+        "train a student for every point of a grid or list",
+        "kdcache sweep word-level --cache caches/deen --out sweeps/deen \\\n"
+        "      --sweep.grid.train.objective.1.temperature 1,2,4 \\\n"
+        "      --sweep.grid.train.seed 1,2,3",
+        overrides="kdcache train word-level",
+    )
+    command.add_argument("recipe", metavar="RECIPE", help="a YAML file or a built-in name")
+    command.add_argument(
+        "--cache", metavar="CACHE", help="the cache to train from, a directory or URL"
+    )
+    command.add_argument(
+        "--out", required=True, metavar="DIR", help="where all goes; finished runs stay as they are"
+    )
+    command.add_argument(
+        "--jobs",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="runs side by side, one GPU each where there are GPUs (default 1)",
+    )
+    command.add_argument(
+        "--metric", metavar="NAME", help="that the table is sorted by (default dev_loss)"
+    )
+    only = command.add_mutually_exclusive_group()
+    only.add_argument(
+        "--list", action="store_true", help="print each run's commands, one run a line, and stop"
+    )
+    only.add_argument(
+        "--index", type=_count, metavar="N", help="do this run alone, from 0, as an array's task"
+    )
+
+
+def _add_report(parsers: Any) -> None:
+    """Draw a report."""
+    command = _command(
+        parsers,
+        "report",
+        commands.report,
+        "draw a page with pictures of a run, a sweep or a cache",
+        "kdcache report sweeps/temperature",
+    )
+    command.add_argument("path", metavar="PATH", help="a run, a sweep, or a cache (or its URL)")
+    command.add_argument(
+        "--out",
+        metavar="FILE",
+        help="the page; its Markdown twin goes beside it (default report.html in a run or sweep, "
+        "NAME-report.html here of a cache)",
+    )
+    command.add_argument(
+        "--beside",
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="a run to show beside, as one without KD; may be given again",
+    )
+    command.add_argument(
+        "--cache", metavar="CACHE", help="where a run's cache lies now; as the run says else"
+    )
 
 
 def _add_inspect(parsers: Any) -> None:
@@ -407,6 +467,13 @@ def _count(text: str) -> int:
     """A number of things, for argparse."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no number of samples")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    """A number from 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1")
     return int(text)
 
 

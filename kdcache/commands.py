@@ -139,6 +139,48 @@ def evaluate(arguments: argparse.Namespace, overrides: Overrides) -> int:
     return _print_summary(arguments, result)
 
 
+def sweep(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    """Train a student for every point of a grid or list."""
+    from kdcache.sweep.runner import check_failures, plan_sweep, run_one, run_sweep
+    from kdcache.sweep.runner import commands as commands_of
+    from kdcache.sweep.table import outcome_text
+
+    planned = plan_sweep(
+        arguments.recipe, arguments.cache, arguments.out, overrides, arguments.metric
+    )
+    if arguments.list:
+        lines = commands_of(planned)
+        if arguments.json:
+            _print_json(
+                [
+                    {"name": run.name, "settings": run.settings, "command": line}
+                    for run, line in zip(planned.runs, lines, strict=True)
+                ]
+            )
+        else:
+            print("\n".join(lines))
+        return 0
+    if arguments.index is not None:
+        return _print_summary(arguments, run_one(planned, arguments.index))
+    found = run_sweep(planned, arguments.jobs)
+    if arguments.json:
+        _print_json(found)
+    else:
+        print(outcome_text(found))
+    check_failures(found)
+    return 0
+
+
+def report(arguments: argparse.Namespace, overrides: Overrides) -> int:
+    """Draw a report of a run, a sweep or a cache."""
+    from kdcache.report.report import write_report
+
+    written = write_report(
+        arguments.path, out=arguments.out, beside=arguments.beside, cache=arguments.cache
+    )
+    return _print_summary(arguments, written)
+
+
 def inspect(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Show what a cache holds."""
     from kdcache.report.inspect import inspect_cache

@@ -58,3 +58,11 @@ class AuditError(KDCacheError, RuntimeError):
 
 class StoppedError(KDCacheError, RuntimeError):
     """The process was asked to stop, and did so where nothing is lost."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without line breaks, an OSError's with its file first."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(text.split()) or type(error).__name__

@@ -32,9 +32,14 @@ def worker_pool(
 
 
 def _begin(begin: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    end_with_parent()
+    begin(*arguments)
+
+
+def end_with_parent() -> None:
+    """Have this process end when the one that started it does, and not by its keyboard."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    begin(*arguments)
 
 
 def _end_with_parent() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 from collections.abc import Iterator
@@ -38,3 +39,29 @@ def _no_fsync() -> Iterator[None]:
 def tiny_cache(tmp_path: Path) -> Path:
     """A whole cache of 8 samples in 3 shards with a hand-made threshold signal "logits"."""
     return make_cache(tmp_path / "cache")
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The compiled copies, built for these tests."""
+    from kdcache.formats import native
+
+    try:
+        path = native.build(tmp_path_factory.mktemp("native"))
+    except native.NotBuilt as error:
+        pytest.skip(f"no compiler: {error}")
+    found = native.load(path)
+    assert found is not None
+    return found
+
+
+@pytest.fixture(params=["numpy", "compiled"])
+def copying(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL | None:
+    """Makes batches be copied by numpy, then by compiled code (the value; None for numpy)."""
+    from kdcache.formats import joined
+    from kdcache.train.batches import pad
+
+    found = request.getfixturevalue("compiled") if request.param == "compiled" else None
+    for module in (joined, pad):
+        monkeypatch.setattr(module, "library", lambda: found)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,11 +15,21 @@ from kdcache.train.batches.stream import GlobalBatch
 
 
 class Side:
-    """`kdcache.batches` with one thread, as it comes."""
+    """`kdcache.batches`, with one thread as it comes.
+
+    Args:
+        threads: that gather.
+    """
+
+    def __init__(self, threads: int = 1) -> None:
+        self.threads = threads
 
     def loader(self, data: Path, batch: int, workers: int, seed: int) -> Iterable[GlobalBatch]:
         """Shuffled batches of one epoch, each time it is iterated."""
-        return kdcache.batches(data, signals=[SIGNAL], batch_tokens=batch, seed=seed)
+        threads = self.threads
+        return kdcache.batches(
+            data, signals=[SIGNAL], batch_tokens=batch, seed=seed, threads=threads
+        )
 
     def tensors(self, batch: GlobalBatch) -> dict[str, Tensor]:
         """All tensors of a batch."""
@@ -30,4 +41,4 @@ class Side:
 
 
 if __name__ == "__main__":
-    serve(Side())
+    serve(Side(int(sys.argv[1])))

@@ -33,6 +33,12 @@ class DenseWindow:
         ends = offsets_of(self.counts)[:-1]
         self._first = ends - np.repeat(ends[self._starts[:-1]], sizes) if len(ends) else ends
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row in one layer."""
+        arrays = [array for part in self._parts[:1] for array in (part.values, part.scale)]
+        return sum(array.row_dtype.itemsize for array in arrays if array is not None)
+
     def take(
         self, samples: np.ndarray, layers: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The compiled half of `JoinedColumns`: `native.c`, where it was built; else numpy does it.
+"""Compiled copies: `native.c`, where it was built; without it numpy does the same.
 
 `python -m kdcache.formats.native` builds it in place, as an installation does where there is a
 compiler. The library's name has the digest of its source, so that one of another version is not
@@ -18,6 +18,8 @@ from pathlib import Path
 SOURCE = Path(__file__).with_name("native.c")
 #: What the C compiler is called, unless the environment's CC says otherwise.
 COMPILERS = ("cc", "gcc", "clang")
+#: Environment variable that leaves the library alone, to see what it brings.
+OFF = "KDCACHE_NO_COMPILED"
 FLAGS = ("-O3", "-std=c99", "-shared", "-fPIC")
 
 
@@ -32,7 +34,7 @@ def library_path(folder: Path = SOURCE.parent) -> Path:
         folder: of the library; the package's own by default.
     """
     digest = hashlib.blake2b(SOURCE.read_bytes(), digest_size=6).hexdigest()
-    return folder / f"_native-{digest}.so"
+    return folder / f"native-{digest}.library"  # Python would take a name in .so for a module
 
 
 def build(folder: Path = SOURCE.parent) -> Path:
@@ -59,25 +61,38 @@ def build(folder: Path = SOURCE.parent) -> Path:
     raise NotBuilt("; ".join(faults))
 
 
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The library; None where it was not built, or was for another machine."""
+def load(path: Path) -> ctypes.CDLL | None:
+    """A library that was built.
+
+    Args:
+        path: from `build`.
+
+    Returns:
+        It; None where there is none, or one for another machine.
+    """
     try:
-        path = library_path()
         found = ctypes.CDLL(str(path)) if path.exists() else None
     except OSError:
         return None
     if found is not None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         found.kdcache_find.argtypes = [
-            *(pointer, number, pointer, number, number, pointer, number, pointer, pointer, pointer)
+            *(pointer, number, pointer, number, number, pointer, number),
+            *(pointer, pointer, pointer),
         ]
         found.kdcache_copy.argtypes = [pointer, number, number, pointer, pointer, pointer]
         found.kdcache_pad.argtypes = [
-            *(pointer, pointer, number, pointer, pointer, number, pointer, pointer)
+            *(pointer, pointer, number, pointer, pointer, number),
+            *(pointer, pointer),
         ]
         found.kdcache_pad.restype = None
     return found
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library of this installation; None where it was not built, or is not wanted."""
+    return None if os.environ.get(OFF) else load(library_path())
 
 
 if __name__ == "__main__":

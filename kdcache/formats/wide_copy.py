@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from kdcache.formats.buffers import BUFFERS
 from kdcache.formats.ragged import Ragged
 from kdcache.formats.wide import TAIL, WideField, wide_fields
 
@@ -91,7 +92,7 @@ class WideCopy:
         sizes = ends[:, -1].take(self._columns) * self._bytes
         firsts = np.zeros(len(sizes) + 1, dtype=np.int64)
         np.cumsum(-(-sizes // _ALIGNED) * _ALIGNED, out=firsts[1:])
-        data = np.empty(int(firsts[-1]), dtype=np.uint8)
+        data = BUFFERS.empty(int(firsts[-1]))
         table = self._table.copy()
         table[:, 6] += firsts.take(self._entry) + _pointer(data)
         unknown = self._library.kdcache_copy(_pointer(table), len(table), num_rows, *where)
@@ -116,19 +117,26 @@ class WideCopy:
 
 
 def supported(dtypes: Mapping[str, Mapping[str, np.dtype]], offsets: np.ndarray) -> bool:
-    """Whether compiled code knows these columns: those of caches, as Arrow lists them."""
-    kinds = {
-        (stored[name].itemsize, field.dtype.itemsize, field.step > 1)
+    """Whether compiled code knows these columns: those of caches, as Arrow lists them.
+
+    Args:
+        dtypes: column to the dtypes of its stored fields.
+        offsets: of the columns.
+    """
+    return offsets.dtype == np.int32 and all(
+        _known(stored[name], field)
         for column, stored in dtypes.items()
         for field in wide_fields(column, stored)
         for name in field.stored
-    }
-    widening = {(1, 4), (1, 8), (2, 4), (2, 8), (4, 8)}
-    return offsets.dtype == np.int32 and all(
-        stored == wide if not several else (stored, wide) == (2, 2)
-        for stored, wide, several in kinds
-        if several or (stored, wide) not in widening
     )
+
+
+def _known(stored: np.dtype, field: WideField) -> bool:
+    widths = stored.itemsize, field.dtype.itemsize
+    if field.step > 1:
+        return widths == (2, 2)
+    widened = stored.kind == "u" and widths in {(1, 4), (1, 8), (2, 4), (2, 8), (4, 8)}
+    return widened or stored == field.dtype
 
 
 def _pointer(array: np.ndarray) -> int:

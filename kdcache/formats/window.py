@@ -138,10 +138,16 @@ class WindowReader:
         found = [shard.tasks() for shard in self._samples]
         return [task for column in found if column is not None for task in column.to_pylist()]
 
-    @property
-    def sample_bytes(self) -> float:
-        """Bytes that a sample takes on average, those of dense signals left out."""
+    def sample_bytes(self, layers: Mapping[str, Sequence[int]]) -> float:
+        """Bytes that a sample takes on average.
+
+        Args:
+            layers: dense signal to the layers that are read of it.
+        """
         total = self._streams.nbytes + sum(one.nbytes for one in self._columns.values())
+        for name, read in layers.items():
+            dense = self._dense[name]
+            total += int(dense.counts.sum()) * dense.row_bytes * len(read)
         return total / max(1, self.num_samples)
 
     def take_streams(self, rows: np.ndarray, wide: bool = False) -> dict[str, Ragged]:

@@ -61,6 +61,7 @@ from kdcache.recipe.signals import (
     Signal,
 )
 from kdcache.recipe.stages import override_all, read_recipe, whole_stages
+from kdcache.recipe.sweep import SweepSection
 from kdcache.recipe.teacher import TeacherSection
 from kdcache.recipe.train import (
     CacheShare,
@@ -121,6 +122,7 @@ __all__ = [
     "SoftTerm",
     "StreamSection",
     "StudentSection",
+    "SweepSection",
     "TaskHead",
     "TaskLossTerm",
     "TaskSection",
@@ -157,6 +159,7 @@ class Recipe(Section):
     evaluate: EvaluateSection = Field(
         default_factory=lambda: EvaluateSection(), description="How `kdcache evaluate` scores."
     )
+    sweep: SweepSection | None = Field(None, description="Which runs `kdcache sweep` makes.")
     stages: dict[Identifier, Recipe] = Field(
         default_factory=dict,
         description="Trainings one after another, by name, each of which begins with the best "

@@ -314,6 +314,11 @@ class TrainSection(Section):
         default_factory=lambda: CheckpointSection(), description="What a run keeps."
     )
     log_every: PositiveInt = Field(50, description="Steps between lines of metrics.jsonl.")
+    log: Literal["tensorboard"] | None = Field(
+        None,
+        description="tensorboard: write the metrics as TensorBoard's events too, in the run's "
+        '`tensorboard` folder (needs `pip install "kdcache[tensorboard]"`).',
+    )
 
     @model_validator(mode="after")
     def _known_tasks(self) -> TrainSection:

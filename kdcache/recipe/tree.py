@@ -27,6 +27,8 @@ _PLAIN = (
     ),
     (_MERGE, r"<<", "<"),
 )
+#: Below it stand dotted paths.
+_GRID = "sweep.grid."
 
 
 class _Loader(yaml.SafeLoader):
@@ -89,7 +91,8 @@ def override(tree: dict[str, Any], dotted: str, text: str) -> None:
     Args:
         tree: plain values, as `read_yaml` gives them.
         dotted: keys joined by dots; items of a list by number, from 0. The number after the
-            last item appends one. Sections that are not there are made.
+            last item appends one. Sections that are not there are made. What follows
+            `sweep.grid.` is one key.
         text: the value, as YAML.
 
     Raises:
@@ -102,7 +105,23 @@ def override(tree: dict[str, Any], dotted: str, text: str) -> None:
             f"--{dotted} {text!r}: {str(error).removeprefix('line 1: ')}; "
             "quote a text with special characters"
         ) from None
+    set_value(tree, dotted, value)
+
+
+def set_value(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set one value of a tree in place by its dotted path, as `override` does.
+
+    Args:
+        tree: plain values.
+        dotted: see `override`.
+        value: plain.
+
+    Raises:
+        RecipeError: the path leads nowhere.
+    """
     keys = dotted.split(".")
+    if dotted.startswith(_GRID):
+        keys = [*_GRID.split(".")[:-1], dotted.removeprefix(_GRID)]
     node: Any = tree
     for depth, key in enumerate(keys[:-1]):
         at = ".".join(keys[: depth + 1])

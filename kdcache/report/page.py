@@ -37,6 +37,7 @@ section > p {
 section > p:last-child { margin: 14px 0 0; }
 .pair { display: grid; gap: 18px; grid-template-columns: repeat(auto-fit, minmax(400px, 1fr)); }
 .pair section { margin: 0; }
+.pair section:last-child:nth-child(2n + 3) { grid-column: 1 / -1; }
 .pair { margin: 0 0 18px; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
@@ -44,6 +45,7 @@ th, td { padding: 9px 12px; text-align: right; border-bottom: 1px solid var(--gr
 th { font-weight: 600; font-size: 14px; color: var(--muted); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 th:last-child, td:last-child { padding-right: 0; }
+table.words th, table.words td { text-align: left; overflow-wrap: anywhere; }
 tr:last-child td { border-bottom: 0; }
 tr.best td { font-weight: 650; }
 code, pre { font: 14px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
@@ -65,6 +67,9 @@ pre { margin: 0; padding: 14px 16px; background: var(--page); border-radius: 8px
 .key .name { white-space: nowrap; margin-right: 14px; }
 .key i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 6px;
   vertical-align: -1px; }
+details > summary { cursor: pointer; color: var(--muted); margin: 0 0 10px; }
+details + details { margin-top: 12px; }
+.wide + .wide, .wide + svg, svg + .wide, .wide + details { margin-top: 20px; }
 footer { color: var(--muted); font-size: 14px; margin-top: 26px; }
 @media (max-width: 520px) {
   main { padding: 24px 14px 40px; }
@@ -116,15 +121,27 @@ def side_by_side(*cards: str) -> str:
     return f'<div class="pair">{"".join(cards)}</div>'
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], strong: int | None = None) -> str:
-    """A table of plain texts, the first column to the left; `strong` is the row in bold."""
+def table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    strong: int | None = None,
+    words: bool = False,
+) -> str:
+    """A table of plain texts.
+
+    Args:
+        header: of the columns.
+        rows: cells.
+        strong: the row in bold.
+        words: all columns to the left; else the first alone.
+    """
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = []
     for n, row in enumerate(rows):
         cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
         body.append(f'<tr class="best">{cells}</tr>' if n == strong else f"<tr>{cells}</tr>")
     return (
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
+        f'<div class="wide"><table{" class=words" if words else ""}><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 

@@ -71,6 +71,17 @@ SCENES = [
     Scene("docs/stores.md"),
     Scene("docs/training.md", before=(_dump("word-level", "deen"),)),
     Scene("docs/while_dumping.md"),
+    Scene("docs/sweeps.md", before=(_dump("word-level", "deen"),)),
+    Scene(
+        "docs/reports.md",
+        before=(
+            _dump("word-level", "deen"),
+            "kdcache train word-level --cache caches/deen --out runs/word-level",
+            "kdcache train no-kd --cache caches/deen --out runs/no-kd",
+            "kdcache sweep word-level --cache caches/deen --out sweeps/deen "
+            "--sweep.grid.train.seed 1,2",
+        ),
+    ),
     Scene("docs/tour.md"),
     Scene(
         "docs/compile.md",
@@ -147,6 +158,9 @@ SCENES = [
 #: recipes and overrides resolved.
 PARSED = {
     "kdcache quickstart": "tests/test_quickstart.py runs it; it takes minutes",
+    "kdcache train word-level --cache caches/deen --out runs/deen --train.log tensorboard": (
+        "needs a package; tests/train/test_report.py runs the like where it is there"
+    ),
 }
 #: The same of whole sections.
 PARSED_SECTIONS = {
@@ -164,6 +178,7 @@ NOT_OURS = {
     "export": "sets variables of the reader's shell",
     "moto_server": "tests/s3 starts one",
     "aws": "needs an account",
+    "tensorboard": "a server of its own",
     "cat": "shows a file while a dump goes on",
     "find": "the shell's; the tour's test runs it",
     "sha256sum": "the shell's; the tour's test runs it",
@@ -178,6 +193,7 @@ NAMES = {
     r"--cache CACHE\b": "--cache caches/deen",
     r"--out CACHE\b": "--out caches/new",
     r"\bRUN\b": "runs/run",
+    r"'\$SLURM_ARRAY_TASK_ID'": "0",
 }
 _LAUNCHER = re.compile(r"(?:torchrun|srun|sbatch) .*?(?=\bkdcache (?:dump|train) )")
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from transformers import MarianConfig, MarianMTModel
 
 from kdcache.dump.runner import dump
@@ -32,6 +33,9 @@ CODECS = {
     "sampled": {"name": "sampled", "n": 20},
     "full": {"name": "full", "values": "float32"},
 }
+
+#: What the sweep of the tests varies.
+GRID = [("sweep.grid.train.objective.1.temperature", "1, 3"), ("sweep.grid.train.seed", "1,2")]
 
 
 def make_lines(count: int) -> tuple[list[str], list[str]]:
@@ -130,6 +134,29 @@ def make_recipe(world):
         return parse_recipe({"name": "test", "train": tree | train})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def recipe_file(make_recipe, world, tmp_path_factory):
+    """A recipe of six steps, with a test set."""
+    made = make_recipe(max_steps=6, checkpoints={"every_steps": 3, "average_last": 0})
+    tree = made.model_dump(mode="json")
+    del tree["sweep"]
+    tree["evaluate"]["corpus"] = {**tree["train"]["validation"]["corpus"], "limit": 3}
+    tree["evaluate"] |= {"num_beams": 1, "latency_sentences": 0, "device": "cpu"}
+    path = tmp_path_factory.mktemp("sweep") / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def swept(recipe_file, world, tmp_path_factory):
+    """A sweep of four runs, done as the tasks of an array, and what is said of each."""
+    from kdcache.sweep.runner import plan_sweep, run_one
+
+    out = tmp_path_factory.mktemp("swept") / "out"
+    planned = plan_sweep(recipe_file, str(world.cache), out, GRID)
+    return planned, [run_one(planned, index) for index in range(4)]
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,21 @@ import pytest
 import torch
 
 from kdcache.errors import FormatError
+from kdcache.formats import joined
 from kdcache.formats.cache import open_cache
 from kdcache.formats.dense import SCALE, VALUES
 from kdcache.formats.mapped_array import MappedArray
 from kdcache.formats.ragged import offsets_of
+from kdcache.formats.window import WindowReader
 from kdcache.labels import decode, densify
+from kdcache.train.batches import pad
 from kdcache.train.batches.batch import Batch, CodedLabels, DenseRows, Hypotheses, Masked, Scores
 from kdcache.train.batches.stream import BatchStream
 from tests.formats import kinds as plain
 from tests.formats.labels import VOCAB, teacher_log_probs
 from tests.report import kinds as varied
+
+pytestmark = pytest.mark.usefixtures("copying")  # everything by numpy, and by compiled code
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +251,18 @@ def test_counts_are_those_of_all_ranks(made):
     assert 0 < mine < cache.stream("tgt").num_tokens
 
 
+@pytest.mark.parametrize("name", ["hidden", "hidden_int8"])
+def test_dense_rows_count_in_the_bytes_of_a_sample(made, name):
+    """Blocks are cut by them: a sample's hidden states are a thousand times its ids."""
+    window = WindowReader(open_cache(made.root), [0, 1], ["tgt"], [name])
+    every = np.arange(window.num_samples)
+    for layers in ((0,), (0, 1)):
+        values, scale, _ = window.take_dense(name, every, layers)
+        wanted = values.nbytes + (0 if scale is None else scale.nbytes)
+        found = window.sample_bytes({name: layers}) - window.sample_bytes({})
+        assert found * len(every) == pytest.approx(wanted)
+
+
 def test_tensors_of_all_kinds_move(made):
     """`to` and `pinned` map every tensor of a batch and nothing else."""
     names = ["hidden_int8", "masks", "beams", "classes", "at_masked"]
@@ -262,3 +279,31 @@ def test_tensors_of_all_kinds_move(made):
     assert moved.streams["tgt"].ids.device.type == "meta"
     assert moved.rows is micro.rows
     assert micro.to("cpu") is micro
+
+
+@pytest.mark.parametrize("corpus", ["made", "others"])
+def test_compiled_code_changes_no_bit(request, compiled, monkeypatch, corpus):
+    """Batches of all streams and signals: the same by numpy and by compiled code."""
+    fixture = request.getfixturevalue(corpus)
+    cache = open_cache(fixture.root if corpus == "made" else fixture.path)
+    found = []
+    for library in (None, compiled):
+        for module in (joined, pad):
+            monkeypatch.setattr(module, "library", lambda library=library: library)
+        options = {"accumulate": 2, "max_epochs": 1, "threads": 2}
+        names = list(cache.manifest.streams), sorted(cache.signals)
+        stream = BatchStream(cache, *names, 60, 3, 2, **options)
+        tensors = [
+            (name, field, value)
+            for batch in stream
+            for micro in batch.micro
+            for name, record in {**micro.streams, **micro.signals}.items()
+            for field, value in vars(record).items()
+            if isinstance(value, torch.Tensor)
+        ]
+        found.append(tensors)
+    assert len(found[0]) > 100
+    for (*name, one), (*other_name, other) in zip(*found, strict=True):
+        assert name == other_name
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other), name

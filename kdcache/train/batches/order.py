@@ -114,7 +114,16 @@ class OrderState:
     def advanced(self, num_batches: int, num_windows: int) -> OrderState:
         """The state after this batch of a window with `num_batches`, of `num_windows`."""
         if self.batch + 1 < num_batches:
-            return replace(self, batch=self.batch + 1)
+            # What `replace` does, which is slow for something done so often.
+            return OrderState(
+                digest=self.digest,
+                version=self.version,
+                seed=self.seed,
+                epoch=self.epoch,
+                window=self.window,
+                batch=self.batch + 1,
+                shards=self.shards,
+            )
         if self.window + 1 < num_windows:
             return replace(self, window=self.window + 1, batch=0)
         return replace(self, epoch=self.epoch + 1, window=0, batch=0, shards=None)
@@ -247,11 +256,17 @@ def micro_batches(
     Returns:
         Its slices; none where the batch has fewer samples than there are slices before.
     """
-    parts = np.array_split(batch, accumulate * world)
-    if units is not None:
-        ends = np.append(np.flatnonzero(np.diff(units)) + 1, len(batch))
-        cuts = np.cumsum([len(part) for part in parts])[:-1]
-        parts = np.split(batch, ends[np.searchsorted(ends, cuts)])
+    slices = accumulate * world
+    if units is None:
+        least, more = divmod(len(batch), slices)  # the first `more` slices have one more
+        return [
+            batch[number * least + min(number, more) : (number + 1) * least + min(number + 1, more)]
+            for number in range(rank, min(slices, len(batch)), world)
+        ]
+    parts = np.array_split(batch, slices)
+    ends = np.append(np.flatnonzero(np.diff(units)) + 1, len(batch))
+    cuts = np.cumsum([len(part) for part in parts])[:-1]
+    parts = np.split(batch, ends[np.searchsorted(ends, cuts)])
     return [part for part in parts if len(part)][rank::world]
 
 

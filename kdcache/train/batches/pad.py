@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdcache.formats.buffers import BUFFERS
 from kdcache.formats.native import library
 from kdcache.formats.ragged import Ragged
 from kdcache.train.batches.batch import Tokens
@@ -61,7 +62,8 @@ def _matrices(
     area = int(sizes @ widths)
     compiled = library()
     if compiled is not None:
-        ids, mask = np.empty(area, dtype=np.int64), np.empty(area, dtype=np.bool_)
+        data = BUFFERS.empty(9 * area)
+        ids, mask = data[: 8 * area].view(np.int64), data[8 * area :].view(np.bool_)
         offsets = np.ascontiguousarray(stream.offsets, dtype=np.int64)
         compiled.kdcache_pad(
             flat.ctypes.data,

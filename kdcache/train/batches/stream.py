@@ -5,8 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -39,8 +38,9 @@ from kdcache.train.batches.tasks import Groups, TaskGold, TaskOrder
 
 #: Blocks of global batches made ahead of need.
 PREFETCH = 3
-#: Bytes of a block: so many that Python's cost of a batch is shared, so few that they lie in cache.
-BLOCK_BYTES = 1 << 22
+#: Stored bytes of a block: so many that Python's cost of a batch is shared, so few that some blocks
+#: are no burden.
+BLOCK_BYTES = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class BatchStream:
                     raise item
                 if item is None:
                     return
-                yield from item.result() if isinstance(item, Future) else item
+                yield from item.result()
         finally:
             stop.set()
             while thread.is_alive():
@@ -234,14 +234,11 @@ class BatchStream:
     def _produce(self, queue: Queue[Any], stop: Event) -> None:
         """Fill the queue until told to stop; an error is handed over, not lost."""
         last: BaseException | None = None
-        several = self.threads > 1
-        pool = ThreadPoolExecutor(self.threads) if several else nullcontext()
-        with pool as helpers:
+        # This thread plans, so that gathering need not wait for the plan of the next window.
+        with ThreadPoolExecutor(self.threads, "kdcache-gather") as gathering:
             try:
                 for planned in self._planned(stop):
-                    job = partial(self._gather, planned)
-                    item = job() if helpers is None else helpers.submit(job)
-                    if not _put(queue, item, stop):
+                    if not _put(queue, gathering.submit(self._gather, planned), stop):
                         return
             except BaseException as error:
                 last = error
@@ -274,7 +271,8 @@ class BatchStream:
                         "the checkpoint is damaged, start a new run"
                     )
                 block: list[_Planned] = []
-                own_bytes, size = reader.sample_bytes / self.world, 0.0
+                own_bytes = reader.sample_bytes(self._gatherer.layers) / self.world
+                size = 0.0
                 for batch in batches[state.batch :]:
                     epoch, state = state.epoch, state.advanced(len(batches), len(windows))
                     block.append(_Planned(reader, batch, state, epoch, pinned, gold, groups))
@@ -302,7 +300,8 @@ class BatchStream:
             units = None if groups is None else groups.unit[planned.index]
             cut = partial(micro_batches, planned.index, self.accumulate, units=units)
             own = cut(self.rank, self.world)
-            most = len(cut(0, self.world))  # rank 0 has the most
+            # Rank 0 has the most.
+            most = len(own) if self.world == 1 else len(cut(0, self.world))
             cuts.append((len(own), most - len(own)))
             parts += own if len(own) == most else [*own, planned.index[:1]]
         gathered = self._gatherer.batches(window, parts, block[0].gold)
@@ -310,39 +309,53 @@ class BatchStream:
             both = zip(gathered, parts, strict=True)
             gathered = [groups.told(batch, part) for batch, part in both]
         made = iter(gathered)
-        return [
-            self._global_batch(
-                planned, tuple(islice(made, own)), tuple(islice(made, missing > 0)) * missing
+        index = np.concatenate([planned.index for planned in block])
+        counts = self._counts(block, index)
+        alone = self.accumulate * self.world == 1
+        found = []
+        for number, (planned, (own_parts, missing)) in enumerate(zip(block, cuts, strict=True)):
+            mine = {name: each[number] for name, each in counts.items()}
+            micro = tuple(islice(made, own_parts))
+            found.append(
+                GlobalBatch(
+                    state=planned.state,
+                    epoch=planned.epoch,
+                    shards=planned.shards,
+                    rows=micro[0].rows if alone else window.row.take(planned.index),
+                    counts=mine,
+                    num_tokens=mine[self.streams[-1]],
+                    micro=micro,
+                    spare=tuple(islice(made, missing > 0)) * missing,
+                    sample_ids=micro[0].sample_ids
+                    if alone
+                    else window.sample_id.take(planned.index, axis=0),
+                )
             )
-            for planned, (own, missing) in zip(block, cuts, strict=True)
-        ]
+        return found
 
-    def _global_batch(
-        self, planned: _Planned, micro: tuple[Batch, ...], spare: tuple[Batch, ...]
-    ) -> GlobalBatch:
-        window, index = planned.window, planned.index
-        counts = {name: int(window.lengths(name)[index].sum()) for name in self.streams}
-        counts |= {name: int(window.counts(name)[index].sum()) for name in self.signals}
+    def _counts(self, block: Sequence[_Planned], index: np.ndarray) -> dict[str, list[int]]:
+        """Units of each of some global batches, by what they are.
+
+        Args:
+            block: the batches.
+            index: samples of all of them.
+        """
+        window, gold = block[0].window, block[0].gold
+        units = {name: window.lengths(name) for name in self.streams}
+        units |= {name: window.counts(name) for name in self.signals}
         for name, lengths in window.hypothesis_lengths().items():
-            sums = lengths[:, index].sum(1).tolist()
-            counts |= {hypothesis_stream(name, number): sum_ for number, sum_ in enumerate(sums)}
-        predicted = window.predicted_counts()
-        counts |= {f"{name}.predicted": int(of[index].sum()) for name, of in predicted.items()}
-        masked = window.masked_counts()
-        counts |= {f"{name}.masked": int(of[index].sum()) for name, of in masked.items()}
-        if planned.gold is not None:
-            counts[GOLD] = int(has_gold(planned.gold[index]).sum())
-        return GlobalBatch(
-            state=planned.state,
-            epoch=planned.epoch,
-            shards=planned.shards,
-            rows=window.row[index],
-            counts={"": len(index), **counts},
-            num_tokens=counts[self.streams[-1]],
-            micro=micro,
-            spare=spare,
-            sample_ids=window.sample_id.take(index, axis=0),
-        )
+            each = enumerate(lengths)
+            units |= {hypothesis_stream(name, number): of for number, of in each}
+        units |= {f"{name}.predicted": of for name, of in window.predicted_counts().items()}
+        units |= {f"{name}.masked": of for name, of in window.masked_counts().items()}
+        if gold is not None:
+            units[GOLD] = has_gold(gold).astype(np.int64)
+        sizes = [len(planned.index) for planned in block]
+        starts = np.cumsum([0, *sizes[:-1]])  # no batch is empty
+        sums = {
+            name: np.add.reduceat(of.take(index), starts).tolist() for name, of in units.items()
+        }
+        return {"": sizes, **sums}
 
 
 def _put(queue: Queue[Any], item: object, stop: Event) -> bool:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import RecipeError
-from kdcache.formats.cache import Cache, open_cache
 from kdcache.models import resolve_device
 from kdcache.progress import progress
 from kdcache.recipe import Recipe
 from kdcache.train.batches.stream import GlobalBatch
 from kdcache.train.losses.schedule import learning_rate
+from kdcache.train.runs.board import Board, check_installed
 from kdcache.train.runs.checkpoint import (
     average_weights,
     checkpoints,
@@ -25,8 +25,10 @@ from kdcache.train.runs.checkpoint import (
     recover,
     save_checkpoint,
 )
+from kdcache.train.runs.memory import machine_of
 from kdcache.train.runs.parallel import Ranks, joined
 from kdcache.train.runs.run import RunDirectory, locked
+from kdcache.train.runs.shared import Shared
 from kdcache.train.runs.trainer import Trainer
 from kdcache.versions import versions_of
 
@@ -42,6 +44,7 @@ def train(
     cache_path: str | Path | None,
     out: str | Path,
     start: Mapping[str, Any] | None = None,
+    shared: Shared | None = None,
 ) -> dict[str, Any]:
     """Train a student from a cache; go on where an interrupted run stopped.
 
@@ -53,6 +56,7 @@ def train(
         out: the run directory.
         start: what the student begins as, as plain values, where its path does not say it: a
             resumed run's must be the same.
+        shared: what earlier runs of this process left for this one.
 
     Returns:
         run, steps, epochs (begun), tokens, parameters, loss (mean of the last line of metrics),
@@ -73,25 +77,32 @@ def train(
             "the other"
         )
     paths = [share.path for share in recipe.train.caches] or [str(cache_path)]
-    caches, run = [open_cache(path) for path in paths], Path(out)
+    shared = shared or Shared()
+    run = Path(out)
+    for path in paths:  # what is wrong with one is said before ranks meet
+        shared.cache(path)
     if recipe.train.student is None:
         raise RecipeError("train.student is not set; give train.student.config or .path")
+    if recipe.train.log is not None:
+        check_installed()
     with joined(resolve_device(recipe.train.device)) as ranks:
-        return _train(recipe, caches, run, start, ranks)
+        return _train(recipe, paths, run, start, shared, ranks)
 
 
 def _train(
     recipe: Recipe,
-    caches: list[Cache],
+    paths: list[str],
     run: Path,
     start: Mapping[str, Any] | None,
+    shared: Shared,
     ranks: Ranks,
 ) -> dict[str, Any]:
     """What `train` does among its ranks; apart, since the trainer must end before they part."""
     with ExitStack() as held:
-        trainer = Trainer(recipe.train, caches, ranks)
+        trainer = Trainer(recipe.train, [shared.cache(path) for path in paths], ranks, shared)
         identity = trainer.identity() | ({"start": dict(start)} if start else {})
-        about = (run, recipe, identity, versions_of(LIBRARIES))
+        places = [_place(path) for path in paths]
+        about = (run, recipe, identity, versions_of(LIBRARIES), places)
         with ranks.together():
             if ranks.main:
                 held.enter_context(locked(run))
@@ -104,9 +115,14 @@ def _train(
         if directory.summary is None:
             summary = ranks.from_main(Loop(trainer, directory).fit())
             with ranks.together():
-                directory.finish(summary)
+                directory.finish(summary, machine_of(trainer.device))
         assert directory.summary is not None
         return directory.summary
+
+
+def _place(path: str) -> str:
+    """A cache's URL, or its directory from the root."""
+    return path if "://" in path else str(Path(path).resolve())
 
 
 class Loop:
@@ -117,11 +133,14 @@ class Loop:
         self.section = trainer.section
         self._since = (0.0, 0)
         self._epochs: dict[int, int] = {}  # by cache
+        self._board: Board | None = None
 
     def fit(self) -> dict[str, Any]:
         """Train to the end, from the newest checkpoint of the run if it has one."""
         trainer = self.trainer
         self._resume()
+        if self.section.log is not None and trainer.ranks.main:
+            self._board = Board(self.run.path, trainer.state.step)
         began = time.perf_counter()
         self._since = (began, trainer.state.tokens)
         seen = 0
@@ -141,6 +160,8 @@ class Loop:
                 seen += 1
                 self._after(batch)
                 bar.update()
+        if self._board is not None:
+            self._board.close()
         self._export()
         return self._summary(time.perf_counter() - began)
 
@@ -152,7 +173,7 @@ class Loop:
             self._log(batch)
         if trainer.dev is not None and (last or state.step % section.validation.every_steps == 0):
             scores = trainer.validate()
-            self.run.log({"step": state.step} | scores)
+            self._note({"step": state.step} | scores)
             if state.best_loss is None or scores["dev_loss"] < state.best_loss:
                 state.best_step, state.best_loss = state.step, scores["dev_loss"]
                 trainer.save_model(self.run.path / "best")
@@ -161,6 +182,12 @@ class Loop:
             state.scaler = trainer.scaler.state_dict()
             parts = (trainer.distillation, trainer.optimizer, self._keep, trainer.ranks)
             save_checkpoint(self.run.path, state, *parts)
+
+    def _note(self, line: dict[str, Any]) -> None:
+        """A line of metrics for all who read them."""
+        self.run.log(line)
+        if self._board is not None:
+            self._board.log(line)
 
     @property
     def _keep(self) -> int:
@@ -184,7 +211,7 @@ class Loop:
         gated = {} if trainer.gate is None else {"gated": means.pop()}
         moved = state.num_summed - state.num_skipped
         peak, total_steps = section.optimizer.lr, trainer.total_steps
-        self.run.log(
+        self._note(
             {
                 "step": state.step,
                 "epoch": batch.epoch,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from kdcache.recipe import Recipe, dump_recipe, load_recipe
 
 RECIPE, IDENTITY, METRICS, LOCK = "recipe.yaml", "run.json", "metrics.jsonl", ".lock"
 
-#: What may differ between a run and its resumption: where it runs, and in how many parts.
-_FREE_KEYS = ("device", "accumulate", "activation_checkpointing", "parallel")
+#: What may differ between a run and its resumption: where it runs, in how many parts, and who
+#: hears of it.
+FREE_KEYS = ("device", "accumulate", "activation_checkpointing", "parallel", "log")
 
 
 class RunDirectory:
@@ -35,6 +36,7 @@ class RunDirectory:
         recipe: the resolved recipe.
         identity: what the run is of, as plain values: a resumed run's must be the same.
         versions: library names to versions, for the record.
+        caches: where the caches lie, for the record: they may be moved.
         writes: whether this process is the one that writes; the others find what it wrote.
 
     Raises:
@@ -48,6 +50,7 @@ class RunDirectory:
         recipe: Recipe,
         identity: Mapping[str, Any],
         versions: Mapping[str, str],
+        caches: Sequence[str] = (),
         writes: bool = True,
     ) -> None:
         self.path, self._writes = path, writes
@@ -55,7 +58,12 @@ class RunDirectory:
             self._check(recipe, identity)
             return
         write_text(path / RECIPE, dump_recipe(recipe))
-        self._record = {"identity": dict(identity), "versions": dict(versions), "summary": None}
+        self._record: dict[str, Any] = {
+            "identity": dict(identity),
+            "versions": dict(versions),
+            "caches": list(caches),
+            "summary": None,
+        }
         write_text(path / IDENTITY, _json(self._record))
 
     @property
@@ -64,9 +72,14 @@ class RunDirectory:
         found: dict[str, Any] | None = self._record["summary"]
         return found
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Record that the run is done."""
-        self._record["summary"] = dict(summary)
+    def finish(self, summary: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
+        """Record that the run is done.
+
+        Args:
+            summary: what it came to.
+            machine: what the process that finished it ran on, for the record.
+        """
+        self._record |= {"summary": dict(summary), "machine": dict(machine)}
         if self._writes:
             write_text(self.path / IDENTITY, _json(self._record))
 
@@ -112,7 +125,7 @@ class RunDirectory:
             "cache": json.loads(json.dumps(identity)),
         }
         for tree in (found["train"], here["train"]):
-            for key in _FREE_KEYS:
+            for key in FREE_KEYS:
                 tree.pop(key, None)
             for share in tree["caches"]:
                 share.pop("path")  # what lies there is compared instead

@@ -45,6 +45,7 @@ from kdcache.train.runs.parallel import (
     without_exchange,
     wrapped,
 )
+from kdcache.train.runs.shared import Shared
 from kdcache.train.students.student import (
     checkpoint_activations,
     max_positions,
@@ -70,6 +71,7 @@ class Trainer:
         section: the recipe's train section, with a student.
         cache: an open cache, or several in the order of the recipe.
         ranks: this process and those that train with it.
+        shared: what earlier runs of this process left for this one.
 
     Raises:
         RecipeError: the objective does not fit the cache.
@@ -81,6 +83,7 @@ class Trainer:
         section: TrainSection,
         cache: Cache | Sequence[Cache],
         ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+        shared: Shared | None = None,
     ) -> None:
         assert section.student is not None
         if section.while_dumping and ranks.world > 1:
@@ -128,7 +131,7 @@ class Trainer:
         if section.max_epochs is not None:
             assert isinstance(self.stream, BatchStream)  # or the recipe is refused
             self.total_steps = self.stream.count_batches(section.max_epochs, section.max_steps)
-        self.dev = self._development()
+        self.dev = self._development(shared or Shared())
         self._pending: list[_Measured] = []
 
     def _build(self, student: StudentSection) -> Any:
@@ -316,14 +319,29 @@ class Trainer:
         state.num_skipped += sum(one.skipped for one in self._pending)
         self._pending = []
 
-    def _development(self) -> Development | None:
+    def _development(self, shared: Shared) -> Development | None:
         """The development set, if the recipe has one."""
-        if self.section.validation.corpus is None:
+        section, student = self.section, self.section.student
+        if section.validation.corpus is None:
             return None
         source = self.source_files or self.tokenizer_files
         folders = source[0].parent, self.tokenizer_files[0].parent
-        parts = (self.section, self.cache, self.objective, self.model)
-        return self.family.development(Setting(*parts, *folders, self.max_positions))
+        parts = (section, self.cache, self.objective, self.model)
+        setting = Setting(*parts, *folders, self.max_positions)
+        assert student is not None
+        tables = [m for m in self.model.modules() if isinstance(m, torch.nn.Embedding)]
+        depends = [
+            *(section.validation.model_dump_json(), section.source, section.target, *folders),
+            *(
+                self._identity_of(self.cache),
+                student.kind,
+                student.labels,
+                student.task,
+                self.max_positions,
+            ),
+            [table.num_embeddings for table in tables],
+        ]
+        return shared.development(repr(depends), lambda: self.family.development(setting))
 
     def save_model(self, out: Path) -> None:
         """Write the student as it is now; all ranks must call, the main one writes."""

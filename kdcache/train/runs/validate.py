@@ -151,8 +151,8 @@ def score_tokens(
     num_tokens = sum(len(ids) for ids in pairs.tgt)
 
     def sums(rows: list[int]) -> Tensor:
-        src, src_mask = _padded([pairs.src[i] for i in rows], device)
-        labels, label_mask = _padded([pairs.tgt[i] for i in rows], device)
+        src, src_mask = padded([pairs.src[i] for i in rows], device)
+        labels, label_mask = padded([pairs.tgt[i] for i in rows], device)
         logits = student_logits(model, src, src_mask, labels, label_mask)  # [N, V]
         return token_sums(logits, labels[label_mask])
 
@@ -164,7 +164,7 @@ def _pairs(tokenizer: Any, src: Sequence[str], tgt: Sequence[str]) -> TokenPairs
     return TokenPairs(encode(tokenizer, src, False), encode(tokenizer, tgt, True))
 
 
-def _padded(ids: list[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
+def padded(ids: list[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids [B, L] padded with 0 at the end, which the mask [B, L] leaves out."""
     lengths = np.array([len(row) for row in ids])
     mask = np.arange(max(1, int(lengths.max()))) < lengths[:, None]

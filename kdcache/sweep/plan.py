@@ -1,0 +1,209 @@
+"""The plan of a sweep: the runs that a recipe and its sweep section stand for, without torch."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdcache.compile.servable import check_servable
+from kdcache.errors import RecipeError
+from kdcache.formats.cache import Cache
+from kdcache.formats.keyed import text_key
+from kdcache.formats.signals import LogitsRecord
+from kdcache.recipe import LogitsSignal, Recipe, SweepSection, parse_recipe
+from kdcache.recipe.tree import set_value
+from kdcache.train.runs.run import FREE_KEYS
+
+RUNS, CACHES = "runs", "caches"
+#: The codec of labels that are not re-encoded, in tables.
+AS_DUMPED = "as dumped"
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a sweep.
+
+    Attributes:
+        name: a digest of the resolved recipe; of its directory too.
+        settings: dotted path to value, of everything that the sweep varies.
+        given: those of them that this run sets itself.
+        recipe: resolved, without a sweep section.
+        codecs: logits signal to the codec it is re-encoded to; none: the cache as it is.
+    """
+
+    name: str
+    settings: Settings
+    given: Settings
+    recipe: Recipe
+    codecs: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        """Its settings in a line."""
+        names = short_names(list(self.settings))
+        return ", ".join(f"{names[path]} {shown(v)}" for path, v in self.settings.items())
+
+    def run_path(self, out: Path) -> Path:
+        """The run directory."""
+        return out / RUNS / self.name
+
+    def cache_path(self, cache: str | None, out: Path) -> str | None:
+        """The cache that it reads: the given one, or one that is made of it."""
+        if not self.codecs:
+            return cache
+        return str(out / CACHES / codec_digest(self.codecs))
+
+
+def plan_runs(tree: Mapping[str, Any], where: str, cache: Cache | None) -> list[PlannedRun]:
+    """All runs of a recipe, each once, in the order of list and grid.
+
+    Args:
+        tree: plain values of the recipe, with its sweep section.
+        where: what to call it in an error.
+        cache: what `--cache` names; None where the recipe names its caches.
+
+    Raises:
+        RecipeError: there is no sweep section, or a run's recipe is wrong.
+    """
+    section = parse_recipe(tree, where).sweep
+    if section is None:
+        raise RecipeError(
+            f"{where}: has no sweep section; give one, or "
+            "--sweep.grid.train.objective.1.temperature 1,2,4 (see docs/sweeps.md)"
+        )
+    base = {key: value for key, value in tree.items() if key != "sweep"}
+    paths = list(dict.fromkeys([p for one in section.list for p in one] + list(section.grid)))
+    for path in paths:
+        _check_path(path, where)
+    found: dict[str, PlannedRun] = {}
+    for given in points(section):
+        run = _planned(base, given, paths, where, cache)
+        found.setdefault(run.name, run)
+    return list(found.values())
+
+
+def points(section: SweepSection) -> list[Settings]:
+    """The settings of each run: every item of the list on every point of the grid."""
+    corners = itertools.product(*section.grid.values())
+    grid = [dict(zip(section.grid, corner, strict=True)) for corner in corners]
+    return [{**item, **point} for item in section.list or [{}] for point in grid]
+
+
+def _check_path(path: str, where: str) -> None:
+    """Refuse to vary what a run does not read."""
+    if path.startswith("train.") or _codec_of(path) is not None:
+        return
+    raise RecipeError(
+        f"{where}: sweep: {path!r} cannot be swept; a sweep varies fields of train, or "
+        "dump.signals.NAME.codec, which re-encodes the cache"
+    )
+
+
+def _codec_of(path: str) -> str | None:
+    """The signal whose codec a path is; None where it is another field."""
+    parts = path.split(".")
+    return parts[2] if len(parts) == 4 and (*parts[:2], parts[3]) == _CODEC_PATH else None
+
+
+_CODEC_PATH = ("dump", "signals", "codec")
+
+
+def _planned(
+    base: Mapping[str, Any], given: Settings, paths: Sequence[str], where: str, cache: Cache | None
+) -> PlannedRun:
+    """One run, its recipe validated."""
+    tree = copy.deepcopy(dict(base))
+    signals = []
+    for path, value in given.items():
+        signal = _codec_of(path)
+        if signal is not None and value is None:
+            continue
+        if signal is not None:
+            signals.append(signal)
+        set_value(tree, path, copy.deepcopy(value))
+    recipe = parse_recipe(tree, where=f"{where}: sweep")
+    codecs = {}
+    for signal in signals:
+        codec = _reencoded(recipe, signal, where, cache)
+        if codec is not None:
+            codecs[signal] = codec
+    plain = recipe.model_dump(mode="json")
+    train = {key: value for key, value in plain["train"].items() if key not in FREE_KEYS}
+    settings = {path: _setting(plain, path, given) for path in paths}
+    # Sorted by json, so that the order of fields in a file does not matter.
+    name = _digest({"train": train, "codecs": codecs})
+    return PlannedRun(name, settings, given, recipe, codecs)
+
+
+def _setting(plain: dict[str, Any], path: str, given: Settings) -> Any:
+    """The value that a run has at a path, given or not."""
+    if _codec_of(path) is not None:
+        return given.get(path) or AS_DUMPED
+    node: Any = plain
+    for key in path.split("."):
+        try:
+            node = node[int(key)] if isinstance(node, list) else node[key]
+        except (KeyError, IndexError, TypeError, ValueError):
+            return None
+    return node
+
+
+def _reencoded(recipe: Recipe, signal: str, where: str, cache: Cache | None) -> Any:
+    """The codec that a signal is re-encoded to, as plain values; None if it has that one."""
+    if cache is None:
+        raise RecipeError(
+            f"{where}: sweep: a codec can be swept over the one cache of --cache, not over "
+            "train.caches; re-encode those with `kdcache compile`"
+        )
+    asked, record = recipe.dump.signals[signal], cache.signal(signal)
+    if not isinstance(asked, LogitsSignal) or not isinstance(record, LogitsRecord):
+        raise RecipeError(f"{where}: sweep: signal {signal!r} is {record.kind}; logits have codecs")
+    if asked.codec == record.codec:
+        return None
+    check_servable(record, asked.codec, record.temperatures)
+    return asked.codec.model_dump(mode="json")
+
+
+def codec_digest(codecs: Mapping[str, Any]) -> str:
+    """Name of the cache whose signals are re-encoded so."""
+    return _digest(dict(codecs))
+
+
+def _digest(tree: Mapping[str, Any]) -> str:
+    """12 hex digits of plain values."""
+    return f"{text_key(json.dumps(tree, sort_keys=True)):016x}"[:12]
+
+
+def short_names(paths: Sequence[str]) -> dict[str, str]:
+    """Path to the shortest end of it that tells it from the others."""
+    found = {}
+    for path in paths:
+        parts = path.split(".")
+        for length in range(1, len(parts) + 1):
+            end = ".".join(parts[-length:])
+            same = [p for p in paths if p == end or p.endswith(f".{end}")]
+            if len(same) == 1 and not parts[-length].isdecimal():
+                break
+        found[path] = end
+    return found
+
+
+def shown(value: Any) -> str:
+    """A setting in a table: a codec by its name and figures, no quotes, no tails of zeros."""
+    if isinstance(value, Mapping):
+        rest = [f"{k} {shown(v)}" for k, v in value.items() if k != "name" and v is not None]
+        return " ".join([*([str(value["name"])] if "name" in value else []), *rest])
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(shown(one) for one in value) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "-" if value is None else str(value)
