@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from setting import log
+
+from kdcache import open_cache
 from systems.rows import CORE, ROWS, STATEMENTS, Row
 from systems.saving import forward_seconds, saving
 from systems.scales import SCALES, Scale
@@ -25,8 +27,6 @@ from systems.work import (
     median_speed,
     train,
 )
-
-from kdcache import open_cache
 
 __all__ = ["CORE", "ROWS", "SCALES", "make_story"]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from setting import log
+
 from systems.graph import Step, waves
 from systems.understanding.rows import CORE, ROWS, Row
 from systems.understanding.scales import SCALES, Scale
@@ -132,7 +133,7 @@ class Story:
         elif row.recipe.startswith("mkd-bilstm"):
             width = scale.lstm
             names = ("embedding_size", "feed_forward_size", "lstm_size")
-            sizes = {name: width for name in names} | {"hidden_size": 2 * width}
+            sizes = dict.fromkeys(names, width) | {"hidden_size": 2 * width}
             found |= {f"train.student.config.{key}": value for key, value in sizes.items()}
         elif row.after is None:
             sizes = {**scale.teacher.bert_sizes, "num_hidden_layers": len(FIRST_LAYERS)}

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kdcache.train.runs.run import last_stage
 from systems.table import judged
 from systems.understanding.rows import METRICS, STATEMENTS, Row
 from systems.understanding.texts import COLUMNS
 from systems.work import evaluation
-
-from kdcache.train.runs.run import last_stage
 
 #: Task to run of one seed; a run of all tasks, or of the only one, under an empty name.
 Runs = Mapping[str, Path]

@@ -25,6 +25,12 @@ def under(section: str, values: Overrides) -> dict[str, object]:
     return {f"{section}.{key}": value for key, value in values.items()}
 
 
+def labels_of(path: Path) -> list[str]:
+    """The classes of a tsv whose last column is the label."""
+    _, *rows = path.read_text(encoding="utf-8").splitlines()
+    return sorted({row.rpartition("\t")[2] for row in rows})
+
+
 class Teachers:
     """Every cache and teacher by name, as `caches/mkd` and `runs/bert`.
 
@@ -85,6 +91,7 @@ class Teachers:
             "train.validation.corpus.tasks": f"{{{listed}}}",
             **self._lengths(),
             "train.max_epochs": epochs,
+            "train.max_steps": 1_000_000,  # epochs bound it
             "train.optimizer.lr": scale.lr,
         }
 
@@ -162,6 +169,7 @@ class Teachers:
         self._dump("bert-gold", fine, ("runs/bert",), {**task, **known})
         gold = {
             "train.objective": "[{loss: label_cross_entropy}]",
+            "train.student.labels": f"[{', '.join(labels_of(self.texts.tasks[TASK]['train']))}]",
             **under("train.validation.corpus", dev["finetuning"]),
         }
         self._train("bert-task", fine, "bert-gold", gold, "bert")
@@ -187,7 +195,7 @@ class Teachers:
         pieces = f"{{kind: pretrained, path: {self._best('bert')}}}"
         gold = {**corpus, "dump.tokenizers.pieces": pieces}
         self._dump("mkd-gold", "mkd-teacher", ("runs/bert",), gold)
-        training = {**self.task_training(scale.teacher_epochs), "train.max_steps": "null"}
+        training = self.task_training(scale.teacher_epochs)
         self._train("mkd-teacher", "mkd-teacher", "mkd-gold", training, "bert")
         words = {"dump.tokenizers.words.vocab_size": scale.words}
         self._labels("mkd-all", "mkd-all", "mkd-teacher", corpus, words)
@@ -219,9 +227,9 @@ class Teachers:
         text = {"corpus.fields.text": self.texts.both["train"], **self._some(scale.lines)}
         task = self.texts.pairs.corpus("train", "corpus", scale.pairs)
         masks = f"{{kind: masks, stream: text, scheme: segment, replicas: {scale.replicas}}}"
-        size = f"vocab_size: {scale.vocab_size}"
+        own = f"kind: sentencepiece, vocab_size: {scale.vocab_size}, fields: [text], mask: true"
         alone = {
-            "dump.tokenizers.teacher": f"{{kind: sentencepiece, {size}, fields: [text], mask: true}}",
+            "dump.tokenizers.teacher": f"{{{own}}}",
             "dump.signals": f"{{masks: {masks}}}",
         }
         self._dump("mass-text", pre, (), {**text, **alone})

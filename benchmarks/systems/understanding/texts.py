@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from setting import log
+
 from systems.work import SPLITS, Pair
 
 #: Of each task: the columns that a recipe's fields are.
