@@ -10,7 +10,8 @@ from systems.rows import Statement, weights
 #: Figure of a row in its paper, and that of the row that it is compared with.
 Published = tuple[float, float]
 
-MKD = "MKD, mean of 7 GLUE tasks (Table 2)"
+#: The paper's table is of the BiLSTM; of the Transformer it says the same without figures.
+MKD = "MKD, mean of 7 GLUE tasks, BiLSTM (Table 2)"
 PAPERS = {
     "bert": "LightPAFF, SST-2 accuracy (Table 7)",
     "gpt2": "LightPAFF, WikiText-2 perplexity (Table 7)",
@@ -63,11 +64,13 @@ class Row:
 
 #: The score of MKD's Table 2, the mean over its tasks; a task with two figures is their mean.
 _BILSTM = {"none": 66.2, "single": 68.9, "plain": 74.9, "words": 73.6, "multi": 82.1}
-_GOLD = {"train.objective": "[{{loss: task_loss}}]"}
 
 
 def _mkd(student: str, recipe: str, published: Mapping[str, float]) -> list[Row]:
     base = f"{student}, no distillation"
+    gold: dict[str, object] = {"overrides": {"train.objective": "[{{loss: task_loss}}]"}}
+    if recipe == "mkd":
+        gold = {"recipe": "mkd-no-kd"}
 
     def row(what: str, key: str = "", cache: str = "mkd", **more: object) -> Row:
         found = (published[key], published["none"]) if key in published else None
@@ -84,16 +87,16 @@ def _mkd(student: str, recipe: str, published: Mapping[str, float]) -> list[Row]
 
     multi = "multi-task distillation"
     return [
-        row("no distillation", core=True, base=None, overrides=_GOLD, published=None),
-        row("no distillation, a run a task", overrides=_GOLD, apart=True),
+        row("no distillation", core=True, base=None, published=None, **gold),
+        row("no distillation, a run a task", core=True, apart=True, **gold),
         row("single-task distillation", "single", core=True, apart=True),
         row(multi, "multi", core=True),
         row(
             "multi-task, then fine-tuned",
-            overrides=_GOLD,
             apart=True,
             after=f"{student}, {multi}",
             pretrained=False,
+            **gold,
         ),
         row("multi-task, masked copies", cache="mkd-all", epochs_part=3),
     ]
@@ -195,13 +198,15 @@ def _statements() -> list[Statement]:
     for student in ("Transformer", "BiLSTM"):
         none, one, all_ = (f"{student}, {way}" for way in ("no distillation", single, multi))
         found += [
-            Statement(f"{student}: single-task above no distillation", MKD, (one,), none),
+            # Which of both rows without distillation is the paper's is not stated.
+            Statement(f"{one} above none", MKD, (one,), f"{none}, a run a task"),
+            Statement(f"{all_} above none", MKD, (all_,), none),
             Statement(f"{student}: multi-task above single-task", MKD, (all_,), one),
         ]
     best = f"BiLSTM, {multi}"
     found += [
-        Statement(f"bi-attention above {what}", MKD, (best,), f"BiLSTM {row}, {multi}")
-        for what, row in (("none", "without bi-attention"), ("that over words", "over words"))
+        Statement("bi-attention above none", MKD, (best,), f"BiLSTM without bi-attention, {multi}"),
+        Statement("pieces above words", MKD, (best,), f"BiLSTM over words, {multi}"),
     ]
     orders = (
         ("FT + KD", "FT"),

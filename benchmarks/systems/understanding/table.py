@@ -41,7 +41,7 @@ def _worth(row: Mapping[str, Any]) -> float:
 
 
 def _scores(row: Row, runs: Runs) -> tuple[dict[str, float], dict[str, Any]]:
-    """Scores of one seed by task, in points where they are shares, and one of the evaluations."""
+    """Scores of one seed by task, 100 times those up to 1, and the first of the evaluations."""
     read = {name: evaluation(last_stage(run)) for name, run in runs.items()}
     one = next(iter(read.values()))
     if row.group == "mkd":
@@ -50,6 +50,11 @@ def _scores(row: Row, runs: Runs) -> tuple[dict[str, float], dict[str, Any]]:
     if row.group == "mass":
         return {"": one["bleu"]["score"]}, one
     return {"": one["word_perplexity"] if row.group == "gpt2" else 100 * one["accuracy"]}, one
+
+
+def _loss(found: Mapping[str, Any]) -> float:
+    """Of an evaluation: nats a token, or the mean loss of a text (of one task, where it has it)."""
+    return float(found["loss_nats"] if "loss_nats" in found else found["loss"])
 
 
 def _result(row: Row, runs: Sequence[Runs], base: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -69,6 +74,7 @@ def _result(row: Row, runs: Sequence[Runs], base: Mapping[str, Any] | None) -> d
         "higher_is_better": higher,
         "values": [round(mean, 3) for mean in means],
         **_spread(means),
+        "test_loss": round(statistics.mean(_loss(one) for one in found), 4),
     }
     if row.group == "mkd":
         result["tasks"] = {task: _spread([one[task] for one in scores]) for task in COLUMNS}
