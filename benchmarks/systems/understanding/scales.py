@@ -19,7 +19,8 @@ class Scale:
         vocab_size: of each tokenizer.
         words: of the word-level tokenizer.
         teacher: BERT and GPT-2; the body of the teacher of five tasks too.
-        teacher_steps: optimiser steps of each teacher, before and after it knows its task.
+        teacher_steps: optimiser steps of each teacher on text alone.
+        task_steps: and then on its task.
         student: of both; two layers, as PKD's and TinyBERT's have.
         mass_teacher: encoder and decoder.
         mass: their student.
@@ -47,6 +48,7 @@ class Scale:
     words: int
     teacher: Shape
     teacher_steps: int
+    task_steps: int
     student: Shape
     mass_teacher: Shape
     mass: Shape
@@ -76,6 +78,7 @@ SCALES = {
         words=400,
         teacher=Shape(32, 64, (4,), 2),
         teacher_steps=40,
+        task_steps=40,
         student=Shape(16, 32, (2,), 2),
         mass_teacher=Shape(32, 64, (2, 2), 2),
         mass=Shape(16, 32, (2, 1), 2),
@@ -96,21 +99,22 @@ SCALES = {
     ),
     "laptop": Scale(
         lines=30_000,
-        samples=4000,
+        samples=3000,
         pairs=15_000,
         test=2000,
         vocab_size=4000,
         words=20_000,
-        teacher=Shape(192, 768, (6,), 4),
-        teacher_steps=2000,
-        student=Shape(128, 512, (2,), 4),
-        mass_teacher=Shape(192, 768, (4, 3), 4),
-        mass=Shape(128, 384, (2, 2), 4),
-        lstm=128,
+        teacher=Shape(160, 640, (6,), 4),
+        teacher_steps=1500,
+        task_steps=800,
+        student=Shape(96, 384, (2,), 4),
+        mass_teacher=Shape(160, 640, (3, 3), 4),
+        mass=Shape(96, 288, (2, 2), 4),
+        lstm=96,
         head=128,
-        pretraining_steps=800,
+        pretraining_steps=600,
         finetuning_steps=400,
-        epochs=8,
+        epochs=6,
         teacher_epochs=6,
         lr=5e-4,
         batch_tokens=2048,
@@ -130,6 +134,7 @@ SCALES = {
         words=30_000,
         teacher=Shape(512, 2048, (6,), 8),
         teacher_steps=20_000,
+        task_steps=6000,
         student=Shape(256, 1024, (2,), 8),
         mass_teacher=Shape(512, 2048, (6, 6), 8),
         mass=Shape(256, 1024, (3, 2), 4),

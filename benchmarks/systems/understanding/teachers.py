@@ -126,10 +126,11 @@ class Teachers:
         words = ("train", recipe, "--out", str(self.path(f"runs/{name}")))
         words = (*words, "--cache", str(self.path(f"caches/{cache}")))
         needs: tuple[str, ...] = (f"caches/{cache}",)
+        scale = self.scale
         found: dict[str, object] = {
             **self._lengths(),
-            "train.max_steps": self.scale.teacher_steps,
-            "train.optimizer.lr": self.scale.lr,
+            "train.max_steps": scale.teacher_steps if start is None else scale.task_steps,
+            "train.optimizer.lr": scale.lr,
         }
         if start is not None:
             found |= {
