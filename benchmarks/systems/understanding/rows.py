@@ -42,6 +42,7 @@ class Row:
         apart: whether every task has a run of its own.
         after: the row whose run of the same seed it begins with.
         pretrained: whether the body begins as the first layers of the BERT.
+        teacher: the run that the row is, if it is a teacher's: nothing is trained for it.
         epochs_part: it has this many times fewer passes over the cache.
         paper: where the published figures are from.
         published: figures; None where the paper has none.
@@ -57,6 +58,7 @@ class Row:
     apart: bool = False
     after: str | None = None
     pretrained: bool = False
+    teacher: str = ""
     epochs_part: int = 1
     paper: str = ""
     published: Published | None = None
@@ -178,9 +180,30 @@ def _layers() -> list[Row]:
     ]
 
 
+def _teachers() -> list[Row]:
+    """What the students learned from."""
+    known = {
+        "mkd": ("mkd-teacher", "mkd-gold", "of five tasks"),
+        "bert": ("lightpaff-bert:finetuning", "bert-gold", "BERT"),
+        "gpt2": ("causal-lm", "gpt2-gold", "GPT-2"),
+        "mass": ("lightpaff-mass:finetuning", "mass-gold", "MASS"),
+    }
+    return [
+        Row(
+            f"teacher, {name}",
+            group,
+            recipe,
+            (cache,),
+            teacher="runs/mkd-teacher" if group == "mkd" else f"runs/{group}-task",
+        )
+        for group, (recipe, cache, name) in known.items()
+    ]
+
+
 ROWS = {
     row.name: row
     for row in [
+        *_teachers(),
         *_students(),
         *_lightpaff("bert"),
         *_layers(),
@@ -188,8 +211,8 @@ ROWS = {
         *_lightpaff("mass"),
     ]
 }
-#: The rows that are trained with every seed, and that the larger scales are about.
-CORE = [name for name, row in ROWS.items() if row.core]
+#: The teachers, and the rows that are trained with every seed: what larger scales are about.
+CORE = [name for name, row in ROWS.items() if row.core or row.teacher]
 
 
 def _statements() -> list[Statement]:

@@ -48,6 +48,8 @@ class Story:
 
     def runs(self, row: Row, seed: int) -> dict[str, str]:
         """Names of the runs of a row: one of all tasks under an empty name, or one of each."""
+        if row.teacher:
+            return {"": row.teacher}
         name = "".join(letter if letter.isalnum() else "-" for letter in row.name)
         run = f"runs/{name}-{seed}"
         return {task: f"{run}-{task}" for task in COLUMNS} if row.apart else {"": run}
@@ -71,38 +73,38 @@ class Story:
 
     def _plan(self, row: Row, seed: int) -> None:
         """Add a row's training and its test."""
-        base = None if row.base is None else self.runs(ROWS[row.base], seed)
+        base = None if row.base is None else self.runs(ROWS[row.base], seed)[""]
         for task, run in self.runs(row, seed).items():
-            if run in self.steps:  # of a row that another begins with
-                continue
-            needs = [f"caches/{cache}" for cache in row.cache]
-            more = self._of_tasks(row, task) if row.group == "mkd" else self._of_stages(row)
-            if row.after is not None:
-                before = self.runs(ROWS[row.after], seed)[""]
-                if before not in self.steps:
-                    self._plan(ROWS[row.after], seed)
-                more |= {
-                    "train.student.config": "null",
-                    "train.student.path": self.folder / before / "best",
-                    "train.optimizer.lr": self.scale.lr / 10,
-                    "train.max_epochs": max(1, self.scale.epochs // 4),
-                }
-                needs.append(before)
-            elif row.pretrained:
-                needs.append("runs/bert")
-            last = self.scale.teacher.layers[0]
-            own = {k: v.format(half=last // 2, last=last) for k, v in row.overrides.items()}
-            words = ("train", row.recipe, "--out", str(self.folder / run))
-            overrides = {**more, "train.seed": seed, **own}
-            self.steps[run] = Step(
-                Command((*words, *self._caches(row)), overrides), tuple(dict.fromkeys(needs))
-            )
-            test, against = f"tests/{run}", None
-            if row.group == "mass" and base is not None:
-                against = base[""]
-            command = self._testing(row, run, against)
-            self.steps[test] = Step(command, (run, *([f"tests/{against}"] if against else [])))
-            self.tests.append(test)
+            self._train(row, seed, task, run)
+            against = base if row.group == "mass" else None
+            needs = (run, *([f"tests/{against}"] if against else []))
+            self.steps[f"tests/{run}"] = Step(self._testing(row, run, against), needs)
+            self.tests.append(f"tests/{run}")
+
+    def _train(self, row: Row, seed: int, task: str, run: str) -> None:
+        """Add a training, and first that of the row that it begins with."""
+        if run in self.steps:  # a teacher, or a row that another begins with
+            return
+        needs = [f"caches/{cache}" for cache in row.cache]
+        more = self._of_tasks(row, task) if row.group == "mkd" else self._of_stages(row)
+        if row.after is not None:
+            first = ROWS[row.after]
+            before = self.runs(first, seed)[""]
+            self._train(first, seed, "", before)
+            needs.append(before)
+            more |= {
+                "train.student.config": "null",
+                "train.student.path": self.folder / before / "best",
+                "train.optimizer.lr": self.scale.lr / 10,
+                "train.max_epochs": max(1, self.scale.epochs // 4),
+            }
+        elif row.pretrained:
+            needs.append("runs/bert")
+        last = self.scale.teacher.layers[0]
+        own = {k: v.format(half=last // 2, last=last) for k, v in row.overrides.items()}
+        words = ("train", row.recipe, "--out", str(self.folder / run), *self._caches(row))
+        command = Command(words, {**more, "train.seed": seed, **own})
+        self.steps[run] = Step(command, tuple(needs))
 
     def _caches(self, row: Row) -> list[str]:
         """The words that name the caches of a row, by stage where it has two."""
