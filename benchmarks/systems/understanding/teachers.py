@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from systems.work import Command, Overrides
 
 #: The single sentence task that stands for SST-2 in LightPAFF's table.
 TASK = "clinc150"
+#: Tasks whose classes no recipe names.
+UNNAMED = ("banking77", "clinc150")
 FIELDS = {"format": "tsv", "fields": "{text: sentence, label: label}", "label": "label"}
 
 
@@ -25,10 +28,10 @@ def under(section: str, values: Overrides) -> dict[str, object]:
     return {f"{section}.{key}": value for key, value in values.items()}
 
 
-def labels_of(path: Path) -> list[str]:
-    """The classes of a tsv whose last column is the label."""
-    _, *rows = path.read_text(encoding="utf-8").splitlines()
-    return sorted({row.rpartition("\t")[2] for row in rows})
+def labels_of(path: Path) -> str:
+    """The classes of a tsv whose last column is the label, as YAML."""
+    _, *rows = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    return json.dumps(sorted({row.rpartition("\t")[2] for row in rows}))
 
 
 class Teachers:
@@ -87,8 +90,14 @@ class Teachers:
             f"{name}: {task_section(name, files['dev'])}"
             for name, files in self.texts.tasks.items()
         )
+        # Few samples need not have all classes.
+        labels = {
+            f"train.student.tasks.{name}.labels": labels_of(self.texts.tasks[name]["train"])
+            for name in UNNAMED
+        }
         return {
             "train.validation.corpus.tasks": f"{{{listed}}}",
+            **labels,
             **self._lengths(),
             "train.max_epochs": epochs,
             "train.max_steps": 1_000_000,  # epochs bound it
@@ -170,7 +179,7 @@ class Teachers:
         self._dump("bert-gold", fine, ("runs/bert",), {**task, **known})
         gold = {
             "train.objective": "[{loss: label_cross_entropy}]",
-            "train.student.labels": f"[{', '.join(labels_of(self.texts.tasks[TASK]['train']))}]",
+            "train.student.labels": labels_of(self.texts.tasks[TASK]["train"]),
             **under("train.validation.corpus", dev["finetuning"]),
         }
         self._train("bert-task", fine, "bert-gold", gold, "bert")
