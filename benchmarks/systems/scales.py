@@ -33,6 +33,26 @@ class Shape:
             **{f"{side}_layers": n for side, n in zip(sides, self.layers, strict=True)},
         }
 
+    @property
+    def bert_sizes(self) -> dict[str, Any]:
+        """Keys of a BERT config."""
+        return {
+            "hidden_size": self.width,
+            "intermediate_size": self.ffn,
+            "num_hidden_layers": self.layers[0],
+            "num_attention_heads": self.heads,
+        }
+
+    @property
+    def gpt2_sizes(self) -> dict[str, Any]:
+        """Keys of a GPT-2 config."""
+        return {
+            "n_embd": self.width,
+            "n_inner": self.ffn,
+            "n_layer": self.layers[0],
+            "n_head": self.heads,
+        }
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -115,7 +135,7 @@ SCALES = {
         warmup_steps=400,
         every_steps=200,
         dev_tokens=10_000,
-        lrs=(1.4e-3, 2.8e-3, 5.6e-3),
+        lrs=(1.4e-3, 2.8e-3, 5.6e-3, 1.12e-2),
         dropouts=(0.1,),
         tune_steps=400,
         masked=Shape(192, 768, (4,), 4),

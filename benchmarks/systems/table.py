@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from systems.rows import Row, Statement
@@ -53,14 +53,29 @@ def row_result(
     return result
 
 
-def judged(statement: Statement, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Whether a statement holds here; None where its rows are not there."""
+def _bleu(row: Mapping[str, Any]) -> float:
+    """What a row of the translation table is judged by."""
+    return float(row["bleu"]["mean"])
+
+
+def judged(
+    statement: Statement,
+    rows: Mapping[str, Mapping[str, Any]],
+    worth: Callable[[Mapping[str, Any]], float] = _bleu,
+) -> dict[str, Any] | None:
+    """Whether a statement holds here; None where its rows are not there.
+
+    Args:
+        statement: of a paper.
+        rows: by name.
+        worth: what a row is judged by, larger where it is better.
+    """
     better = [rows[name] for name in statement.better if name in rows]
     worse = rows.get(statement.worse)
     if not better or worse is None:
         return None
-    best = max(better, key=lambda row: float(row["bleu"]["mean"]))
-    difference = best["bleu"]["mean"] - worse["bleu"]["mean"]
+    best = max(better, key=worth)
+    difference = worth(best) - worth(worse)
     held = difference > 0 if statement.strictly else difference >= 0
     result = {
         "statement": statement.text,
@@ -69,7 +84,7 @@ def judged(statement: Statement, rows: Mapping[str, Mapping[str, Any]]) -> dict[
         "difference": round(difference, 2),
         "held": held,
     }
-    tests = best["bleu"].get("p_values")
+    tests = best.get("bleu", {}).get("p_values")
     if tests and statement.worse.startswith("no-kd"):
         result["significant_seeds"] = sum(value < SIGNIFICANT for value in tests)
         result["seeds"] = len(tests)

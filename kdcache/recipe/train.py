@@ -78,7 +78,8 @@ class StudentSection(Section):
         None,
         description="Of a classifier: its classes, in the order of its scores and as the gold "
         "labels name them; a single one makes it a regressor. null: those of the objective's "
-        "classes signals, else of the classifier at path.",
+        "classes signals, else of the classifier at path, else of the first such signal in the "
+        "cache that a term of weight zero names.",
     )
     task: Identifier | None = Field(
         None,

@@ -12,7 +12,7 @@ from sacrebleu.significance import PairedTest
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, T5Config
 
 from kdcache.errors import CorpusError, IdentityError, ModelError, RecipeError
-from kdcache.recipe import EvaluateSection
+from kdcache.recipe import EvaluateSection, dump_recipe, load_recipe
 from kdcache.train.evaluation.evaluate import (
     HYPOTHESES,
     RESULT,
@@ -190,6 +190,15 @@ def test_two_runs_are_compared(world, run, section, tmp_path):
     }
     expected = paired_test(lines["run"], lines["teacher"], world.tgt[100:], 50)
     assert result["against"] == {"run": str(tmp_path / "teacher"), **expected}
+
+
+def test_a_run_of_stages_is_compared_with_by_its_last(world, run, section, tmp_path):
+    last = tmp_path / "two" / "finetuning"
+    evaluate(world.teacher, section, out=last)
+    for folder, name in ((last, "lightpaff-mass:finetuning"), (last.parent, "lightpaff-mass")):
+        (folder / "recipe.yaml").write_text(dump_recipe(load_recipe(name)))
+    found = evaluate(run, against=last.parent)
+    assert found["against"] == evaluate(run, against=last)["against"]
 
 
 def test_other_references_are_refused(world, run, section, tmp_path):

@@ -330,3 +330,41 @@ def test_where_a_rank_is_killed_the_other_ends_and_one_goes_on(caches, make_reci
         train(run_tree(make_recipe), caches["text"], str(run))
     assert [line["step"] for line in metrics(whole) if "loss" in line] == list(range(1, 9))
     assert_same_run(tmp_path / "run", whole)
+
+
+LEAVING = """
+import gc, sys, torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+torch.set_num_threads(1)
+from kdcache.cli import main
+real = dist.destroy_process_group
+def destroy():
+    print("left:", sum(type(one) is DistributedDataParallel for one in gc.get_objects()))
+    # The group's own threads have something to free, and wait for the interpreter.
+    sys.setswitchinterval(1000)
+    dist.all_gather_object([None, None], "leaving")
+    real()
+dist.destroy_process_group = destroy
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_ranks_leave_after_what_they_exchanged_with(caches, make_recipe, tmp_path):
+    recipe = parse_recipe(run_tree(make_recipe, max_steps=2))
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    words = ["train", str(tmp_path / "recipe.yaml"), "--cache", caches["text"]]
+    command = [sys.executable, "-c", LEAVING, *words, "--out", str(tmp_path / "run")]
+    port = free_port()
+    ranks = [
+        subprocess.Popen(command, env=environment(rank, 2, port), stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    try:
+        said = [one.communicate(timeout=120)[0] for one in ranks]
+    finally:
+        for one in ranks:
+            one.kill()
+            one.communicate()
+    assert [one.returncode for one in ranks] == [0, 0]
+    assert [text.splitlines()[0] for text in said] == ["left: 0"] * 2

@@ -293,6 +293,21 @@ def test_a_stage_without_distillation_needs_no_teacher():
         assert [t.used for t in alone.train.objective] == [True, False]
 
 
+def test_a_classifier_without_distillation_has_the_classes_of_the_cache(world, tmp_path):
+    """Rows 1 and 4 of Table 7, whose only classes signal has no weight."""
+    hard = {"objective.0.weight": "1", "objective.1.weight": "0"}
+    alone = [
+        *("train", "lightpaff-bert:finetuning", "--out", str(tmp_path / "ft")),
+        *("--cache", world.caches[1].partition("=")[2], *words_of(TINY)),
+        *words_of({f"train.{key}": value for key, value in hard.items()}),
+    ]
+    both = words_of({f"stages.finetuning.train.{key}": value for key, value in hard.items()})
+    for words, out in ((alone, "ft"), (command(world, tmp_path / "pt", *both), "pt/finetuning")):
+        assert main(words) == 0
+        config = json.loads((tmp_path / out / "last" / "config.json").read_text())
+        assert config["id2label"] == {"0": "no", "1": "yes"}
+
+
 def test_lambdas_are_the_papers():
     said = {"bert": (0.0, 1.0), "gpt2": (0.6, 0.4), "mass": (0.3, 0.7)}
     for name, weights in said.items():

@@ -77,6 +77,7 @@ def evaluate(
         StorageError: the results could not be written.
     """
     path = last_stage(Path(path))
+    against = None if against is None else last_stage(Path(against))
     recipe = _recipe_of(path)
     if recipe is None and not (path / "config.json").is_file():
         raise ModelError(f"{path}: neither a run of `kdcache train` nor a transformers model")

@@ -30,7 +30,8 @@ class ClassifierObjective(Objective):
         terms: the recipe's objective.
         signals: the cache's signals.
         stream: what the student reads.
-        labels: names of its classes; None: those of the terms' signals.
+        labels: names of its classes; None: those of the terms' signals, also of a term without
+            weight.
         task: whose gold labels count; None: that of the terms' signals, else all.
         bounds: the lowest and the highest gold number; None: any.
 
@@ -73,6 +74,8 @@ class ClassifierObjective(Objective):
                 task = record.task if task is None else task
                 found = _agreed(where, record, found)
         if found is None:
+            found = _named_by_unused(terms, signals)
+        if found is None:
             raise RecipeError(
                 "train.student.labels: is null, and no term names a classes signal; list the names "
                 "of the classes as the gold labels have them, or one name for a number"
@@ -107,6 +110,18 @@ class ClassifierObjective(Objective):
     def at(self, step: int, total_steps: int) -> list[Moment]:
         """The terms that count at a step, see `Objective.at`."""
         return list(tempered(super().at(step, total_steps), self.terms))
+
+
+def _named_by_unused(
+    terms: Sequence[Term], signals: Mapping[str, SignalRecord]
+) -> tuple[str, ...] | None:
+    """Labels of the first classes signal that a term without weight names, if the cache has it."""
+    for term in terms:
+        if isinstance(term, ScoreMSETerm | ScoreKLTerm):
+            record = signals.get(term.signal)
+            if isinstance(record, ClassesRecord):
+                return tuple(record.labels)
+    return None
 
 
 def _check_kind(where: str, term: Term) -> None:

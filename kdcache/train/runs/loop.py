@@ -26,7 +26,7 @@ from kdcache.train.runs.checkpoint import (
     save_checkpoint,
 )
 from kdcache.train.runs.memory import machine_of
-from kdcache.train.runs.parallel import joined
+from kdcache.train.runs.parallel import Ranks, joined
 from kdcache.train.runs.run import RunDirectory, locked
 from kdcache.train.runs.shared import Shared
 from kdcache.train.runs.trainer import Trainer
@@ -78,13 +78,28 @@ def train(
         )
     paths = [share.path for share in recipe.train.caches] or [str(cache_path)]
     shared = shared or Shared()
-    caches, run = [shared.cache(path) for path in paths], Path(out)
+    run = Path(out)
+    for path in paths:  # what is wrong with one is said before ranks meet
+        shared.cache(path)
     if recipe.train.student is None:
         raise RecipeError("train.student is not set; give train.student.config or .path")
     if recipe.train.log is not None:
         check_installed()
-    with joined(resolve_device(recipe.train.device)) as ranks, ExitStack() as held:
-        trainer = Trainer(recipe.train, caches, ranks, shared)
+    with joined(resolve_device(recipe.train.device)) as ranks:
+        return _train(recipe, paths, run, start, shared, ranks)
+
+
+def _train(
+    recipe: Recipe,
+    paths: list[str],
+    run: Path,
+    start: Mapping[str, Any] | None,
+    shared: Shared,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """What `train` does among its ranks; apart, since the trainer must end before they part."""
+    with ExitStack() as held:
+        trainer = Trainer(recipe.train, [shared.cache(path) for path in paths], ranks, shared)
         identity = trainer.identity() | ({"start": dict(start)} if start else {})
         places = [_place(path) for path in paths]
         about = (run, recipe, identity, versions_of(LIBRARIES), places)

@@ -6,6 +6,7 @@ each global batch. Rank 0, the main one, alone writes the run directory.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 from collections.abc import Iterator
@@ -104,6 +105,9 @@ def is_main() -> bool:
 def joined(device: torch.device) -> Iterator[Ranks]:
     """Join the processes that torchrun started; alone where it did not.
 
+    Nothing may hold what was `wrapped` within at its end: a group that ends with such a module
+    waits, with the interpreter locked, for threads of its own that wait for the interpreter.
+
     Args:
         device: of this process; gloo connects those on cpu, nccl those on cuda.
 
@@ -141,6 +145,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         ) from None
     # Where a rank is gone the others may wait for it here, so only a good end takes leave.
     if started:
+        gc.collect()  # modules in cycles, which would end after the group
         dist.destroy_process_group()
 
 

@@ -1,0 +1,156 @@
+"""How large everything is: the same table in minutes, in hours, or on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from systems.scales import Shape
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of one run of the whole table.
+
+    Attributes:
+        lines: of every text that is read alone; None: all.
+        samples: of each of the five tasks; None: all.
+        pairs: translations that MASS is fine-tuned on; None: all.
+        test: of each test set; None: all.
+        vocab_size: of each tokenizer.
+        words: of the word-level tokenizer.
+        teacher: BERT and GPT-2; the body of the teacher of five tasks too.
+        teacher_steps: optimiser steps of each teacher on text alone.
+        task_steps: and then on its task.
+        student: of both; two layers, as PKD's and TinyBERT's have.
+        mass_teacher: encoder and decoder.
+        mass: their student.
+        lstm: width of the BiLSTM, its embeddings and its feed-forward layer.
+        head: width of the heads of five tasks.
+        pretraining_steps: of a student of LightPAFF.
+        finetuning_steps: of a student of a task of LightPAFF.
+        epochs: of a student of five tasks, over whatever tasks it has.
+        teacher_epochs: of their teacher.
+        lr: of the five tasks and of both stages.
+        batch_tokens: padded tokens of a step.
+        warmup_steps: of every run; a tenth of it where a run has one task of five.
+        every_steps: between validations, and between checkpoints.
+        dev_tokens: of a validation.
+        replicas: maskings of every text.
+        seeds: of the core rows; the others have the first.
+        jobs: commands side by side.
+    """
+
+    lines: int | None
+    samples: int | None
+    pairs: int | None
+    test: int | None
+    vocab_size: int
+    words: int
+    teacher: Shape
+    teacher_steps: int
+    task_steps: int
+    student: Shape
+    mass_teacher: Shape
+    mass: Shape
+    lstm: int
+    head: int
+    pretraining_steps: int
+    finetuning_steps: int
+    epochs: int
+    teacher_epochs: int
+    lr: float
+    batch_tokens: int
+    warmup_steps: int
+    every_steps: int
+    dev_tokens: int
+    replicas: int
+    seeds: tuple[int, ...]
+    jobs: int
+
+
+SCALES = {
+    "smoke": Scale(
+        lines=400,
+        samples=120,
+        pairs=300,
+        test=40,
+        vocab_size=300,
+        words=400,
+        teacher=Shape(32, 64, (4,), 2),
+        teacher_steps=40,
+        task_steps=40,
+        student=Shape(16, 32, (2,), 2),
+        mass_teacher=Shape(32, 64, (2, 2), 2),
+        mass=Shape(16, 32, (2, 1), 2),
+        lstm=16,
+        head=16,
+        pretraining_steps=15,
+        finetuning_steps=20,
+        epochs=2,
+        teacher_epochs=3,
+        lr=3e-3,
+        batch_tokens=1024,
+        warmup_steps=10,
+        every_steps=10,
+        dev_tokens=800,
+        replicas=1,
+        seeds=(1,),
+        jobs=2,
+    ),
+    "laptop": Scale(
+        lines=30_000,
+        samples=3000,
+        pairs=15_000,
+        test=2000,
+        vocab_size=4000,
+        words=20_000,
+        teacher=Shape(160, 640, (6,), 4),
+        teacher_steps=1500,
+        task_steps=800,
+        student=Shape(96, 384, (2,), 4),
+        mass_teacher=Shape(160, 640, (3, 3), 4),
+        mass=Shape(96, 288, (2, 2), 4),
+        lstm=96,
+        head=128,
+        pretraining_steps=600,
+        finetuning_steps=400,
+        epochs=6,
+        teacher_epochs=6,
+        lr=5e-4,
+        batch_tokens=2048,
+        warmup_steps=100,
+        every_steps=100,
+        dev_tokens=30_000,
+        replicas=2,
+        seeds=(1, 2, 3),
+        jobs=2,
+    ),
+    "gpu": Scale(
+        lines=None,
+        samples=None,
+        pairs=None,
+        test=None,
+        vocab_size=8000,
+        words=30_000,
+        teacher=Shape(512, 2048, (6,), 8),
+        teacher_steps=20_000,
+        task_steps=6000,
+        student=Shape(256, 1024, (2,), 8),
+        mass_teacher=Shape(512, 2048, (6, 6), 8),
+        mass=Shape(256, 1024, (3, 2), 4),
+        lstm=256,
+        head=512,
+        pretraining_steps=10_000,
+        finetuning_steps=4000,
+        epochs=16,
+        teacher_epochs=10,
+        lr=3e-4,
+        batch_tokens=8192,
+        warmup_steps=500,
+        every_steps=250,
+        dev_tokens=100_000,
+        replicas=4,
+        seeds=(1, 2, 3),
+        jobs=1,
+    ),
+}

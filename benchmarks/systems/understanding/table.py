@@ -1,0 +1,139 @@
+"""The table: what every row came to, beside its paper."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kdcache.train.runs.run import last_stage
+from systems.table import judged
+from systems.understanding.rows import METRICS, STATEMENTS, Row
+from systems.understanding.texts import COLUMNS
+from systems.work import evaluation
+
+#: Task to run of one seed; a run of all tasks, or of the only one, under an empty name.
+Runs = Mapping[str, Path]
+
+
+def results(rows: Sequence[Row], runs: Mapping[str, Sequence[Runs]]) -> dict[str, Any]:
+    """Every row, and whether the papers' findings held.
+
+    Args:
+        rows: of the table, those first that others are compared with.
+        runs: row to its runs, of each seed.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: row.base is not None):
+        found[row.name] = _result(row, runs[row.name], found.get(row.base or ""))
+    held = [judged(statement, found, _worth) for statement in STATEMENTS]
+    return {
+        "rows": [found[row.name] for row in rows],
+        "statements": [one for one in held if one is not None],
+    }
+
+
+def _worth(row: Mapping[str, Any]) -> float:
+    """What a row is judged by, larger where it is better."""
+    mean = float(row["mean"])
+    return mean if row["higher_is_better"] else -mean
+
+
+def _scores(row: Row, runs: Runs) -> tuple[dict[str, float], dict[str, Any]]:
+    """Scores of one seed by task, 100 times those up to 1, and the first of the evaluations."""
+    read = {name: evaluation(last_stage(run)) for name, run in runs.items()}
+    one = next(iter(read.values()))
+    if row.group == "mkd":
+        found = {task: read.get(task, one)["tasks"][task]["score"] for task in COLUMNS}
+        return {task: 100 * score for task, score in found.items()}, one
+    if row.group == "mass":
+        return {"": one["bleu"]["score"]}, one
+    return {"": one["word_perplexity"] if row.group == "gpt2" else 100 * one["accuracy"]}, one
+
+
+def _loss(found: Mapping[str, Any]) -> float:
+    """Of an evaluation: nats a token, or the mean loss of a text (of one task, where it has it)."""
+    return float(found["loss_nats"] if "loss_nats" in found else found["loss"])
+
+
+def _result(row: Row, runs: Sequence[Runs], base: Mapping[str, Any] | None) -> dict[str, Any]:
+    """One row, see `results`."""
+    scores, found = zip(*(_scores(row, one) for one in runs), strict=True)
+    means = [statistics.mean(one.values()) for one in scores]
+    metric, higher = METRICS[row.group]
+    result: dict[str, Any] = {
+        "system": row.name,
+        "group": row.group,
+        "recipe": row.recipe,
+        "overrides": dict(row.overrides),
+        "caches": list(row.cache),
+        "runs_a_seed": len(runs[0]),
+        "parameters": found[0]["parameters"],
+        "metric": metric,
+        "higher_is_better": higher,
+        "values": [round(mean, 3) for mean in means],
+        **_spread(means),
+        "test_loss": round(statistics.mean(_loss(one) for one in found), 4),
+    }
+    if row.group == "mkd":
+        result["tasks"] = {task: _spread([one[task] for one in scores]) for task in COLUMNS}
+    if row.group == "gpt2":
+        result["num_too_long"] = found[0]["num_too_long"]
+    if base is not None:
+        pairs = list(zip(means, base["values"], strict=False))  # of the same seeds
+        differences = [mean - other for mean, other in pairs]
+        result["base"] = base["system"]
+        result["over_base"] = round(statistics.mean(differences), 2)
+        result["seeds_better"] = sum((one > 0) == higher and one != 0 for one in differences)
+        if "against" in found[0]:
+            result["p_values"] = [one["against"]["bleu"]["p_value"] for one in found]
+    if row.published is not None:
+        figure, other = row.published
+        over = figure - other
+        result["published"] = {"paper": row.paper, metric: figure, "over_base": round(over, 2)}
+        result["direction_held"] = result["over_base"] * over > 0
+    return result
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, and the largest less the smallest."""
+    spread = max(values) - min(values)
+    return {"mean": round(statistics.mean(values), 2), "spread": round(spread, 2)}
+
+
+def shown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as two Markdown tables: five tasks, and LightPAFF."""
+    tables = []
+    several = [row for row in rows if "tasks" in row]
+    if several:
+        head = ("system", "parameters, without embeddings", *COLUMNS, "mean", "over base", "paper")
+        tables.append((head, [_cells(row, list(COLUMNS)) for row in several]))
+    others = [row for row in rows if "tasks" not in row]
+    if others:
+        head = ("system", "parameters, without embeddings", "result", "over base", "paper")
+        tables.append((head, [_cells(row, []) for row in others]))
+    return "\n\n".join(
+        "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body))
+        for head, body in tables
+    )
+
+
+def _cells(row: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
+    """A line of a table."""
+    counts = row["parameters"]
+    over = ""
+    if "over_base" in row:
+        over = f"{row['over_base']:+.2f} ({row['seeds_better']} of {len(row['values'])})"
+    if "p_values" in row:
+        over += ", p " + ", ".join(f"{value:.3f}" for value in row["p_values"])
+    published = row.get("published")
+    paper = f"{published[row['metric']]} ({published['over_base']:+.1f})" if published else ""
+    values = [*(row["tasks"][task] for task in tasks), row]
+    return [
+        row["system"],
+        f"{counts['total']:,}, {counts['without_embeddings']:,}",
+        *(f"{value['mean']:.2f} ± {value['spread']:.2f}" for value in values),
+        over,
+        paper,
+    ]
