@@ -204,9 +204,14 @@ def test_a_signal_ends_the_workers_and_all_resumes(stubbed, number, raised):
             time.sleep(0.02)
         os.kill(os.getpid(), number)
 
+    # Who starts the tests in the background of a shell hands down that Ctrl-C is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=stop, daemon=True).start()
-    with pytest.raises(raised):
-        run()
+    try:
+        with pytest.raises(raised):
+            run()
+    finally:
+        signal.signal(signal.SIGINT, before)
     with pytest.raises(ProcessLookupError):
         os.kill(int(hanging.read_text()), 0)
     assert planned.folder.finished(planned.runs[0])
