@@ -338,7 +338,7 @@ def test_the_command_tells_what_it_did(data, tmp_path, capsys):
     assert "limit: no tail" in shown
     with pytest.raises(SystemExit):
         main([*words, "--top-k", "0"])
-    assert "argument --top-k: 0 is given" in capsys.readouterr().err
+    assert "argument --top-k: '0' is given" in capsys.readouterr().err
 
 
 def _tokens(path):

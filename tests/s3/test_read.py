@@ -111,7 +111,7 @@ def test_training_under_faults_and_a_small_local_copy(world, stored, server, tmp
     with Proxy(server.port, seeded(4, 0.05, 0.05)) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
         train(training(max_steps=8), stored, tmp_path / "there")
-        assert sum(proxy.seen.values()) - proxy.seen["passed"] > 5
+        assert sum(proxy.seen.values()) - proxy.seen["passed"] > 2
     assert weights(tmp_path / "there") == weights(tmp_path / "here")
 
 
