@@ -25,7 +25,8 @@ from kdcache.quickstart.plan import (
     teacher_recipe,
 )
 from kdcache.recipe import Recipe, dump_recipe
-from kdcache.train.evaluation.evaluate import RESULT, evaluate, read_evaluation
+from kdcache.train.evaluation.baseline import RESULT, read_evaluation
+from kdcache.train.evaluation.evaluate import evaluate
 from kdcache.train.runs.loop import train
 
 logger = logging.getLogger(__name__)

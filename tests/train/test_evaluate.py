@@ -13,16 +13,15 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, T5Con
 
 from kdcache.errors import CorpusError, IdentityError, ModelError, RecipeError
 from kdcache.recipe import EvaluateSection, dump_recipe, load_recipe
+from kdcache.train.evaluation.baseline import RESULT, read_evaluation
 from kdcache.train.evaluation.evaluate import (
     HYPOTHESES,
-    RESULT,
     corpus_scores,
     count_parameters,
     evaluate,
     load_model,
-    paired_test,
-    read_evaluation,
 )
+from kdcache.train.evaluation.paired import paired_test
 from kdcache.train.evaluation.translate import translate
 from kdcache.train.runs.loop import train
 from kdcache.train.runs.validate import score, score_shuffled

@@ -76,9 +76,8 @@ class Story:
         base = None if row.base is None else self.runs(ROWS[row.base], seed)[""]
         for task, run in self.runs(row, seed).items():
             self._train(row, seed, task, run)
-            against = base if row.group == "mass" else None
-            needs = (run, *([f"tests/{against}"] if against else []))
-            self.steps[f"tests/{run}"] = Step(self._testing(row, run, against), needs)
+            needs = (run, *([f"tests/{base}"] if base else []))
+            self.steps[f"tests/{run}"] = Step(self._testing(row, run, base), needs)
             self.tests.append(f"tests/{run}")
 
     def _train(self, row: Row, seed: int, task: str, run: str) -> None:

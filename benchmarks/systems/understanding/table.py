@@ -52,6 +52,19 @@ def _scores(row: Row, runs: Runs) -> tuple[dict[str, float], dict[str, Any]]:
     return {"": one["word_perplexity"] if row.group == "gpt2" else 100 * one["accuracy"]}, one
 
 
+def _p_values(row: Row, runs: Runs) -> dict[str, float]:
+    """P-values of the difference from the base, of one seed, by task.
+
+    That of the row as a whole is under an empty name: where one run has all tasks, or the only one.
+    """
+    metric, found = METRICS[row.group][0], {}
+    for run in runs.values():
+        tests = evaluation(last_stage(run)).get("against", {})
+        parts = tests.get("tasks", {}) | ({"": tests} if metric in tests else {})
+        found |= {task: part[metric]["p_value"] for task, part in parts.items()}
+    return found
+
+
 def _loss(found: Mapping[str, Any]) -> float:
     """Of an evaluation: nats a token, or the mean loss of a text (of one task, where it has it)."""
     return float(found["loss_nats"] if "loss_nats" in found else found["loss"])
@@ -86,8 +99,10 @@ def _result(row: Row, runs: Sequence[Runs], base: Mapping[str, Any] | None) -> d
         result["base"] = base["system"]
         result["over_base"] = round(statistics.mean(differences), 2)
         result["seeds_better"] = sum((one > 0) == higher and one != 0 for one in differences)
-        if "against" in found[0]:
-            result["p_values"] = [one["against"]["bleu"]["p_value"] for one in found]
+        tests = [_p_values(row, one) for one in runs]
+        for task in tests[0]:
+            held = result["tasks"][task] if task else result
+            held["p_values"] = [one[task] for one in tests]
     if row.published is not None:
         figure, other = row.published
         over = figure - other
@@ -125,15 +140,21 @@ def _cells(row: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
     over = ""
     if "over_base" in row:
         over = f"{row['over_base']:+.2f} ({row['seeds_better']} of {len(row['values'])})"
-    if "p_values" in row:
-        over += ", p " + ", ".join(f"{value:.3f}" for value in row["p_values"])
+    over += _chance(row)
     published = row.get("published")
     paper = f"{published[row['metric']]} ({published['over_base']:+.1f})" if published else ""
-    values = [*(row["tasks"][task] for task in tasks), row]
+    figures = [row["tasks"][task] for task in tasks]
     return [
         row["system"],
         f"{counts['total']:,}, {counts['without_embeddings']:,}",
-        *(f"{value['mean']:.2f} ± {value['spread']:.2f}" for value in values),
+        *(f"{one['mean']:.2f} ± {one['spread']:.2f}{_chance(one)}" for one in figures),
+        f"{row['mean']:.2f} ± {row['spread']:.2f}",
         over,
         paper,
     ]
+
+
+def _chance(held: Mapping[str, Any]) -> str:
+    """The p-values of a figure, one a seed, if it has some."""
+    values = held.get("p_values", ())
+    return f", p {', '.join(f'{value:.3f}' for value in values)}" if values else ""

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
+
+import numpy as np
 
 from kdcache.errors import CorpusError
 from kdcache.formats.identity import sample_id
 from kdcache.recipe import EvaluateSection, Recipe
+from kdcache.train.evaluation.baseline import Baseline
 from kdcache.train.evaluation.masked import texts_of
-from kdcache.train.families.causal_lm import causal_texts, check_ids, score_causal
+from kdcache.train.evaluation.text_scores import TextScores
+from kdcache.train.families.causal_lm import causal_sums, causal_texts, check_ids
 from kdcache.train.students.student import max_positions
 
 
 def evaluate_causal(
-    model: Any, tokenizer: Any, section: EvaluateSection, recipe: Recipe
-) -> dict[str, Any]:
+    model: Any,
+    tokenizer: Any,
+    section: EvaluateSection,
+    recipe: Recipe,
+    baseline: Baseline | None = None,
+) -> tuple[dict[str, Any], dict[str, TextScores]]:
     """Score a causal LM on a corpus, text by text: no text sees another.
 
     Args:
@@ -23,6 +30,7 @@ def evaluate_causal(
         tokenizer: its own.
         section: with a corpus.
         recipe: of the run.
+        baseline: what it will be compared with; refused before anything is scored if it cannot be.
 
     Returns:
         num_texts that are scored (those with nothing to predict are not); num_too_long, texts left
@@ -31,17 +39,18 @@ def evaluate_causal(
         perplexity of a token, exp(loss_nats); num_words, runs without white space in the texts
         scored, as the corpus has them, before `detokenize`; word_perplexity, exp(total nats /
         num_words), which can be compared between tokenizers (both None of a chat); accuracy, share
-        of predicted tokens
-        that are the first choice; and references_digest.
+        of predicted tokens that are the first choice; and references_digest. And the scores of
+        the texts under an empty name.
 
     Raises:
         RecipeError: the corpus lacks the field that the student reads.
         CorpusError: nothing of it fits the model.
+        IdentityError: the baseline was scored on other texts.
     """
     assert section.corpus is not None
     stream = recipe.dump.streams.get(recipe.train.source)
     chat = stream is not None and stream.template == "chat"
-    texts = texts_of(section.corpus, recipe)
+    texts, rows = texts_of(section.corpus, recipe)
     encoded = causal_texts(tokenizer, texts, chat, max_positions(model))
     if not encoded.num_predicted:
         raise CorpusError(
@@ -49,27 +58,23 @@ def evaluate_causal(
             "model's positions"
         )
     check_ids(encoded, model)
-    found = score_causal(model, encoded, model.device, section.batch_tokens)
     num_words = None
     if not chat:
         plain = section.corpus.model_copy(update={"detokenize": "none"})
-        words = texts if plain == section.corpus else texts_of(plain, recipe)
-        num_words = sum(len(words[row].split()) for row in encoded.rows.tolist())
+        words = texts if plain == section.corpus else texts_of(plain, recipe)[0]
+        num_words = np.array([len(words[row].split()) for row in encoded.rows.tolist()], np.int64)
+    digest, own = sample_id(texts).hex(), rows[encoded.rows]
+    num_tokens = np.array([int(one.sum()) for one in encoded.predicted], np.int64)
+    if baseline is not None:
+        baseline.check_texts(digest, own, num_tokens)
+    sums = causal_sums(model, encoded, model.device, section.batch_tokens)
+    found = TextScores(own, sums[:, 0], num_tokens, sums[:, 1].astype(np.int64), num_words)
     return {
-        "num_texts": len(encoded.tokens),
+        "num_texts": len(own),
         "num_too_long": encoded.num_long,
-        "num_tokens": found.num_tokens,
-        "loss_nats": found.loss_nats,
-        "perplexity": found.perplexity,
-        "num_words": num_words,
-        "word_perplexity": _over_words(found.loss_nats * found.num_tokens, num_words),
-        "accuracy": found.accuracy,
-        "references_digest": sample_id(texts).hex(),
-    }
-
-
-def _over_words(nats: float, num_words: int | None) -> float | None:
-    """Perplexity of a word, as Radford et al. (2019) report it."""
-    if not num_words:
-        return None
-    return math.exp(nats / num_words) if nats / num_words < 700 else math.inf
+        "num_tokens": encoded.num_predicted,
+        "num_words": None if num_words is None else int(num_words.sum()),
+        "word_perplexity": None,
+        **found.metrics(),
+        "references_digest": digest,
+    }, {"": found}

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
-from sacrebleu.significance import PairedTest
 from torch import nn
 
 from kdcache.errors import CorpusError, IdentityError, ModelError, RecipeError
@@ -20,22 +19,31 @@ from kdcache.formats.stores.commit import storage_errors
 from kdcache.models.loading import quiet_transformers, resolve_device
 from kdcache.recipe import CorpusSection, EvaluateSection, Recipe, load_recipe
 from kdcache.text.corpus import read_corpus
+from kdcache.train.evaluation.baseline import (
+    PREDICTIONS,
+    RESULT,
+    Baseline,
+    check_kind,
+    read_evaluation,
+)
 from kdcache.train.evaluation.causal import evaluate_causal
 from kdcache.train.evaluation.labelled import evaluate_classifier
 from kdcache.train.evaluation.latency import text_latency, timed
 from kdcache.train.evaluation.masked import evaluate_masked
+from kdcache.train.evaluation.paired import Said, compare, paired_test
 from kdcache.train.evaluation.perturb import robustness
 from kdcache.train.evaluation.tasks import evaluate_tasks
 from kdcache.train.evaluation.translate import translate
 from kdcache.train.runs.run import last_stage, write_text
 from kdcache.train.runs.validate import score, score_shuffled
-from kdcache.train.students.student import LOADERS, fixed_tables, model_class
+from kdcache.train.students.student import fixed_tables, model_class
 from kdcache.train.students.two_tokenizers import load_tokenizers
 
-RESULT = "evaluation.json"
 HYPOTHESES = "hypotheses.txt"
+#: Takes a loaded model; returns the result, and by task what was said of each sample.
+Scorer = Callable[..., tuple[dict[str, Any], Mapping[str, Said]]]
 #: Kinds of students that translate nothing, to what scores them.
-SCORERS = {
+SCORERS: dict[str, Scorer] = {
     "masked_lm": evaluate_masked,
     "masked_seq2seq": evaluate_masked,
     "causal_lm": evaluate_causal,
@@ -57,8 +65,9 @@ def evaluate(
             model directory.
         section: how to score; a run's own recipe without it.
         against: an evaluated run to compare with by a paired bootstrap test.
-        out: where `evaluation.json` and `hypotheses.txt` go; the run itself without it. The
-            results of a plain model directory are not written unless this is given.
+        out: where `evaluation.json` and `hypotheses.txt` go (or `predictions.jsonl`); the run
+            itself without it. The results of a plain model directory are not written unless this
+            is given.
 
     Returns:
         bleu, chrf (`score`, `signature`), `loss_nats` per token, `perplexity`, `accuracy`,
@@ -72,8 +81,8 @@ def evaluate(
 
     Raises:
         RecipeError: no corpus to score on.
-        ModelError: nothing at `path` that could be scored.
-        IdentityError: `against` was scored on other references.
+        ModelError: nothing at `path` that could be scored, or `against` was not evaluated.
+        IdentityError: `against` was scored on other references, or says something else.
         StorageError: the results could not be written.
     """
     path = last_stage(Path(path))
@@ -103,7 +112,7 @@ def evaluate(
         result["against"] = {"run": str(against), **test}
     target = Path(out) if out is not None else (path if recipe is not None else None)
     if target is not None:
-        write_evaluation(target, result, hypotheses)
+        write_evaluation(target, result, HYPOTHESES, hypotheses)
     return result
 
 
@@ -116,21 +125,23 @@ def _evaluate_other(
 ) -> dict[str, Any]:
     """Score a run whose student does not translate."""
     kind = _kind_of(recipe)
-    if against is not None:
-        raise RecipeError(
-            f"{path}: its student is {LOADERS[kind][1]}; against compares translations"
-        )
+    baseline = None if against is None else Baseline.open(Path(against), path, kind)
     model, tokenizer, directory = load_model(path, section, kind)
     scorer = partial(SCORERS[kind], model, tokenizer, section, recipe)
-    result = scorer() | {
+    scores, said = scorer(baseline)
+    result = scores | {
         "model": str(directory),
         "parameters": count_parameters(model),
         "device": str(model.device),
         # What a masked_seq2seq will do one sentence at a time, another stage teaches it.
         **(text_latency(model, section, kind) if kind != "masked_seq2seq" else {}),
-        **robustness(model, section.perturb, scorer),
+        **robustness(model, section.perturb, lambda: scorer()[0]),
     }
-    write_evaluation(Path(out) if out is not None else path, result, None)
+    if baseline is not None:
+        tests = compare(said, baseline, section.bootstrap_samples)
+        result["against"] = {"run": str(against), **tests}
+    lines = [line for name, one in said.items() for line in one.lines(name)]
+    write_evaluation(Path(out) if out is not None else path, result, PREDICTIONS, lines)
     return result
 
 
@@ -180,52 +191,6 @@ def corpus_scores(hypotheses: Sequence[str], references: Sequence[str]) -> dict[
     for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
         value = metric.corpus_score(list(hypotheses), [list(references)]).score
         found[name] = {"score": value, "signature": str(metric.get_signature())}
-    return found
-
-
-def paired_test(
-    hypotheses: Sequence[str],
-    baseline: Sequence[str],
-    references: Sequence[str],
-    num_samples: int = 1000,
-) -> dict[str, Any]:
-    """Paired bootstrap resampling of a system against a baseline.
-
-    Args:
-        hypotheses: the system's.
-        baseline: the baseline's, same sentences.
-        references: one per sentence.
-        num_samples: bootstrap samples.
-
-    Returns:
-        For bleu and chrf: `score`, `baseline`, `difference`, `p_value`, half-widths of the 95%
-        intervals (`interval`, `baseline_interval`) and the test's `signature`.
-
-    Source: Koehn (2004), as sacrebleu.significance does it.
-    """
-    systems: list[tuple[str, Sequence[str]]] = [
-        ("baseline", list(baseline)),
-        ("system", list(hypotheses)),
-    ]
-    metrics = {
-        "bleu": BLEU(references=[list(references)]),
-        "chrf": CHRF(references=[list(references)]),
-    }
-    test = PairedTest(systems, metrics, None, test_type="bs", n_samples=num_samples)
-    signatures, scores = test()
-    found: dict[str, Any] = {}
-    for key, name in zip(metrics, signatures, strict=True):
-        # Results, but typed as strings too: the list of the systems' names is one of them.
-        base, system = cast("list[Any]", scores[name])
-        found[key] = {
-            "score": float(system.score),
-            "baseline": float(base.score),
-            "difference": float(system.score - base.score),
-            "p_value": float(system.p_value),
-            "interval": float(system.ci),
-            "baseline_interval": float(base.ci),
-            "signature": str(signatures[name]),
-        }
     return found
 
 
@@ -280,33 +245,21 @@ def load_model(
     return model.to(resolve_device(section.device)).eval(), tokenizer, directory
 
 
-def read_evaluation(path: str | Path) -> dict[str, Any]:
-    """What an earlier evaluation wrote.
-
-    Raises:
-        ModelError: the run was not evaluated.
-    """
-    try:
-        found: dict[str, Any] = json.loads((Path(path) / RESULT).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(
-            f"{path}: not evaluated yet; run `kdcache evaluate {path}` first"
-        ) from None
-    return found
-
-
-def write_evaluation(out: Path, result: dict[str, Any], hypotheses: Sequence[str] | None) -> None:
+def write_evaluation(out: Path, result: dict[str, Any], name: str, lines: Sequence[str]) -> None:
     """Write both files of an evaluation, the result last: it stands for the whole.
 
-    There are no hypotheses of a student that writes none.
+    Args:
+        out: the directory.
+        result: of the evaluation.
+        name: of the file of what was said of each sample.
+        lines: of that file.
 
     Raises:
         StorageError: the disk refused.
     """
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    if hypotheses is not None:
-        write_text(out / HYPOTHESES, "".join(line + "\n" for line in hypotheses))
+    write_text(out / name, "".join(line + "\n" for line in lines))
     write_text(out / RESULT, json.dumps(result, indent=1, sort_keys=True) + "\n")
 
 
@@ -382,6 +335,7 @@ def _latency(
 def _read_baseline(against: Path, path: Path, digest: str) -> list[str]:
     """Hypotheses of an evaluated run, once its references are known to be these."""
     other = read_evaluation(against)
+    check_kind(against, path, other, "encoder_decoder")
     if other["references_digest"] != digest:
         raise IdentityError(
             f"{against} was scored on other text than {path} "

@@ -14,19 +14,14 @@ from torch import Tensor
 
 from kdcache.errors import CorpusError, RecipeError
 from kdcache.formats.identity import sample_id
+from kdcache.models.tasks import Task
 from kdcache.recipe import CorpusSection, EvaluateSection, Recipe
 from kdcache.text.corpus import read_corpus
 from kdcache.text.tokenizers import encode_pairs
 from kdcache.train.batches.batch import Tokens
 from kdcache.train.batches.gold import GoldLabels, has_gold
-from kdcache.train.evaluation.metrics import (
-    accuracy,
-    binary_f1,
-    macro_f1,
-    matthews,
-    pearson,
-    spearman,
-)
+from kdcache.train.evaluation.baseline import Baseline
+from kdcache.train.evaluation.predictions import Predictions
 from kdcache.train.runs.parallel import Ranks
 from kdcache.train.runs.scoring import score_in_turns
 from kdcache.train.runs.validate import encode
@@ -44,6 +39,7 @@ class LabelledTexts:
         gold: [M] int64 classes, or float64 numbers.
         digest: of the texts and labels.
         query: [M] int64, equal where the first texts are.
+        rows: [M] int64, where they stand in the task's own files, from 0.
     """
 
     ids: list[np.ndarray]
@@ -51,12 +47,13 @@ class LabelledTexts:
     gold: np.ndarray
     digest: str
     query: np.ndarray
+    rows: np.ndarray
 
     def scores(
         self, model: Any, device: torch.device, batch_tokens: int, ranks: Ranks
     ) -> dict[str, float]:
-        """dev_loss and the others of `score_labelled`."""
-        found = score_labelled(model, self, device, batch_tokens, ranks)
+        """dev_loss and the other metrics of `Predictions`."""
+        found = predictions(model, self, device, batch_tokens, ranks).metrics()
         return {f"dev_{name}": value for name, value in found.items()}
 
     def limited(self, num_tokens: int) -> LabelledTexts:
@@ -64,8 +61,8 @@ class LabelledTexts:
         ends = np.cumsum([len(ids) for ids in self.ids])
         count = max(1, int(np.searchsorted(ends, num_tokens, side="right")))
         segments = None if self.segments is None else self.segments[:count]
-        ids, gold, query = self.ids[:count], self.gold[:count], self.query[:count]
-        return replace(self, ids=ids, segments=segments, gold=gold, query=query)
+        kept = {name: getattr(self, name)[:count] for name in ("ids", "gold", "query", "rows")}
+        return replace(self, segments=segments, **kept)
 
     def check_ids(self, model: Any) -> None:
         """Refuse ids that a model has no row for: torch would fail without naming them.
@@ -113,13 +110,14 @@ def labelled_texts(
         raise RecipeError(f"{where}.fields has {sorted(known)}; scoring needs {missing} too")
     texts: list[str] = []
     pairs: list[str] = []
-    codes = []
+    codes, rows = [], []
     for batch in read_corpus(corpus):
         if gold.task is not None and batch.task and batch.task != gold.task:
             continue
         found = gold.encode(batch.fields[label], lambda n, at=batch: f"{where}: {at.place(n)}")  # type: ignore[misc]
         kept = np.flatnonzero(has_gold(found)).tolist()
         codes.append(found[kept])
+        rows.append(batch.rows[kept] - batch.start)
         texts += [batch.fields[field][n] for n in kept]
         pairs += [batch.fields[pair][n] if pair else "" for n in kept]
     ids, segments = encode(tokenizer, texts, False), None
@@ -139,17 +137,18 @@ def labelled_texts(
         gold=answers[fits],
         digest=sample_id([*texts, *pairs, *map(str, answers.tolist())]).hex(),
         query=query[fits],
+        rows=np.concatenate(rows)[fits],
     )
 
 
-def score_labelled(
+def predictions(
     model: Any,
     texts: LabelledTexts,
     device: torch.device,
     batch_tokens: int,
     ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
-) -> dict[str, float]:
-    """Scores of a model on labelled texts.
+) -> Predictions:
+    """What a model says of labelled texts.
 
     Args:
         model: a transformers sequence classification model on `device`.
@@ -157,45 +156,20 @@ def score_labelled(
         device: of the model.
         batch_tokens: padded tokens of one forward.
         ranks: which score the batches in turns.
-
-    Returns:
-        What `class_metrics` says of classes, `number_metrics` of numbers.
     """
     logits = predict(model, texts, device, batch_tokens, ranks)
-    gold = texts.gold
-    if logits.shape[1] == 1:
-        return number_metrics(gold, logits[:, 0])
-    log_probs = torch.from_numpy(logits).log_softmax(1).numpy()
-    loss = -float(log_probs[np.arange(len(gold)), gold].mean())
-    return {"loss": loss} | class_metrics(gold, logits.argmax(1), logits.shape[1])
+    return Predictions.of(task_of(model), logits, texts.gold, texts.query, texts.rows)
 
 
-def number_metrics(gold: np.ndarray, said: np.ndarray) -> dict[str, float]:
-    """Mean squared error (loss), pearson and spearman, see `metrics`.
-
-    Args:
-        gold: [M] float64.
-        said: [M] float64.
-    """
-    loss = float(((said - gold) ** 2).mean())
-    return {"loss": loss, "pearson": pearson(gold, said), "spearman": spearman(gold, said)}
+def task_of(model: Any) -> Task:
+    """What a transformers sequence classification model says: one of its classes, or a number."""
+    labels = label_names(model)
+    return Task("classification", labels) if len(labels) > 1 else Task("similarity")
 
 
-def class_metrics(gold: np.ndarray, said: np.ndarray, num_classes: int) -> dict[str, float]:
-    """accuracy, macro_f1, mcc, and of two classes f1 (that of the last), see `metrics`.
-
-    Args:
-        gold: [M] int64 classes.
-        said: [M] int64 classes.
-        num_classes: C.
-    """
-    binary = {"f1": binary_f1(gold, said)} if num_classes == 2 else {}
-    return {
-        "accuracy": accuracy(gold, said),
-        **binary,
-        "macro_f1": macro_f1(gold, said),
-        "mcc": matthews(gold, said),
-    }
+def label_names(model: Any) -> tuple[str, ...]:
+    """C names of a transformers sequence classification model's scores."""
+    return tuple(str(model.config.id2label[n]) for n in range(model.config.num_labels))
 
 
 def predict(
@@ -207,7 +181,7 @@ def predict(
     num_scores: int | None = None,
     say: Callable[[Any, Tokens], Tensor] = class_scores,
 ) -> np.ndarray:
-    """[M, C] float64 scores, in the order of the texts; see `score_labelled`.
+    """[M, C] float64 scores, in the order of the texts.
 
     Args:
         model: on `device`.
@@ -232,8 +206,12 @@ def predict(
 
 
 def evaluate_classifier(
-    model: Any, tokenizer: Any, section: EvaluateSection, recipe: Recipe
-) -> dict[str, Any]:
+    model: Any,
+    tokenizer: Any,
+    section: EvaluateSection,
+    recipe: Recipe,
+    baseline: Baseline | None = None,
+) -> tuple[dict[str, Any], dict[str, Predictions]]:
     """Score a classifier on a corpus with gold labels.
 
     Args:
@@ -241,13 +219,16 @@ def evaluate_classifier(
         tokenizer: its own.
         section: with a corpus.
         recipe: of the run.
+        baseline: what it will be compared with; refused before anything is scored if it cannot be.
 
     Returns:
-        num_texts, labels, references_digest, and what `score_labelled` returns.
+        num_texts, labels, references_digest, and the metrics of `Predictions`; and the predictions
+        under an empty name.
 
     Raises:
         RecipeError: the corpus lacks a field.
         CorpusError: a label is none of the model's; names it.
+        IdentityError: the baseline was scored on other texts, or has other labels.
     """
     corpus, train = section.corpus, recipe.train
     assert corpus is not None
@@ -257,18 +238,20 @@ def evaluate_classifier(
     label = corpus.label
     if label is None and recipe.corpus is not None:
         label = recipe.corpus.label
-    names = model.config.id2label
-    labels = tuple(str(names[number]) for number in range(model.config.num_labels))
+    labels = label_names(model)
     gold = GoldLabels(labels, _task_of(recipe) if corpus.tasks else None, range=train.student.range)
     parts = corpus, (field, pair, label), tokenizer, gold
     texts = labelled_texts("evaluate.corpus", *parts, max_positions(model))
     texts.check_ids(model)
+    if baseline is not None:
+        baseline.check("", task_of(model), texts.digest, texts.rows)
+    found = predictions(model, texts, model.device, section.batch_tokens)
     return {
         "num_texts": len(texts.ids),
         "labels": list(labels),
         "references_digest": texts.digest,
-        **score_labelled(model, texts, model.device, section.batch_tokens),
-    }
+        **found.metrics(),
+    }, {"": found}
 
 
 def _task_of(recipe: Recipe) -> str | None:

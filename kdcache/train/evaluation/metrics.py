@@ -28,11 +28,9 @@ def macro_f1(gold: np.ndarray, said: np.ndarray) -> float:
         gold: [M] int64 classes.
         said: [M] int64 classes.
     """
-    found = []
-    for one in np.union1d(gold, said):
-        hits = ((gold == one) & (said == one)).sum()
-        found.append(2 * hits / ((gold == one).sum() + (said == one).sum()))
-    return float(np.mean(found)) if found else math.nan
+    true, held, hits = _counts(gold, said)
+    there = (true + held) > 0
+    return float((2 * hits[there] / (true + held)[there]).mean()) if len(gold) else math.nan
 
 
 def binary_f1(gold: np.ndarray, said: np.ndarray) -> float:
@@ -59,12 +57,10 @@ def matthews(gold: np.ndarray, said: np.ndarray) -> float:
     Source: Gorodkin 2004, Comparing two K-category assignments by a K-category correlation
     coefficient.
     """
-    count, right = len(gold), int((gold == said).sum())
-    both = np.union1d(gold, said)
-    true = [int((gold == one).sum()) for one in both]
-    held = [int((said == one).sum()) for one in both]
-    above = right * count - sum(t * p for t, p in zip(true, held, strict=True))
-    spread = [count**2 - sum(n * n for n in side) for side in (held, true)]
+    count = len(gold)
+    true, held, hits = _counts(gold, said)
+    above = int(hits.sum()) * count - int(true @ held)
+    spread = [count**2 - int(side @ side) for side in (held, true)]
     return above / math.sqrt(spread[0] * spread[1]) if spread[0] * spread[1] else 0.0
 
 
@@ -90,6 +86,14 @@ def spearman(gold: np.ndarray, said: np.ndarray) -> float:
         said: [M] float.
     """
     return pearson(_ranks(gold), _ranks(said))
+
+
+def _counts(gold: np.ndarray, said: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[C] int64 each: how often a class is right, is said, and is both of one sample."""
+    size = 1 + max(int(gold.max(initial=0)), int(said.max(initial=0)))
+    parts = (gold, said, gold[gold == said])
+    true, held, hits = (np.bincount(one, minlength=size) for one in parts)
+    return true, held, hits
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

@@ -19,14 +19,9 @@ from kdcache.models.tasks import Task
 from kdcache.recipe import CorpusSection, EvaluateSection, Recipe
 from kdcache.train.batches.batch import Tokens
 from kdcache.train.batches.tasks import TaskGold
-from kdcache.train.evaluation.labelled import (
-    LabelledTexts,
-    class_metrics,
-    labelled_texts,
-    number_metrics,
-    predict,
-)
-from kdcache.train.losses.task_losses import task_loss
+from kdcache.train.evaluation.baseline import Baseline
+from kdcache.train.evaluation.labelled import LabelledTexts, labelled_texts, predict
+from kdcache.train.evaluation.predictions import Predictions
 from kdcache.train.runs.parallel import Ranks
 from kdcache.train.students.student import max_positions
 
@@ -47,7 +42,8 @@ class TaskTexts:
         self, model: Any, device: torch.device, batch_tokens: int, ranks: Ranks
     ) -> dict[str, float]:
         """dev_loss and dev_score, the means over the tasks, and of each dev_TASK_METRIC."""
-        found = score_tasks(model, self, device, batch_tokens, ranks)
+        said = predict_tasks(model, self, device, batch_tokens, ranks)
+        found = {name: scored(one) for name, one in said.items()}
         each = {
             f"dev_{name}_{metric}": value
             for name, values in found.items()
@@ -119,10 +115,10 @@ def task_texts(
     return TaskTexts(heads, found)
 
 
-def score_tasks(
+def predict_tasks(
     model: Any, texts: TaskTexts, device: torch.device, batch_tokens: int, ranks: Ranks
-) -> dict[str, dict[str, float]]:
-    """Scores of a model on the texts of each task.
+) -> dict[str, Predictions]:
+    """What a model says of the texts of each task.
 
     Args:
         model: a `MultiTaskModel` on `device`.
@@ -130,11 +126,6 @@ def score_tasks(
         device: of the model.
         batch_tokens: padded tokens of one forward.
         ranks: which score the batches in turns.
-
-    Returns:
-        By task: loss (the one it is trained with, see `task_loss`), score, and what
-        `class_metrics` or `number_metrics` says. The score is the accuracy, of a similarity the
-        mean of pearson and spearman. Of a ranking what has a score above 0 is said to be relevant.
     """
     found = {}
     for name, own in texts.texts.items():
@@ -143,39 +134,35 @@ def score_tasks(
         def say(model: Any, tokens: Tokens, name: str = name) -> Tensor:
             return task_scores(model, tokens.ids, tokens.mask, tokens.segments, name)
 
-        parts = (device, batch_tokens, ranks, task.num_scores, say)
-        found[name] = task_metrics(task, predict(model, own, *parts), own.gold, own.query)
+        scores = predict(model, own, device, batch_tokens, ranks, task.num_scores, say)
+        found[name] = Predictions.of(task, scores, own.gold, own.query, own.rows)
     return found
 
 
-def task_metrics(
-    task: Task, scores: np.ndarray, gold: np.ndarray, query: np.ndarray
-) -> dict[str, float]:
-    """Scores of one task, see `score_tasks`.
+def scored(said: Predictions, chosen: np.ndarray | None = None) -> dict[str, float]:
+    """Metrics of one task, and score: what the mean over the tasks is made of.
+
+    The score is the accuracy, of a similarity the mean of pearson and spearman. Of a ranking what
+    has a score above 0 is said to be relevant.
 
     Args:
-        task: whose head spoke.
-        scores: [M, C] float64.
-        gold: [M] int64 classes, or float64 numbers.
-        query: [M] int64, equal for the candidates of a query.
+        said: of the task.
+        chosen: see `Predictions.metrics`.
     """
-    answers = torch.from_numpy(gold.astype(np.float64))
-    said, unit = torch.from_numpy(scores), torch.from_numpy(query)
-    loss = float(task_loss(task, said, answers, unit, 1 / len(gold)))
-    if task.kind == "similarity":
-        metrics = number_metrics(gold, scores[:, 0])
+    metrics = said.metrics(chosen)
+    score = metrics.get("accuracy")
+    if score is None:
         score = (metrics["pearson"] + metrics["spearman"]) / 2
-    else:
-        ranking = task.kind == "ranking"
-        classes = (scores[:, 0] > 0).astype(np.int64) if ranking else scores.argmax(1)
-        metrics = class_metrics(gold, classes, len(task.labels))
-        score = metrics["accuracy"]
-    return {**metrics, "loss": loss, "score": score}
+    return metrics | {"score": score}
 
 
 def evaluate_tasks(
-    model: Any, tokenizer: Any, section: EvaluateSection, recipe: Recipe
-) -> dict[str, Any]:
+    model: Any,
+    tokenizer: Any,
+    section: EvaluateSection,
+    recipe: Recipe,
+    baseline: Baseline | None = None,
+) -> tuple[dict[str, Any], dict[str, Predictions]]:
     """Score a model of several tasks on corpora with gold labels.
 
     Args:
@@ -183,14 +170,17 @@ def evaluate_tasks(
         tokenizer: its own.
         section: with a corpus, of tasks.
         recipe: of the run.
+        baseline: what it will be compared with; refused before anything is scored if it cannot be.
 
     Returns:
-        num_texts, references_digest, tasks (by name num_texts, kind, labels, and what
-        `score_tasks` returns), and score and loss, their means over the tasks.
+        num_texts, references_digest, tasks (by name num_texts, kind, labels, references_digest,
+        and what `scored` returns), and score and loss, their means over the tasks; and the
+        predictions by task.
 
     Raises:
         RecipeError: the corpus has none of the model's tasks, or lacks a field.
         CorpusError: a label is none of its task's, or out of its range; names it.
+        IdentityError: the baseline has none of the tasks, or of one of them other texts or labels.
     """
     corpus, train = section.corpus, recipe.train
     assert corpus is not None
@@ -203,20 +193,26 @@ def evaluate_tasks(
     parts = corpus, (field, pair, label), tokenizer, heads, max_positions(model)
     texts = task_texts("evaluate.corpus", *parts)
     texts.check_ids(model)
-    found = score_tasks(model, texts, model.device, section.batch_tokens, Ranks())
+    if baseline is not None:
+        for name in baseline.shared(list(texts.texts)):
+            one = texts.texts[name]
+            baseline.check(name, heads[name], one.digest, one.rows)
+    said = predict_tasks(model, texts, model.device, section.batch_tokens, Ranks())
     tasks = {
         name: {
             "num_texts": len(texts.texts[name].ids),
             "kind": heads[name].kind,
             "labels": list(heads[name].labels),
-            **values,
+            "references_digest": texts.texts[name].digest,
+            **scored(one),
         }
-        for name, values in found.items()
+        for name, one in said.items()
     }
     digests = [one.digest for one in texts.texts.values()]
+    means = {key: float(np.mean([one[key] for one in tasks.values()])) for key in MEANS}
     return {
         "num_texts": sum(len(one.ids) for one in texts.texts.values()),
         "references_digest": sample_id(digests).hex(),
         "tasks": tasks,
-        **{key: float(np.mean([one[key] for one in found.values()])) for key in MEANS},
-    }
+        **means,
+    }, said

@@ -26,7 +26,12 @@ from kdcache.train.losses.causal_objective import CausalObjective
 from kdcache.train.losses.objective import Objective
 from kdcache.train.runs.canary import check_labels
 from kdcache.train.runs.parallel import Ranks
-from kdcache.train.runs.scoring import Score, score_tokens_in_turns, token_sums
+from kdcache.train.runs.scoring import (
+    Score,
+    score_tokens_in_turns,
+    sums_of_samples,
+    token_sums,
+)
 from kdcache.train.runs.validate import encode
 from kdcache.train.students.causal_lm import CausalDistillation, predicted_tokens
 from kdcache.train.students.distillation import Distillation
@@ -193,8 +198,23 @@ def score_causal(
     )
 
 
+def causal_sums(
+    model: Any, texts: CausalTexts, device: torch.device, batch_tokens: int
+) -> np.ndarray:
+    """[M, 2] float64, of each text what `token_sums` says of its predicted tokens.
+
+    Args:
+        model: a transformers causal LM on `device`.
+        texts: to score.
+        device: of the model.
+        batch_tokens: padded tokens of one forward.
+    """
+    lengths = [len(ids) for ids in texts.tokens]
+    return sums_of_samples(model, lengths, batch_tokens, partial(_sums, model, texts, device))
+
+
 def _sums(model: Any, texts: CausalTexts, device: torch.device, rows: Sequence[int]) -> Tensor:
-    """[2] float64: summed negative log-prob of predicted tokens, and number of first choices."""
+    """[B, 2] float64: summed negative log-prob of predicted tokens, number of first choices."""
     longest = max(len(texts.tokens[row]) for row in rows)
     ids = np.zeros((len(rows), longest), np.int64)
     at = np.zeros((len(rows), longest), bool)
@@ -206,4 +226,4 @@ def _sums(model: Any, texts: CausalTexts, device: torch.device, rows: Sequence[i
     targets = torch.from_numpy(ids[at]).to(device)  # [N]
     with project_only(model, torch.from_numpy(before).to(device)):
         out = model(input_ids=torch.from_numpy(ids).to(device), use_cache=False)
-    return token_sums(out.logits, targets)
+    return token_sums(out.logits, targets, torch.from_numpy(at.sum(1)))

@@ -31,7 +31,12 @@ from kdcache.train.losses.masked_objective import MaskedObjective
 from kdcache.train.losses.objective import Objective
 from kdcache.train.runs.canary import check_masked
 from kdcache.train.runs.parallel import Ranks
-from kdcache.train.runs.scoring import Score, score_tokens_in_turns, token_sums
+from kdcache.train.runs.scoring import (
+    Score,
+    score_tokens_in_turns,
+    sums_of_samples,
+    token_sums,
+)
 from kdcache.train.runs.validate import encode
 from kdcache.train.students.distillation import Distillation
 from kdcache.train.students.masked_lm import MaskedDistillation
@@ -43,11 +48,13 @@ class MaskedTexts:
     """Texts with tokens masked, once each and always the same.
 
     Attributes:
+        rows: [M] int64 which of the texts given they are.
         tokens: M times [length] int64, as they were.
         positions: M times [count] int64, the masked ones.
         ids: M times [count] int64, what stands there.
     """
 
+    rows: np.ndarray
     tokens: list[np.ndarray]
     positions: list[np.ndarray]
     ids: list[np.ndarray]
@@ -129,10 +136,10 @@ def masked_texts(
     Raises:
         ModelError: the tokenizer has no mask token.
     """
-    encoded = list(zip(texts, encode(tokenizer, texts, False), strict=True))
-    kept = [(t, ids) for t, ids in encoded if 0 < len(ids) <= (positions or len(ids))]
+    encoded = encode(tokenizer, texts, False)
+    kept = [n for n, ids in enumerate(encoded) if 0 < len(ids) <= (positions or len(ids))]
     if limit_tokens is not None:
-        ends = np.cumsum([len(ids) for _, ids in kept])
+        ends = np.cumsum([len(encoded[n]) for n in kept])
         kept = kept[: max(1, int(np.searchsorted(ends, limit_tokens, side="right")))]
     vocabulary = MaskVocabulary.of(
         token_strings(tokenizer),
@@ -140,17 +147,18 @@ def masked_texts(
         tokenizer.mask_token_id,
         "the student's tokenizer",
     )
-    tokens = [ids for _, ids in kept]
+    tokens, rows = [encoded[n] for n in kept], np.array(kept, dtype=np.int64)
     if not tokens:
-        return MaskedTexts([], [], [])
+        return MaskedTexts(rows, [], [], [])
     fields = split_ids(np.concatenate(tokens), len(vocabulary.special))
     stream = Ragged(offsets_of(np.array([len(ids) for ids in tokens])), fields)
-    keys = np.frombuffer(b"".join(sample_id([text]) for text, _ in kept), np.uint8).reshape(-1, 16)
+    keys = np.frombuffer(b"".join(sample_id([texts[n]]) for n in kept), np.uint8).reshape(-1, 16)
     columns = draw_masks(stream, keys, np.arange(len(kept)), vocabulary, scheme, 1, 0)
     masked = columns["masked"]
     cuts = masked.offsets[1:-1]
     positions_of = np.split(masked.fields["position"].astype(np.int64), cuts)
-    return MaskedTexts(tokens, positions_of, np.split(join_ids(masked.fields).astype(int), cuts))
+    ids = np.split(join_ids(masked.fields).astype(int), cuts)
+    return MaskedTexts(rows, tokens, positions_of, ids)
 
 
 def score_masked(
@@ -176,8 +184,23 @@ def score_masked(
     return score_tokens_in_turns(model, lengths, num_tokens, device, batch_tokens, ranks, sums)
 
 
+def masked_sums(
+    model: Any, texts: MaskedTexts, device: torch.device, batch_tokens: int
+) -> np.ndarray:
+    """[M, 2] float64, of each text what `token_sums` says of its masked tokens.
+
+    Args:
+        model: see `score_masked`.
+        texts: to score.
+        device: of the model.
+        batch_tokens: padded tokens of one forward.
+    """
+    lengths = [len(ids) for ids in texts.tokens]
+    return sums_of_samples(model, lengths, batch_tokens, partial(_sums, model, texts, device))
+
+
 def _sums(model: Any, texts: MaskedTexts, device: torch.device, rows: Sequence[int]) -> Tensor:
-    """[2] float64: summed negative log-prob of masked tokens, and number of first choices."""
+    """[B, 2] float64: summed negative log-prob of masked tokens, number of first choices."""
     longest = max(len(texts.tokens[row]) for row in rows)
     ids, labels = np.zeros((2, len(rows), longest), np.int64)
     mask, chosen = np.zeros((2, len(rows), longest), bool)
@@ -195,7 +218,7 @@ def _sums(model: Any, texts: MaskedTexts, device: torch.device, rows: Sequence[i
         written |= {"decoder_attention_mask": at.long(), "use_cache": False}
     with project_only(model, at):
         logits = model(input_ids=read[0], attention_mask=read[1], **written).logits  # [K, V]
-    return token_sums(logits, truth[at])
+    return token_sums(logits, truth[at], at.sum(1))
 
 
 def _check_ids(texts: MaskedTexts, model: Any) -> None:

@@ -51,17 +51,29 @@ def ranking_loss(scores: Tensor, gold: Tensor, unit: Tensor, share: float) -> Te
     score 0 is this project's, for corpora with one candidate a query.
     """
     has = ~gold.isnan()
-    own, relevant = scores[has].to(compute_dtype(scores)), gold[has] > 0.5
-    _, query = torch.unique(unit[has], return_inverse=True)
+    own = scores[has].to(compute_dtype(scores))
+    return candidate_losses(own, gold[has] > 0.5, unit[has]).sum() * share
+
+
+def candidate_losses(scores: Tensor, relevant: Tensor, unit: Tensor) -> Tensor:
+    """[B] parts of candidates in the loss of their queries, see `ranking_loss`.
+
+    Over a query they sum to its loss times the number of its candidates.
+
+    Args:
+        scores: [B], the higher the more relevant.
+        relevant: [B] bool.
+        unit: [B] int64, equal for the candidates of a query.
+    """
+    _, query = torch.unique(unit, return_inverse=True)
     count = int(query.max()) + 1 if len(query) else 0
     # log(1 + sum of exp) over the negatives of each query, by a shift that no exp overflows.
-    shift = own.detach().clamp(min=0).new_zeros(count)
-    shift = shift.scatter_reduce(0, query, own.detach().clamp(min=0), "amax")
-    negatives = torch.where(relevant, 0.0, (own - shift[query]).exp())
-    rest = shift + ((-shift).exp() + own.new_zeros(count).index_add(0, query, negatives)).log()
-    sizes = own.new_zeros(count).index_add(0, query, torch.ones_like(own))
-    positives = own.new_zeros(count).index_add(0, query, relevant.to(own))
-    each = torch.logaddexp(own, rest[query]) - own  # -log P of a positive
+    shift = scores.detach().clamp(min=0).new_zeros(count)
+    shift = shift.scatter_reduce(0, query, scores.detach().clamp(min=0), "amax")
+    negatives = torch.where(relevant, 0.0, (scores - shift[query]).exp())
+    rest = shift + ((-shift).exp() + scores.new_zeros(count).index_add(0, query, negatives)).log()
+    sizes = scores.new_zeros(count).index_add(0, query, torch.ones_like(scores))
+    positives = scores.new_zeros(count).index_add(0, query, relevant.to(scores))
+    each = torch.logaddexp(scores, rest[query]) - scores  # -log P of a positive
     factor = torch.where(relevant, sizes[query] / positives[query].clamp(min=1), 0.0)
-    without = torch.where(positives == 0, sizes * rest, 0.0)
-    return ((each * factor).sum() + without.sum()) * share
+    return torch.where(positives[query] == 0, rest[query], each * factor)

@@ -94,21 +94,45 @@ def score_tokens_in_turns(
         sums: what `token_sums` says of a batch.
     """
     own = [found for _, found in score_in_turns(model, lengths, batch_tokens, ranks, sums)]
-    total = torch.stack(own).sum(0) if own else torch.zeros(2, dtype=torch.float64)
+    total = torch.cat(own).sum(0) if own else torch.zeros(2, dtype=torch.float64)
     if ranks.world > 1:
         total = ranks.summed(total.to(device)).cpu()
     loss, hits = (total / max(1, num_tokens)).tolist()
     return Score(loss_nats=loss, accuracy=hits, num_tokens=num_tokens)
 
 
-def token_sums(logits: Tensor, targets: Tensor) -> Tensor:
-    """[2] float64, on the host: summed negative log-prob, and number of first choices.
+def token_sums(logits: Tensor, targets: Tensor, counts: Tensor) -> Tensor:
+    """[B, 2] float64, on the host: summed negative log-prob, and number of first choices.
 
     Args:
-        logits: [N, V].
+        logits: [N, V], those of a sample together, in the order of the samples.
         targets: [N] int64.
+        counts: [B] int64, how many are of each sample.
     """
     logits = logits.float()
     losses = logits.logsumexp(1) - logits.gather(1, targets[:, None])[:, 0]
     hits = logits.argmax(1) == targets
-    return torch.stack([losses.sum(), hits.sum().float()]).cpu().double()
+    each = torch.stack([losses, hits.float()], 1).cpu().double()  # [N, 2]
+    sample = torch.repeat_interleave(counts.cpu())
+    # On the host, where it adds in one order.
+    return each.new_zeros(len(counts), 2).index_add(0, sample, each)
+
+
+def sums_of_samples(
+    model: Any,
+    lengths: Sequence[int],
+    batch_tokens: int,
+    sums: Callable[[list[int]], Tensor],
+) -> np.ndarray:
+    """[M, 2] float64, what `token_sums` says of each sample of a set, in their order.
+
+    Args:
+        model: put into evaluation mode meanwhile.
+        lengths: of the samples, each at least 1.
+        batch_tokens: see `score_in_turns`.
+        sums: what `token_sums` says of a batch.
+    """
+    found = torch.zeros(len(lengths), 2, dtype=torch.float64)
+    for rows, own in score_in_turns(model, lengths, batch_tokens, Ranks(), sums):
+        found[rows] = own
+    return found.numpy()

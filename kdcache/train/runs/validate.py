@@ -154,7 +154,7 @@ def score_tokens(
         src, src_mask = padded([pairs.src[i] for i in rows], device)
         labels, label_mask = padded([pairs.tgt[i] for i in rows], device)
         logits = student_logits(model, src, src_mask, labels, label_mask)  # [N, V]
-        return token_sums(logits, labels[label_mask])
+        return token_sums(logits, labels[label_mask], label_mask.sum(1))
 
     return score_tokens_in_turns(model, lengths, num_tokens, device, batch_tokens, ranks, sums)
 
