@@ -75,6 +75,7 @@ class Scale:
         tune_steps: steps of each of these runs.
         masked: the masked language models that teach the mask task.
         masked_steps: their optimiser steps.
+        masked_batch_tokens: padded tokens of each.
         masked_vocab_size: of their tokenizer.
         seeds: of the core rows; the others have the first.
         jobs: commands side by side.
@@ -96,6 +97,7 @@ class Scale:
     tune_steps: int
     masked: Shape
     masked_steps: int
+    masked_batch_tokens: int
     masked_vocab_size: int
     seeds: tuple[int, ...]
     jobs: int
@@ -119,6 +121,7 @@ SCALES = {
         tune_steps=10,
         masked=Shape(32, 64, (2,), 2),
         masked_steps=30,
+        masked_batch_tokens=4096,
         masked_vocab_size=300,
         seeds=(1,),
         jobs=2,
@@ -140,6 +143,7 @@ SCALES = {
         tune_steps=400,
         masked=Shape(192, 768, (4,), 4),
         masked_steps=3000,
+        masked_batch_tokens=4096,
         masked_vocab_size=6000,
         seeds=(1, 2, 3),
         jobs=2,
@@ -161,6 +165,7 @@ SCALES = {
         tune_steps=3000,
         masked=Shape(512, 2048, (6,), 8),
         masked_steps=20_000,
+        masked_batch_tokens=65_536,
         masked_vocab_size=8000,
         seeds=(1, 2, 3),
         jobs=1,

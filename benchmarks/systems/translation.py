@@ -168,6 +168,7 @@ class Story:
         settings = {
             "train.validation.corpus.fields.text": self.texts.masked.files["dev"][0],
             **self.lengths(scale.masked_steps),
+            "train.batch_tokens": scale.masked_batch_tokens,
             **{f"train.student.config.{key}": value for key, value in shape.bert_sizes.items()},
         }
         self.workshop.run([train("masked-lm", [self.cache(cache)], run, settings)])

@@ -10,6 +10,9 @@ from kdcache.recipe.corpus import CorpusSection
 from kdcache.recipe.objective import Term
 from kdcache.recipe.section import Device, Identifier, Number, PositiveInt, Rate, Section
 
+#: Which of several maskings of a sample are read.
+Replicas = Literal["by_epoch", "all"]
+
 
 class KeptLayers(Section):
     """Layers of a model that a student keeps, each side in the order given."""
@@ -308,6 +311,12 @@ class TrainSection(Section):
     device: Device = "auto"
     seed: StrictInt = Field(1, ge=0, description="Seed of weights, dropout and order.")
     window_shards: PositiveInt = Field(4, description="Shards shuffled together.")
+    replicas: Replicas = Field(
+        "by_epoch",
+        description="Of a sample with several maskings: by_epoch reads the next one in every "
+        "epoch, and the first again after the last; all reads all of them in every step, each as "
+        "a row of its own.",
+    )
     validation: ValidationSection = Field(
         default_factory=lambda: ValidationSection(), description="Scores during training."
     )

@@ -19,6 +19,7 @@ import torch
 from kdcache.errors import TrainingError
 from kdcache.formats.cache import Cache
 from kdcache.formats.window import WindowAhead, WindowReader
+from kdcache.recipe import Replicas
 from kdcache.train.batches.batch import Batch
 from kdcache.train.batches.gather import Gatherer
 from kdcache.train.batches.gold import GOLD, GoldLabels, has_gold
@@ -40,7 +41,7 @@ from kdcache.train.batches.tasks import Groups, TaskGold, TaskOrder
 PREFETCH = 3
 #: Stored bytes of a block: so many that Python's cost of a batch is shared, so few that some blocks
 #: are no burden.
-BLOCK_BYTES = 1 << 23
+BLOCK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,8 @@ class BatchStream:
         gold: how gold labels become targets; None: they are not read.
         tasks: every batch is of one of these tasks, and samples of others are left out; None:
             tasks do not matter.
+        replicas: of a sample with several maskings read the next one in every epoch, or all of
+            them at once.
 
     Raises:
         RecipeError: gold labels or tasks are asked for, and the cache has none.
@@ -150,6 +153,7 @@ class BatchStream:
         layers: Mapping[str, Sequence[int]] | None = None,
         gold: GoldLabels | TaskGold | None = None,
         tasks: TaskOrder | None = None,
+        replicas: Replicas = "by_epoch",
     ) -> None:
         for asked in (tasks, gold):
             if asked is not None:
@@ -161,6 +165,7 @@ class BatchStream:
         self.batch_tokens, self.window_shards = batch_tokens, window_shards
         self.accumulate, self.max_epochs = accumulate, max_epochs
         self.rank, self.world, self.threads = rank, world, threads
+        self.replicas = replicas
         self._gatherer = Gatherer(cache, streams, signals, pin, layers)
         shards = [(shard.start, shard.stop) for shard in manifest.shards]
         self._plan = plan_digest(manifest.corpus.digest, shards)
@@ -256,7 +261,9 @@ class BatchStream:
             windows = self._windows(state.epoch, pinned)
             some = (state.window, state.batch) != (0, 0)
             for window in range(state.window, len(windows)):
-                reader = WindowReader(self.cache, windows[window], self.streams, self.signals)
+                turn = state.epoch if self.replicas == "by_epoch" else None
+                read = (self.streams, self.signals)
+                reader = WindowReader(self.cache, windows[window], *read, epoch=turn)
                 if window + 1 < len(windows):
                     ahead.begin(windows[window + 1])
                 gold = None if self.gold is None else self.gold.of_window(self.cache, reader)

@@ -166,6 +166,7 @@ class Trainer:
             layers=self.distillation.layers,
             gold=self.objective.gold,
             tasks=self.objective.tasks,
+            replicas=section.replicas,
             rank=self.ranks.rank,
             world=self.ranks.world,
         )
