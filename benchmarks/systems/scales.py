@@ -64,6 +64,7 @@ class Scale:
         vocab_size: of each SentencePiece model.
         teacher: of the translation systems; six encoder layers, as the published maps want.
         teacher_steps: optimiser steps of the teacher.
+        teacher_lr: its peak learning rate.
         student: of the translation systems; two encoder layers.
         steps: optimiser steps of every student.
         batch_tokens: padded target tokens of a step.
@@ -86,6 +87,7 @@ class Scale:
     vocab_size: int
     teacher: Shape
     teacher_steps: int
+    teacher_lr: float
     student: Shape
     steps: int
     batch_tokens: int
@@ -110,6 +112,7 @@ SCALES = {
         vocab_size=300,
         teacher=Shape(32, 64, (6, 2), 2),
         teacher_steps=60,
+        teacher_lr=5e-3,
         student=Shape(16, 32, (2, 2), 2),
         steps=30,
         batch_tokens=1024,
@@ -132,17 +135,18 @@ SCALES = {
         vocab_size=4000,
         teacher=Shape(192, 768, (6, 3), 4),
         teacher_steps=3000,
-        student=Shape(128, 384, (2, 2), 4),
-        steps=1000,
+        teacher_lr=1.4e-3,
+        student=Shape(64, 256, (2, 2), 4),
+        steps=1500,
         batch_tokens=2048,
         warmup_steps=400,
         every_steps=200,
         dev_tokens=10_000,
-        lrs=(1.4e-3, 2.8e-3, 5.6e-3, 1.12e-2),
+        lrs=(2.8e-3, 5.6e-3, 1.12e-2),
         dropouts=(0.1,),
         tune_steps=400,
-        masked=Shape(192, 768, (4,), 4),
-        masked_steps=3000,
+        masked=Shape(128, 512, (4,), 4),
+        masked_steps=2500,
         masked_batch_tokens=4096,
         masked_vocab_size=6000,
         seeds=(1, 2, 3),
@@ -154,6 +158,7 @@ SCALES = {
         vocab_size=8000,
         teacher=Shape(512, 2048, (6, 6), 8),
         teacher_steps=20_000,
+        teacher_lr=3.5e-4,
         student=Shape(512, 2048, (2, 2), 8),
         steps=10_000,
         batch_tokens=16_384,

@@ -108,7 +108,7 @@ class Story:
         settings = {
             **self.settings(self.texts.main, self.scale.teacher.sizes),
             "train.max_steps": self.scale.teacher_steps,
-            "train.optimizer.lr": min(self.scale.lrs),
+            "train.optimizer.lr": self.scale.teacher_lr,
             "train.seed": seed,
         }
         self.workshop.run([train("no-kd", [self.cache("tokens")], run, settings)])
