@@ -281,7 +281,9 @@ class TrainSection(Section):
         "run.",
     )
     batch_tokens: PositiveInt = Field(
-        4096, description="Padded target tokens of one optimiser step (global batch)."
+        4096,
+        description="Padded tokens of one optimiser step (global batch): at most so many in the "
+        "source, in the target and in each hypothesis that a term is over.",
     )
     accumulate: PositiveInt = Field(
         1, description="Micro-batches a global batch is computed in; gradients stay exact."

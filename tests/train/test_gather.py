@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.errors import FormatError
+from kdcache.errors import FormatError, IdentityError
 from kdcache.formats import joined
 from kdcache.formats.cache import open_cache
 from kdcache.formats.dense import SCALE, VALUES
@@ -211,6 +211,42 @@ def test_hypotheses(made):
         found = pieces(list(zip(ids, beams.log_probs.tolist(), strict=True)), beams.counts)
         for m, mine in zip(micro.rows // 2, found, strict=True):
             assert mine == [(list(ids), log_prob) for ids, log_prob, _ in made.beams[m]]
+
+
+def test_tokens_of_hypotheses_count_as_those_of_a_stream(made):
+    cache, budget = open_cache(made.root), 14
+    longest = [
+        max(len(ids), *(len(beam[0]) for n, beam in enumerate(beams) if n in (0, 2)))
+        for ids, beams in zip(made.targets, made.beams, strict=True)
+    ]
+    assert any(most > len(ids) for most, ids in zip(longest, made.targets, strict=True)), (
+        "some hypotheses are longer than their targets"
+    )
+    args = (cache, ["tgt"], ["beams"], budget, 3, 2)
+    stream = BatchStream(*args, max_epochs=1, hypotheses=[("beams", 2), ("beams", 0)])
+    batches = [batch.rows // 2 for batch in stream]
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(made.targets)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(longest[m] for m in batch) <= budget
+    plainly = BatchStream(*args, max_epochs=1)
+    assert len(batches) == stream.count_batches(1, 99) > len(list(plainly))
+    with pytest.raises(IdentityError, match="order state: digest is"):
+        BatchStream(*args, state=stream.state)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (("beams", 3), "hypothesis 3 of signal 'beams' is asked for; it has 3, from 0 on"),
+        (("beams", -1), "hypothesis -1 of signal 'beams'"),
+        (("masks", 0), r"of signal 'masks' .* no beams signal among .* \['beams', 'masks'\]"),
+        (("x", 0), "no signal 'x'"),
+    ],
+    ids=["too many", "negative", "another kind", "unknown"],
+)
+def test_hypotheses_that_are_not_there_are_refused(made, wanted, message):
+    with pytest.raises(FormatError, match=message):
+        batches_of(made.root, ["tgt"], ["beams", "masks"], hypotheses=[wanted])
 
 
 @pytest.mark.parametrize("name", plain.LOGITS)

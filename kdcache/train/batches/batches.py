@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -153,6 +153,7 @@ def batches(
     while_dumping: bool = False,
     weights: Sequence[float] | None = None,
     replicas: Replicas = "by_epoch",
+    hypotheses: Iterable[tuple[str, int]] = (),
 ) -> Batches:
     """Shuffled batches of a cache, or of several.
 
@@ -177,6 +178,8 @@ def batches(
             the same.
         replicas: "by_epoch": of a sample with several maskings every epoch reads the next one;
             "all": all of them at once.
+        hypotheses: beams signals among the signals, and which of their hypotheses (0 the best) the
+            loop reads as streams: their tokens count in batch_tokens too.
 
     Raises:
         FormatError: the cache lacks a stream, a signal or a layer, or its dump is unfinished and
@@ -196,6 +199,7 @@ def batches(
         "threads": threads,
         "layers": layers,
         "replicas": replicas,
+        "hypotheses": hypotheses,
     }
     names = _described(caches[0], signals) if streams is None else streams
     sizes = (names, signals, batch_tokens, seed, window_shards)

@@ -167,6 +167,7 @@ class Trainer:
             gold=self.objective.gold,
             tasks=self.objective.tasks,
             replicas=section.replicas,
+            hypotheses=self.objective.hypotheses.values(),
             rank=self.ranks.rank,
             world=self.ranks.world,
         )
