@@ -77,6 +77,7 @@ class Scale:
         masked: the masked language models that teach the mask task.
         masked_steps: their optimiser steps.
         masked_batch_tokens: padded tokens of each.
+        masked_lr: their peak learning rate.
         masked_vocab_size: of their tokenizer.
         seeds: of the core rows; the others have the first.
         jobs: commands side by side.
@@ -100,6 +101,7 @@ class Scale:
     masked: Shape
     masked_steps: int
     masked_batch_tokens: int
+    masked_lr: float
     masked_vocab_size: int
     seeds: tuple[int, ...]
     jobs: int
@@ -125,6 +127,7 @@ SCALES = {
         masked=Shape(32, 64, (2,), 2),
         masked_steps=30,
         masked_batch_tokens=4096,
+        masked_lr=2e-3,
         masked_vocab_size=300,
         seeds=(1,),
         jobs=2,
@@ -148,6 +151,7 @@ SCALES = {
         masked=Shape(128, 512, (4,), 4),
         masked_steps=2500,
         masked_batch_tokens=4096,
+        masked_lr=2e-3,
         masked_vocab_size=6000,
         seeds=(1, 2, 3),
         jobs=2,
@@ -171,6 +175,7 @@ SCALES = {
         masked=Shape(512, 2048, (6,), 8),
         masked_steps=20_000,
         masked_batch_tokens=65_536,
+        masked_lr=5e-4,
         masked_vocab_size=8000,
         seeds=(1, 2, 3),
         jobs=1,

@@ -134,12 +134,14 @@ class WindowReader:
         for shard in shards:
             held = cache.signal_shard(name, shard)
             expected = label_counts(cache, record, shard)
+            counts = None
+            if turn.replicas > 1:
+                counts = replica_counts(cache, record, shard, turn.replicas)
             for start, stop, columns in held.parts:
                 if expected is not None:
                     mine = expected[start - held.start : stop - held.start]
                     _check_lengths(cache, name, shard, mine, columns[main].lengths)
-                if turn.replicas > 1:
-                    counts = replica_counts(cache, record, shard, turn.replicas)
+                if counts is not None:
                     part = counts[start - held.start : stop - held.start]
                     columns = by_replica(record, columns, part)
                 parts.append(columns)
