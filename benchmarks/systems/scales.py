@@ -64,6 +64,7 @@ class Scale:
         vocab_size: of each SentencePiece model.
         teacher: of the translation systems; six encoder layers, as the published maps want.
         teacher_steps: optimiser steps of the teacher.
+        teacher_lr: its peak learning rate.
         student: of the translation systems; two encoder layers.
         steps: optimiser steps of every student.
         batch_tokens: padded target tokens of a step.
@@ -75,6 +76,8 @@ class Scale:
         tune_steps: steps of each of these runs.
         masked: the masked language models that teach the mask task.
         masked_steps: their optimiser steps.
+        masked_batch_tokens: padded tokens of each.
+        masked_lr: their peak learning rate.
         masked_vocab_size: of their tokenizer.
         seeds: of the core rows; the others have the first.
         jobs: commands side by side.
@@ -85,6 +88,7 @@ class Scale:
     vocab_size: int
     teacher: Shape
     teacher_steps: int
+    teacher_lr: float
     student: Shape
     steps: int
     batch_tokens: int
@@ -96,6 +100,8 @@ class Scale:
     tune_steps: int
     masked: Shape
     masked_steps: int
+    masked_batch_tokens: int
+    masked_lr: float
     masked_vocab_size: int
     seeds: tuple[int, ...]
     jobs: int
@@ -108,6 +114,7 @@ SCALES = {
         vocab_size=300,
         teacher=Shape(32, 64, (6, 2), 2),
         teacher_steps=60,
+        teacher_lr=5e-3,
         student=Shape(16, 32, (2, 2), 2),
         steps=30,
         batch_tokens=1024,
@@ -119,6 +126,8 @@ SCALES = {
         tune_steps=10,
         masked=Shape(32, 64, (2,), 2),
         masked_steps=30,
+        masked_batch_tokens=4096,
+        masked_lr=2e-3,
         masked_vocab_size=300,
         seeds=(1,),
         jobs=2,
@@ -127,19 +136,22 @@ SCALES = {
         pairs=None,
         test=None,
         vocab_size=4000,
-        teacher=Shape(192, 768, (6, 3), 4),
+        teacher=Shape(128, 512, (6, 2), 4),
         teacher_steps=3000,
-        student=Shape(128, 384, (2, 2), 4),
-        steps=1000,
+        teacher_lr=2.8e-3,
+        student=Shape(64, 256, (2, 2), 4),
+        steps=1500,
         batch_tokens=2048,
         warmup_steps=400,
         every_steps=200,
         dev_tokens=10_000,
-        lrs=(1.4e-3, 2.8e-3, 5.6e-3, 1.12e-2),
+        lrs=(2.8e-3, 5.6e-3, 1.12e-2),
         dropouts=(0.1,),
         tune_steps=400,
-        masked=Shape(192, 768, (4,), 4),
-        masked_steps=3000,
+        masked=Shape(128, 512, (4,), 4),
+        masked_steps=2500,
+        masked_batch_tokens=4096,
+        masked_lr=2e-3,
         masked_vocab_size=6000,
         seeds=(1, 2, 3),
         jobs=2,
@@ -150,6 +162,7 @@ SCALES = {
         vocab_size=8000,
         teacher=Shape(512, 2048, (6, 6), 8),
         teacher_steps=20_000,
+        teacher_lr=3.5e-4,
         student=Shape(512, 2048, (2, 2), 8),
         steps=10_000,
         batch_tokens=16_384,
@@ -161,6 +174,8 @@ SCALES = {
         tune_steps=3000,
         masked=Shape(512, 2048, (6,), 8),
         masked_steps=20_000,
+        masked_batch_tokens=65_536,
+        masked_lr=5e-4,
         masked_vocab_size=8000,
         seeds=(1, 2, 3),
         jobs=1,

@@ -53,6 +53,20 @@ def row_result(
     return result
 
 
+def teacher_result(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What its students are to be measured by.
+
+    Args:
+        found: the evaluation of the teacher of the main pair.
+    """
+    return {
+        "parameters": found["parameters"]["total"],
+        "test_loss_nats": round(found["loss_nats"], 4),
+        "bleu": round(found["bleu"]["score"], 2),
+        "chrf": round(found["chrf"]["score"], 2),
+    }
+
+
 def _bleu(row: Mapping[str, Any]) -> float:
     """What a row of the translation table is judged by."""
     return float(row["bleu"]["mean"])

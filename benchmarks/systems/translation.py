@@ -14,7 +14,7 @@ from kdcache import open_cache
 from systems.rows import CORE, ROWS, STATEMENTS, Row
 from systems.saving import forward_seconds, saving
 from systems.scales import SCALES, Scale
-from systems.table import judged, row_result, shown
+from systems.table import judged, row_result, shown, teacher_result
 from systems.work import (
     Command,
     Overrides,
@@ -108,7 +108,7 @@ class Story:
         settings = {
             **self.settings(self.texts.main, self.scale.teacher.sizes),
             "train.max_steps": self.scale.teacher_steps,
-            "train.optimizer.lr": min(self.scale.lrs),
+            "train.optimizer.lr": self.scale.teacher_lr,
             "train.seed": seed,
         }
         self.workshop.run([train("no-kd", [self.cache("tokens")], run, settings)])
@@ -168,6 +168,8 @@ class Story:
         settings = {
             "train.validation.corpus.fields.text": self.texts.masked.files["dev"][0],
             **self.lengths(scale.masked_steps),
+            "train.batch_tokens": scale.masked_batch_tokens,
+            "train.optimizer.lr": scale.masked_lr,
             **{f"train.student.config.{key}": value for key, value in shape.bert_sizes.items()},
         }
         self.workshop.run([train("masked-lm", [self.cache(cache)], run, settings)])
@@ -230,11 +232,12 @@ class Story:
         """The command that reads the test set, once."""
         against = () if row.base is None else ("--against", str(self.run_of(ROWS[row.base], seed)))
         words = ("evaluate", str(self.run_of(row, seed)), *against)
-        more: dict[str, object] = {"evaluate.latency_sentences": 0}
-        if row.masked:  # as its paper does
-            more["evaluate.checkpoint"] = "averaged"
-        test = self.pair(row).corpus("test", "evaluate.corpus", self.scale.test)
-        return Command(words, test | more)
+        more = {"evaluate.checkpoint": "averaged"} if row.masked else {}  # as its paper does
+        return self._evaluation(words, self.pair(row), more)
+
+    def _evaluation(self, words: tuple[str, ...], pair: Pair, more: Overrides) -> Command:
+        test = pair.corpus("test", "evaluate.corpus", self.scale.test)
+        return Command(words, {**test, "evaluate.latency_sentences": 0, **more})
 
     def seeds(self, row: Row) -> Sequence[int]:
         """Seeds of a row."""
@@ -247,6 +250,7 @@ class Story:
         }
         for seed, rows in due.items():
             yield [self.training(row, seed) for row in rows]
+        yield [self._evaluation(("evaluate", str(self.teacher().parent)), self.texts.main, {})]
         for seed, rows in due.items():
             for bases in (True, False):  # others are compared with these
                 yield [self.testing(row, seed) for row in rows if (row.base is None) == bases]
@@ -292,7 +296,12 @@ def results(story: Story, rows: Sequence[Row]) -> dict[str, Any]:
         speed = sum(speeds) / len(speeds)
         found[row.name] = row_result(row, story.seeds(row), evaluations, speed)
     statements = [one for one in (judged(each, found) for each in STATEMENTS) if one is not None]
-    return {"rows": list(found.values()), "statements": statements, "saving": saved(story, rows)}
+    return {
+        "teacher": teacher_result(evaluation(story.teacher().parent)),
+        "rows": list(found.values()),
+        "statements": statements,
+        "saving": saved(story, rows),
+    }
 
 
 def saved(story: Story, rows: Sequence[Row]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from kdcache.commands.values import condition, told
+
 #: Dotted path and text of each value of the recipe that the command line sets.
 Overrides = list[tuple[str, str]]
 
@@ -50,3 +52,34 @@ def add_command(
     command.add_argument("--json", action="store_true", help="print one JSON document")
     command.set_defaults(run=run, takes_overrides=overrides is not None, error=command.error)
     return command
+
+
+def add_filter(command: argparse.ArgumentParser) -> None:
+    """Add `--filter`, which may be given several times.
+
+    Args:
+        command: whose `filter` it becomes, a list of conditions.
+    """
+    command.add_argument(
+        "--filter",
+        action="append",
+        default=[],
+        type=told(condition),
+        metavar="CONDITION",
+        help="keep samples that fulfil all: 'logits.loss < 3' (mean nats), 'logits.entropy > 1', "
+        "'tgt.length <= 50', 'beams.bleu >= 20'",
+    )
+
+
+def add_bleu_tokenizer(group: Any) -> None:
+    """Add `--bleu-tokenizer`.
+
+    Args:
+        group: of arguments, or a command.
+    """
+    group.add_argument(
+        "--bleu-tokenizer",
+        default="13a",
+        metavar="NAME",
+        help="for sentence BLEU (default 13a; zh, ja-mecab, char)",
+    )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from kdcache.commands.command import Overrides, add_command
+from kdcache.commands.command import Overrides, add_bleu_tokenizer, add_command, add_filter
 from kdcache.commands.output import print_summary
-from kdcache.commands.values import condition, number, told
+from kdcache.commands.values import number, told
 from kdcache.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -47,6 +47,25 @@ def _add_arguments(command: argparse.ArgumentParser) -> None:
         command: the parser of the command.
     """
     command.usage = "kdcache compile CACHE [CACHE ...] --out CACHE [options]"  # all fit no screen
+    _add_choices(command)
+    _add_changes(command)
+    add = command.add_argument
+    add("--shard-tokens", type=int, metavar="N", help="most tokens of a shard (default: as it is)")
+    add_bleu_tokenizer(command)
+    wire = command.add_mutually_exclusive_group()
+    wire.add_argument(
+        "--compress",
+        action="store_true",
+        help="copy one cache, its data files compressed; the copy can be read as it is",
+    )
+    wire.add_argument(
+        "--expand", action="store_true", help="make the ordinary cache of a compressed one again"
+    )
+    add("--level", type=int, metavar="N", help="with --compress: Zstandard's, 1 to 22 (default 3)")
+
+
+def _add_choices(command: argparse.ArgumentParser) -> None:
+    """Declare what says which samples and signals are kept."""
     add = command.add_argument
     add("caches", nargs="+", metavar="CACHE", help="finished caches, directories or URLs")
     add("--out", required=True, metavar="CACHE", help="the new cache; an unfinished one goes on")
@@ -57,20 +76,17 @@ def _add_arguments(command: argparse.ArgumentParser) -> None:
         default="refuse",
         help="samples without a signal that others have (default refuse)",
     )
-    add(
-        "--filter",
-        action="append",
-        default=[],
-        type=told(condition),
-        metavar="CONDITION",
-        help="keep samples that fulfil all: 'logits.loss < 3' (mean nats), 'logits.entropy > 1', "
-        "'tgt.length <= 50', 'beams.bleu >= 20'",
-    )
+    add_filter(command)
     add("--ids", metavar="FILE", help="keep the samples listed: a sample_id or row a line")
     size = command.add_mutually_exclusive_group()
     size.add_argument("--fraction", type=number, metavar="X", help="keep this share of samples")
     size.add_argument("--count", type=int, metavar="N", help="keep this many samples")
     add("--seed", type=int, default=0, metavar="N", help="of choices and draws (default 0)")
+
+
+def _add_changes(command: argparse.ArgumentParser) -> None:
+    """Declare what says how samples and signals are changed."""
+    add = command.add_argument
     add(
         "--mix",
         nargs="+",
@@ -100,23 +116,6 @@ def _add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="OLD=NEW",
         help="call a signal otherwise in the new cache",
     )
-    add("--shard-tokens", type=int, metavar="N", help="most tokens of a shard (default: as it is)")
-    add(
-        "--bleu-tokenizer",
-        default="13a",
-        metavar="NAME",
-        help="for sentence BLEU (default 13a; zh, ja-mecab, char)",
-    )
-    wire = command.add_mutually_exclusive_group()
-    wire.add_argument(
-        "--compress",
-        action="store_true",
-        help="copy one cache, its data files compressed; the copy can be read as it is",
-    )
-    wire.add_argument(
-        "--expand", action="store_true", help="make the ordinary cache of a compressed one again"
-    )
-    add("--level", type=int, metavar="N", help="with --compress: Zstandard's, 1 to 22 (default 3)")
 
 
 def options_of(arguments: argparse.Namespace) -> CompileOptions:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from kdcache.commands.command import Overrides, add_command
+from kdcache.commands.command import Overrides, add_bleu_tokenizer, add_command, add_filter
 from kdcache.commands.output import print_summary
-from kdcache.commands.values import condition, positive, told
+from kdcache.commands.values import positive
 
 _FORMATS = ("parquet", "text", "distillkit", "vllm")
 
@@ -44,15 +44,7 @@ def _add_arguments(command: argparse.ArgumentParser) -> None:
     add("cache", metavar="CACHE", help="a finished cache, a directory or URL")
     add("--out", required=True, metavar="DIR", help="a new folder; it appears when it is whole")
     add("--signals", nargs="*", metavar="NAME", help="write these signals (default: all that fit)")
-    add(
-        "--filter",
-        action="append",
-        default=[],
-        type=told(condition),
-        metavar="CONDITION",
-        help="keep samples that fulfil it, as 'logits.loss < 3' or 'beams.bleu >= 20'; again and "
-        "again",
-    )
+    add_filter(command)
     add(
         "--top-k",
         type=positive,
@@ -79,9 +71,7 @@ def _add_arguments(command: argparse.ArgumentParser) -> None:
         "--suffixes", nargs=2, metavar=("SRC", "TGT"), help="of their names (default src tgt)"
     )
     text.add_argument("--gzip", action="store_true", default=None, help="compress the files")
-    text.add_argument(
-        "--bleu-tokenizer", default="13a", metavar="NAME", help="sacrebleu's (default 13a)"
-    )
+    add_bleu_tokenizer(text)
 
 
 def _export(arguments: argparse.Namespace) -> dict[str, Any]:

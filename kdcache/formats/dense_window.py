@@ -18,16 +18,18 @@ class DenseWindow:
 
     Args:
         shards: in the order of the window.
+        replicas: of every sample, which all have as many rows; each then counts as a sample.
 
     Attributes:
         counts: [M] int64 rows of each sample.
     """
 
-    def __init__(self, shards: Sequence[DenseShard]) -> None:
+    def __init__(self, shards: Sequence[DenseShard], replicas: int = 1) -> None:
         self._parts = [part for shard in shards for part in shard.parts]
-        sizes = np.array([part.stop - part.start for part in self._parts], dtype=np.int64)
+        stored = np.array([part.stop - part.start for part in self._parts], dtype=np.int64)
+        sizes = stored * replicas
         self._starts = offsets_of(sizes)
-        counts = [np.diff(shard.offsets) for shard in shards]
+        counts = [np.repeat(np.diff(shard.offsets) // replicas, replicas) for shard in shards]
         self.counts: np.ndarray = np.concatenate(counts or [np.empty(0, np.int64)])
         # [M] first row of each sample within its part
         ends = offsets_of(self.counts)[:-1]

@@ -83,11 +83,13 @@ def label_counts(cache: Described, record: SignalRecord, shard: int) -> np.ndarr
 
 
 def num_replicas(cache: Described, record: SignalRecord) -> int:
-    """How often every sample was read: the replicas of the masks signal, 1 without one.
+    """Replicas of every sample: those of the masks signal that it is or was made from, else 1.
 
     Raises:
         FormatError: that signal is missing or of another kind.
     """
+    if isinstance(record, MasksRecord):
+        return record.replicas
     if record.masks is None:
         return 1
     masks = cache.signal(record.masks)
@@ -105,7 +107,7 @@ def _label_positions(
     """[M] labels of each sample."""
     stream = samples.streams[record.stream]
     if record.masks is not None:
-        return _input_column(cache, record.masks, shard, "masked").lengths
+        return input_column(cache, record.masks, shard, "masked").lengths
     if record.hypotheses is not None:
         return _hypothesis_lengths(cache, record, record.hypotheses, shard)
     if record.at == "targets":
@@ -126,7 +128,7 @@ def predicted_lengths(stream: Ragged) -> np.ndarray:
     labelled = stream.fields["loss"].astype(np.int64)
     filled = stream.lengths > 0
     labelled[stream.offsets[:-1][filled]] = 0
-    return _sums(labelled, stream.offsets)
+    return sums_between(labelled, stream.offsets)
 
 
 def _hypothesis_lengths(
@@ -134,8 +136,8 @@ def _hypothesis_lengths(
 ) -> np.ndarray:
     """[M] tokens of the chosen hypothesis of each sample, or of all; 0 where it has none."""
     if record.hypothesis == "all":
-        return _input_column(cache, beams, shard, "tokens").lengths
-    return hypothesis_lengths(_input_column(cache, beams, shard, "hypotheses"), record.hypothesis)
+        return input_column(cache, beams, shard, "tokens").lengths
+    return hypothesis_lengths(input_column(cache, beams, shard, "hypotheses"), record.hypothesis)
 
 
 def hypothesis_lengths(hypotheses: Ragged, number: int) -> np.ndarray:
@@ -152,8 +154,18 @@ def hypothesis_lengths(hypotheses: Ragged, number: int) -> np.ndarray:
     return counts
 
 
-def _input_column(cache: Described, signal: str, shard: int, column: str) -> Ragged:
-    """One column of a signal that another was made from."""
+def input_column(cache: Described, signal: str, shard: int, column: str) -> Ragged:
+    """One column of a whole shard of a signal.
+
+    Args:
+        cache: the cache.
+        signal: its name.
+        shard: shard number.
+        column: its name.
+
+    Raises:
+        FormatError: the signal is damaged or missing.
+    """
     return concat([columns[column] for _, _, columns in cache.signal_shard(signal, shard).parts])
 
 
@@ -171,8 +183,16 @@ def _of_task(cache: Described, record: ClassesRecord, samples: SampleShard) -> n
     return mine
 
 
-def _sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """[M] int64 sums of the stretches between offsets."""
+def sums_between(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Sums of stretches.
+
+    Args:
+        values: [N] int64.
+        offsets: [M + 1] integer, ascending, where the stretches begin and the last one ends.
+
+    Returns:
+        [M] int64.
+    """
     ends = np.zeros(len(values) + 1, dtype=np.int64)
     np.cumsum(values, out=ends[1:])
     return ends[offsets[1:]] - ends[offsets[:-1]]

@@ -1,6 +1,6 @@
 """Windows: samples gathered from several shards at once, by vectorised takes.
 
-# M samples of the window, n hypotheses of a sample
+# M samples of the window, n hypotheses of a sample, R replicas
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
 from threading import Event, Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from kdcache.formats.dense_window import DenseWindow
 from kdcache.formats.joined import JoinedColumns
 from kdcache.formats.manifest import SAMPLES, FileRecord
 from kdcache.formats.ragged import Ragged
+from kdcache.formats.replicas import by_replica, replica_counts
 from kdcache.formats.signals import (
     AttentionRecord,
     BeamsRecord,
@@ -31,6 +32,7 @@ from kdcache.formats.units import (
     MAIN_COLUMN,
     hypothesis_lengths,
     label_counts,
+    num_replicas,
     predicted_lengths,
 )
 
@@ -41,11 +43,37 @@ if TYPE_CHECKING:
 THREADS = 8
 
 
+class _Turn(NamedTuple):
+    """Which replica of a signal is served; one of one: a sample's are served together.
+
+    Attributes:
+        replicas: R that are rows of their own.
+        number: of the one whose turn it is.
+    """
+
+    replicas: int
+    number: int
+
+    def rows(self, samples: np.ndarray) -> np.ndarray:
+        """Rows of some samples."""
+        return samples if self.replicas == 1 else samples * self.replicas + self.number
+
+    def of(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """[M] int64, from what is known of the rows of each part."""
+        rows = np.concatenate(parts or [np.empty(0, np.int64)])
+        return rows if self.replicas == 1 else rows[self.number :: self.replicas]
+
+
 class WindowReader:
     """Some shards of a cache, their samples numbered one after another."""
 
     def __init__(
-        self, cache: Cache, shards: Sequence[int], streams: Sequence[str], signals: Sequence[str]
+        self,
+        cache: Cache,
+        shards: Sequence[int],
+        streams: Sequence[str],
+        signals: Sequence[str],
+        epoch: int | None = None,
     ) -> None:
         """Map the shards and check that labels lie on their tokens.
 
@@ -54,6 +82,8 @@ class WindowReader:
             shards: shard numbers, in the order of the window.
             streams: streams to serve.
             signals: signals to serve.
+            epoch: of the replicas of a sample serve the one of this epoch: they take turns, from 0
+                on; None: all of them.
 
         Raises:
             FormatError: a stream or signal is not in the cache, or a file is damaged.
@@ -86,29 +116,37 @@ class WindowReader:
         self._counts: dict[str, np.ndarray] = {}
         self._hypothesis_lengths: dict[str, np.ndarray] = {}
         self._masked: dict[str, np.ndarray] = {}
+        self._turns: dict[str, _Turn] = {}
         for name in signals:
             record = cache.signal(name)
+            replicas = 1 if epoch is None else num_replicas(cache, record)
+            self._turns[name] = _Turn(replicas, (epoch or 0) % replicas)
             if isinstance(record, HiddenRecord | AttentionRecord):
-                self._dense[name] = DenseWindow([cache.dense_shard(name, n) for n in shards])
+                held_rows = [cache.dense_shard(name, shard) for shard in shards]
+                self._dense[name] = DenseWindow(held_rows, replicas)
             else:
                 self._open_columns(cache, record, shards)
 
     def _open_columns(self, cache: Cache, record: SignalRecord, shards: Sequence[int]) -> None:
         """Map a signal that is kept in Arrow; its labels must be as many as what they describe."""
-        name, main = record.name, MAIN_COLUMN[record.kind]
-        parts: list[dict[str, Ragged]] = []
+        name, main, turn = record.name, MAIN_COLUMN[record.kind], self._turns[record.name]
+        parts: list[Mapping[str, Ragged]] = []
         for shard in shards:
             held = cache.signal_shard(name, shard)
             expected = label_counts(cache, record, shard)
+            counts = None
+            if turn.replicas > 1:
+                counts = replica_counts(cache, record, shard, turn.replicas)
             for start, stop, columns in held.parts:
                 if expected is not None:
                     mine = expected[start - held.start : stop - held.start]
                     _check_lengths(cache, name, shard, mine, columns[main].lengths)
+                if counts is not None:
+                    part = counts[start - held.start : stop - held.start]
+                    columns = by_replica(record, columns, part)
                 parts.append(columns)
         self._columns[name] = JoinedColumns(parts)
-        self._counts[name] = np.concatenate(
-            [part[main].lengths for part in parts] or [np.empty(0, np.int64)]
-        )
+        self._counts[name] = turn.of([part[main].lengths for part in parts])
         if isinstance(record, BeamsRecord):
             found = [
                 [hypothesis_lengths(part["hypotheses"], n) for n in range(record.num_hypotheses)]
@@ -117,8 +155,7 @@ class WindowReader:
             empty = np.empty((record.num_hypotheses, 0), np.int64)
             self._hypothesis_lengths[name] = np.concatenate([empty, *map(np.array, found)], axis=1)
         if isinstance(record, MasksRecord):
-            lengths = [part["masked"].lengths for part in parts]
-            self._masked[name] = np.concatenate(lengths or [np.empty(0, np.int64)])
+            self._masked[name] = turn.of([part["masked"].lengths for part in parts])
 
     @property
     def num_samples(self) -> int:
@@ -144,10 +181,11 @@ class WindowReader:
         Args:
             layers: dense signal to the layers that are read of it.
         """
-        total = self._streams.nbytes + sum(one.nbytes for one in self._columns.values())
+        total = float(self._streams.nbytes)
+        for name, columns in self._columns.items():
+            total += columns.nbytes / self._turns[name].replicas
         for name, read in layers.items():
-            dense = self._dense[name]
-            total += int(dense.counts.sum()) * dense.row_bytes * len(read)
+            total += int(self.counts(name).sum()) * self._dense[name].row_bytes * len(read)
         return total / max(1, self.num_samples)
 
     def take_streams(self, rows: np.ndarray, wide: bool = False) -> dict[str, Ragged]:
@@ -176,7 +214,7 @@ class WindowReader:
             rows: [R] integer samples of the window, repeats allowed.
             wide: in their wide form, see `wide`; else as they are stored.
         """
-        columns = self._columns[name]
+        columns, rows = self._columns[name], self._turns[name].rows(rows)
         return columns.take_wide(rows) if wide else columns.take(rows)
 
     def take_dense(
@@ -192,12 +230,12 @@ class WindowReader:
         Returns:
             [R, L, W] values, [R, L] scales (for int8, else None), and [S] rows of each sample.
         """
-        return self._dense[name].take(rows, layers)
+        return self._dense[name].take(self._turns[name].rows(rows), layers)
 
     def counts(self, name: str) -> np.ndarray:
         """[M] int64 records of each sample in a signal's main column (rows of a dense one)."""
         if name in self._dense:
-            return self._dense[name].counts
+            return self._turns[name].of([self._dense[name].counts])
         return self._counts[name]
 
     def hypothesis_lengths(self) -> dict[str, np.ndarray]:
@@ -209,7 +247,7 @@ class WindowReader:
         return self._predicted
 
     def masked_counts(self) -> dict[str, np.ndarray]:
-        """[M] int64 masked tokens of all replicas, of each masks signal."""
+        """[M] int64 masked tokens of the replicas that are served, of each masks signal."""
         return self._masked
 
 

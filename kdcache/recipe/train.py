@@ -10,6 +10,9 @@ from kdcache.recipe.corpus import CorpusSection
 from kdcache.recipe.objective import Term
 from kdcache.recipe.section import Device, Identifier, Number, PositiveInt, Rate, Section
 
+#: Which of several maskings of a sample are read.
+Replicas = Literal["by_epoch", "all"]
+
 
 class KeptLayers(Section):
     """Layers of a model that a student keeps, each side in the order given."""
@@ -278,7 +281,9 @@ class TrainSection(Section):
         "run.",
     )
     batch_tokens: PositiveInt = Field(
-        4096, description="Padded target tokens of one optimiser step (global batch)."
+        4096,
+        description="Padded tokens of one optimiser step (global batch): at most so many in the "
+        "source, in the target and in each hypothesis that a term is over.",
     )
     accumulate: PositiveInt = Field(
         1, description="Micro-batches a global batch is computed in; gradients stay exact."
@@ -308,6 +313,12 @@ class TrainSection(Section):
     device: Device = "auto"
     seed: StrictInt = Field(1, ge=0, description="Seed of weights, dropout and order.")
     window_shards: PositiveInt = Field(4, description="Shards shuffled together.")
+    replicas: Replicas = Field(
+        "by_epoch",
+        description="Of a sample with several maskings: by_epoch reads the next one in every "
+        "epoch, and the first again after the last; all reads all of them in every step, each as "
+        "a row of its own.",
+    )
     validation: ValidationSection = Field(
         default_factory=lambda: ValidationSection(), description="Scores during training."
     )

@@ -47,10 +47,14 @@ def cache_document(path: str) -> Document:
     return Document(
         f"Cache {name}",
         f"{corpus['num_samples']:,} samples and what a teacher says of them, "
-        f"{size(found['bytes']['total'])} in {found['num_shards']:,} shards.",
+        f"{size(found['bytes']['total'])} in {_shards(found['num_shards'])}.",
         rows,
         footer(found["versions"].get("kdcache", "")),
     )
+
+
+def _shards(number: int) -> str:
+    return "one shard" if number == 1 else f"{number:,} shards"
 
 
 def _signals(found: Mapping[str, Any]) -> Section:

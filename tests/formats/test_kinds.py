@@ -10,6 +10,7 @@ from kdcache.errors import FormatError, IntegrityError
 from kdcache.formats.cache import Cache, open_cache
 from kdcache.formats.dense import SCALE, VALUES
 from kdcache.formats.manifest import CommitRecord
+from kdcache.formats.replicas import by_replica
 from kdcache.formats.signals import HiddenRecord, LogitsRecord, MasksRecord
 from kdcache.formats.window import WindowReader
 from tests.formats.kinds import DENSE, Kinds
@@ -64,6 +65,15 @@ def test_only_logits_are_logits(kinds: Kinds) -> None:
         cache.logits("masks")
     with pytest.raises(FormatError, match="cache has no signal 'x'"):
         cache.logits("x")
+
+
+def test_replicas_that_do_not_add_up_are_refused(kinds: Kinds) -> None:
+    record = open_cache(kinds.root).signal("at_masked")
+    counts = np.array([[len(replica) for replica in one] for one in kinds.masked])
+    assert by_replica(record, kinds.columns["at_masked"], counts)["tokens"].lengths.sum() > 0
+    counts[2, 1] += 1
+    with pytest.raises(IntegrityError, match=r"'tokens': the replicas of sample 2 of a part"):
+        by_replica(record, kinds.columns["at_masked"], counts)
 
 
 def other_masks(root: Path) -> None:

@@ -93,6 +93,7 @@ def global_batches(cache, module, accumulate=1):
             max_epochs=1,
             accumulate=accumulate,
             layers=module.layers,
+            replicas="all",
         )
     )
 

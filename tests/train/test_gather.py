@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.errors import FormatError
+from kdcache.errors import FormatError, IdentityError
 from kdcache.formats import joined
 from kdcache.formats.cache import open_cache
 from kdcache.formats.dense import SCALE, VALUES
@@ -38,7 +38,8 @@ def others(tmp_path_factory):
 
 def batches_of(path, streams, signals, **options) -> list[Batch]:
     """All micro-batches of two epochs, shuffled over shards."""
-    settings = {"accumulate": 2, "max_epochs": 2, "threads": 0, "batch_tokens": 14} | options
+    settings = {"accumulate": 2, "max_epochs": 2, "threads": 0, "batch_tokens": 14}
+    settings |= {"replicas": "all"} | options
     stream = BatchStream(open_cache(path), streams, signals, seed=3, window_shards=2, **settings)
     found = [micro for batch in stream for micro in batch.micro]
     assert any(len(micro) > 1 for micro in found)
@@ -159,6 +160,49 @@ def test_masks(made):
         assert found == wanted
 
 
+def of_replica(values, counts, replica):
+    """Rows of one of several replicas, from those of all.
+
+    values: [K, ...] of all, sample after sample; counts: [B, R] of them.
+    """
+    number = torch.arange(counts.shape[1]).repeat(len(counts))
+    return values[number.repeat_interleave(counts.flatten()) == replica]
+
+
+def test_every_epoch_reads_the_next_masking_of_a_sample(made):
+    cache = open_cache(made.root)
+    names = ["masks", *(name for name, one in cache.signals.items() if one.masks == "masks")]
+    assert len(names) == 5
+    args = (cache, ["tgt"], names, 14, 3, 2)
+    pairs = zip(
+        BatchStream(*args, max_epochs=3, replicas="all"),
+        BatchStream(*args, max_epochs=3),
+        strict=True,
+    )
+    for every, one in pairs:
+        turn, both = one.epoch % plain.REPLICAS, (every.micro[0].signals, one.micro[0].signals)
+        assert one.rows.tolist() == every.rows.tolist()
+        masked, mine = (signals["masks"] for signals in both)
+        assert mine.counts.tolist() == masked.counts[:, [turn]].tolist()
+        assert one.counts["masks.masked"] == int(mine.counts.sum())
+        for field in ("positions", "ids"):
+            wanted = of_replica(getattr(masked, field), masked.counts, turn)
+            assert torch.equal(getattr(mine, field), wanted)
+        for name in ("at_masked", "at_segment"):
+            rows, found = (densify(decode(signals[name]), VOCAB) for signals in both)
+            assert torch.equal(found, of_replica(rows, masked.counts, turn))
+            assert one.counts[name] == len(found)
+        for name, field in (("masked_classes", "values"), ("masked_hidden", "decode")):
+            whole, part = (signals[name] for signals in both)
+            counts = (whole.counts // plain.REPLICAS)[:, None].repeat(1, plain.REPLICAS)
+            rows, found = (getattr(signal, field) for signal in (whole, part))
+            if field == "decode":
+                rows, found = rows(), found()
+            assert torch.equal(found, of_replica(rows, counts, turn))
+            assert part.counts.tolist() == counts[:, 0].tolist()
+            assert one.counts[name] == int(part.counts.sum())
+
+
 def test_hypotheses(made):
     for micro in batches_of(made.root, ["tgt"], ["beams"]):
         beams = micro.signals["beams"]
@@ -167,6 +211,42 @@ def test_hypotheses(made):
         found = pieces(list(zip(ids, beams.log_probs.tolist(), strict=True)), beams.counts)
         for m, mine in zip(micro.rows // 2, found, strict=True):
             assert mine == [(list(ids), log_prob) for ids, log_prob, _ in made.beams[m]]
+
+
+def test_tokens_of_hypotheses_count_as_those_of_a_stream(made):
+    cache, budget = open_cache(made.root), 14
+    longest = [
+        max(len(ids), *(len(beam[0]) for n, beam in enumerate(beams) if n in (0, 2)))
+        for ids, beams in zip(made.targets, made.beams, strict=True)
+    ]
+    assert any(most > len(ids) for most, ids in zip(longest, made.targets, strict=True)), (
+        "some hypotheses are longer than their targets"
+    )
+    args = (cache, ["tgt"], ["beams"], budget, 3, 2)
+    stream = BatchStream(*args, max_epochs=1, hypotheses=[("beams", 2), ("beams", 0)])
+    batches = [batch.rows // 2 for batch in stream]
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(made.targets)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(longest[m] for m in batch) <= budget
+    plainly = BatchStream(*args, max_epochs=1)
+    assert len(batches) == stream.count_batches(1, 99) > len(list(plainly))
+    with pytest.raises(IdentityError, match="order state: digest is"):
+        BatchStream(*args, state=stream.state)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (("beams", 3), "hypothesis 3 of signal 'beams' is asked for; it has 3, from 0 on"),
+        (("beams", -1), "hypothesis -1 of signal 'beams'"),
+        (("masks", 0), r"of signal 'masks' .* no beams signal among .* \['beams', 'masks'\]"),
+        (("x", 0), "no signal 'x'"),
+    ],
+    ids=["too many", "negative", "another kind", "unknown"],
+)
+def test_hypotheses_that_are_not_there_are_refused(made, wanted, message):
+    with pytest.raises(FormatError, match=message):
+        batches_of(made.root, ["tgt"], ["beams", "masks"], hypotheses=[wanted])
 
 
 @pytest.mark.parametrize("name", plain.LOGITS)
@@ -237,7 +317,7 @@ def test_counts_are_those_of_all_ranks(made):
     cache = open_cache(made.root)
     mine = 0
     for rank in (0, 2):
-        options = {"max_epochs": 1, "threads": 0, "rank": rank, "world": 3}
+        options = {"max_epochs": 1, "threads": 0, "rank": rank, "world": 3, "replicas": "all"}
         for batch in BatchStream(cache, ["src", "tgt"], names, 30, 3, 2, **options):
             numbers = batch.rows // 2
             wanted = {name: sum(made.rows(name)[m] for m in numbers) for name in names[2:]}

@@ -122,6 +122,12 @@ def one_at_a_time(model, micro):
     return torch.cat(logits), torch.cat(labels)
 
 
+def test_a_recipe_says_whether_all_maskings_are_read_at_once(world):
+    for replicas, number in (("by_epoch", 1), ("all", 2)):
+        batch = next(iter(make_trainer(world, replicas=replicas).stream))
+        assert batch.micro[0].signals["masks"].counts.shape[1] == number
+
+
 OTHERS = {
     "roberta": BERT,
     "distilbert": {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32},

@@ -151,7 +151,6 @@ class Story:
             "mass": shape.sizes if group == "mass" else {},
         }[group]
         found: dict[str, object] = {
-            "train.batch_tokens": scale.batch_tokens,
             "train.validation.every_steps": scale.every_steps,
             "train.validation.limit_tokens": scale.dev_tokens,
             "train.checkpoints.every_steps": scale.every_steps,
@@ -162,6 +161,7 @@ class Story:
         both = len(row.cache) > 1
         for stage in lengths if both else ("finetuning",):
             own = {
+                "batch_tokens": scale.batch_tokens,
                 "max_steps": lengths[stage],
                 "optimizer.lr": scale.lr,
                 "schedule.warmup_steps": scale.warmup_steps,

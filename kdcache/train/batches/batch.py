@@ -81,7 +81,7 @@ class Masked:
     Attributes:
         positions: [K] int64 within the sample, sample after sample, replica after replica.
         ids: [K] int64 what stands there in the input.
-        counts: [B, replicas] int64 masked tokens.
+        counts: [B, R] int64 masked tokens of the replicas that are read.
     """
 
     positions: Tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from kdcache.errors import TrainingError
 from kdcache.formats.cache import Cache, open_cache
+from kdcache.recipe import Replicas
 from kdcache.train.batches.mix import MixedStream, batch_stream
 from kdcache.train.batches.mix_state import state_from_dict
 from kdcache.train.batches.order import OrderState
@@ -151,6 +152,8 @@ def batches(
     pin: bool = False,
     while_dumping: bool = False,
     weights: Sequence[float] | None = None,
+    replicas: Replicas = "by_epoch",
+    hypotheses: Iterable[tuple[str, int]] = (),
 ) -> Batches:
     """Shuffled batches of a cache, or of several.
 
@@ -173,6 +176,10 @@ def batches(
         while_dumping: whether a dump may be on its way.
         weights: shares of several caches in the global batches, relative to one another; None: all
             the same.
+        replicas: "by_epoch": of a sample with several maskings every epoch reads the next one;
+            "all": all of them at once.
+        hypotheses: beams signals among the signals, and which of their hypotheses (0 the best) the
+            loop reads as streams: their tokens count in batch_tokens too.
 
     Raises:
         FormatError: the cache lacks a stream, a signal or a layer, or its dump is unfinished and
@@ -191,6 +198,8 @@ def batches(
         "world": world,
         "threads": threads,
         "layers": layers,
+        "replicas": replicas,
+        "hypotheses": hypotheses,
     }
     names = _described(caches[0], signals) if streams is None else streams
     sizes = (names, signals, batch_tokens, seed, window_shards)

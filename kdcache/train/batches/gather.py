@@ -140,7 +140,7 @@ def _parted(
         return cut(_scores(record, columns), {"values": "scores"}, {**records, "": list(sizes)})
     if isinstance(record, MasksRecord):
         units = {"positions": "masked", "ids": "masked"}
-        return cut(_masked(record, columns), units, {**records, "": list(sizes)})
+        return cut(_masked(columns), units, {**records, "": list(sizes)})
     assert isinstance(record, BeamsRecord)
     units = {"ids": "tokens", "lengths": "hypotheses", "log_probs": "hypotheses"}
     return cut(_hypotheses(columns), units, {**records, "": list(sizes)})
@@ -199,13 +199,13 @@ def _scores(record: ClassesRecord, columns: Mapping[str, Ragged]) -> Scores:
     )
 
 
-def _masked(record: MasksRecord, columns: Mapping[str, Ragged]) -> Masked:
-    masked = columns["masked"]
-    counts = columns["replicas"].fields["num_masked"]
+def _masked(columns: Mapping[str, Ragged]) -> Masked:
+    masked, replicas = columns["masked"], columns["replicas"]
+    counts = replicas.fields["num_masked"].reshape(len(replicas), -1)
     return Masked(
         positions=torch.from_numpy(masked.fields["position"]),
         ids=torch.from_numpy(masked.fields["id"]),
-        counts=torch.from_numpy(counts.reshape(-1, record.replicas)),
+        counts=torch.from_numpy(counts),
     )
 
 

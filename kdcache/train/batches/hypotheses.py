@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from kdcache.errors import ModelError
+from kdcache.errors import FormatError, ModelError
+from kdcache.formats.cache import Cache
+from kdcache.formats.signals import BeamsRecord
 from kdcache.train.batches.batch import Batch, Hypotheses
 
 
@@ -22,6 +24,31 @@ def hypothesis_stream(beams: str, number: int) -> str:
 def is_hypothesis(stream: str) -> bool:
     """Whether a name is one of `hypothesis_stream`."""
     return "." in stream
+
+
+def check_hypothesis(cache: Cache, signals: Collection[str], name: str, number: int) -> None:
+    """Refuse hypotheses that are not read.
+
+    Args:
+        cache: that they are read from.
+        signals: names of the signals that are read.
+        name: of a beams signal.
+        number: which of its hypotheses.
+
+    Raises:
+        FormatError: the signal is not read, is of another kind or has not so many.
+    """
+    record = cache.signal(name)
+    if name not in signals or not isinstance(record, BeamsRecord):
+        raise FormatError(
+            f"{cache.path}: hypotheses of signal {name!r} are asked for, which is no beams signal "
+            f"among those that are read, {sorted(signals)}"
+        )
+    if not 0 <= number < record.num_hypotheses:
+        raise FormatError(
+            f"{cache.path}: hypothesis {number} of signal {name!r} is asked for; it has "
+            f"{record.num_hypotheses}, from 0 on"
+        )
 
 
 def with_hypotheses(

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,11 +19,12 @@ import torch
 from kdcache.errors import TrainingError
 from kdcache.formats.cache import Cache
 from kdcache.formats.window import WindowAhead, WindowReader
+from kdcache.recipe import Replicas
 from kdcache.train.batches.batch import Batch
 from kdcache.train.batches.gather import Gatherer
 from kdcache.train.batches.gold import GOLD, GoldLabels, has_gold
 from kdcache.train.batches.growth import Growth
-from kdcache.train.batches.hypotheses import hypothesis_stream
+from kdcache.train.batches.hypotheses import check_hypothesis, hypothesis_stream
 from kdcache.train.batches.mix_state import MixState
 from kdcache.train.batches.order import (
     ORDER_VERSION,
@@ -40,7 +41,7 @@ from kdcache.train.batches.tasks import Groups, TaskGold, TaskOrder
 PREFETCH = 3
 #: Stored bytes of a block: so many that Python's cost of a batch is shared, so few that some blocks
 #: are no burden.
-BLOCK_BYTES = 1 << 23
+BLOCK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ class BatchStream:
         cache: an open cache.
         streams: names of the streams to read; the tokens of the last one are counted.
         signals: names of the signals to read beside them.
-        batch_tokens: most samples x longest sample of a global batch, in each of the streams.
+        batch_tokens: most samples x longest sample of a global batch, in each of the streams and
+            of the `hypotheses`.
         seed: recipe seed.
         window_shards: shards shuffled together.
         accumulate: micro-batches of a global batch on each rank.
@@ -122,11 +124,15 @@ class BatchStream:
         gold: how gold labels become targets; None: they are not read.
         tasks: every batch is of one of these tasks, and samples of others are left out; None:
             tasks do not matter.
+        replicas: of a sample with several maskings read the next one in every epoch, or all of
+            them at once.
+        hypotheses: beams signals among the signals, and which of their hypotheses are read as
+            streams are: their tokens count as a stream's do.
 
     Raises:
         RecipeError: gold labels or tasks are asked for, and the cache has none.
-        FormatError: the cache lacks a stream, a signal or a layer, or its dump is unfinished and
-            that is not expected.
+        FormatError: the cache lacks a stream, a signal, a layer or a hypothesis, or its dump is
+            unfinished and that is not expected.
         IdentityError: the state is of another order.
     """
 
@@ -150,6 +156,8 @@ class BatchStream:
         layers: Mapping[str, Sequence[int]] | None = None,
         gold: GoldLabels | TaskGold | None = None,
         tasks: TaskOrder | None = None,
+        replicas: Replicas = "by_epoch",
+        hypotheses: Iterable[tuple[str, int]] = (),
     ) -> None:
         for asked in (tasks, gold):
             if asked is not None:
@@ -161,11 +169,16 @@ class BatchStream:
         self.batch_tokens, self.window_shards = batch_tokens, window_shards
         self.accumulate, self.max_epochs = accumulate, max_epochs
         self.rank, self.world, self.threads = rank, world, threads
+        self.replicas, self.hypotheses = replicas, sorted(set(hypotheses))
+        for name, number in self.hypotheses:
+            check_hypothesis(cache, signals, name, number)
         self._gatherer = Gatherer(cache, streams, signals, pin, layers)
         shards = [(shard.start, shard.stop) for shard in manifest.shards]
         self._plan = plan_digest(manifest.corpus.digest, shards)
         digests = [manifest.streams[name].digest for name in streams]
-        more = () if tasks is None else tasks.identity
+        more = [] if tasks is None else tasks.identity
+        for name, number in self.hypotheses:
+            more = [*more, "hypotheses", cache.signal(name).digest, f"{number}"]
         digest = batching_digest(self._plan, digests, batch_tokens, window_shards, more)
         if state is not None:
             state.check(digest, seed)
@@ -206,12 +219,12 @@ class BatchStream:
             num_epochs: epochs to count.
             most: where to stop counting.
         """
-        count = 0
+        count, beams = 0, sorted({name for name, _ in self.hypotheses})
         for epoch in range(num_epochs):
             for window, shards in enumerate(self._windows(epoch, self.cache.num_shards)):
                 if count >= most:
                     return most
-                reader = WindowReader(self.cache, shards, self.streams, [])
+                reader = WindowReader(self.cache, shards, self.streams, beams)
                 count += len(self._window_batches(reader, epoch, window, self._groups(reader)))
         return min(count, most)
 
@@ -227,7 +240,9 @@ class BatchStream:
         self, reader: WindowReader, epoch: int, window: int, groups: Groups | None
     ) -> list[np.ndarray]:
         """Global batches of a window, as indices into it."""
-        lengths = [reader.lengths(name) for name in self.streams]
+        found = reader.hypothesis_lengths()
+        lengths = [found[name][number] for name, number in self.hypotheses]
+        lengths += [reader.lengths(name) for name in self.streams]
         args = (self._plan, self.state.seed, epoch, window, lengths, self.batch_tokens)
         return window_batches(*args) if groups is None else groups.batches(*args)
 
@@ -256,7 +271,9 @@ class BatchStream:
             windows = self._windows(state.epoch, pinned)
             some = (state.window, state.batch) != (0, 0)
             for window in range(state.window, len(windows)):
-                reader = WindowReader(self.cache, windows[window], self.streams, self.signals)
+                turn = state.epoch if self.replicas == "by_epoch" else None
+                read = (self.streams, self.signals)
+                reader = WindowReader(self.cache, windows[window], *read, epoch=turn)
                 if window + 1 < len(windows):
                     ahead.begin(windows[window + 1])
                 gold = None if self.gold is None else self.gold.of_window(self.cache, reader)

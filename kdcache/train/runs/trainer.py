@@ -166,6 +166,8 @@ class Trainer:
             layers=self.distillation.layers,
             gold=self.objective.gold,
             tasks=self.objective.tasks,
+            replicas=section.replicas,
+            hypotheses=self.objective.hypotheses.values(),
             rank=self.ranks.rank,
             world=self.ranks.world,
         )

@@ -1,9 +1,10 @@
 """The student's encoder over a masked source, beside its pass over the source as it is.
 
-Every replica of a masks signal is read, each as a row of its own: their order is the signal's.
+Each replica that is read, one or all of them (`train.replicas`), is a row of its own, in the order
+of the signal.
 """
 
-# B samples, R replicas, S source positions, K masked tokens, D hidden
+# B samples, R replicas that are read, S source positions, K masked tokens, D hidden
 
 from __future__ import annotations
 
