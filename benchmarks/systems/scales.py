@@ -15,18 +15,22 @@ class Shape:
         ffn: inner width of its feed-forward layers.
         layers: of the encoder, and of the decoder where it has one.
         heads: of its attention.
+        model_type: of an encoder-decoder; with six layers mBART's, which normalises before each,
+            learns in far fewer steps than Marian's.
     """
 
     width: int
     ffn: int
     layers: tuple[int, ...]
     heads: int
+    model_type: str = "marian"
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """Keys of a Marian config."""
+        """Keys of a Marian config, or of mBART's."""
         sides = ("encoder", "decoder")
         return {
+            "model_type": self.model_type,
             "d_model": self.width,
             **{f"{side}_ffn_dim": self.ffn for side in sides},
             **{f"{side}_attention_heads": self.heads for side in sides},
@@ -112,7 +116,7 @@ SCALES = {
         pairs=400,
         test=40,
         vocab_size=300,
-        teacher=Shape(32, 64, (6, 2), 2),
+        teacher=Shape(32, 64, (6, 2), 2, "mbart"),
         teacher_steps=60,
         teacher_lr=5e-3,
         student=Shape(16, 32, (2, 2), 2),
@@ -136,9 +140,9 @@ SCALES = {
         pairs=None,
         test=None,
         vocab_size=4000,
-        teacher=Shape(128, 512, (6, 2), 4),
+        teacher=Shape(128, 512, (6, 2), 4, "mbart"),
         teacher_steps=3000,
-        teacher_lr=2.8e-3,
+        teacher_lr=4e-3,
         student=Shape(64, 256, (2, 2), 4),
         steps=1500,
         batch_tokens=2048,
@@ -160,7 +164,7 @@ SCALES = {
         pairs=None,
         test=None,
         vocab_size=8000,
-        teacher=Shape(512, 2048, (6, 6), 8),
+        teacher=Shape(512, 2048, (6, 6), 8, "mbart"),
         teacher_steps=20_000,
         teacher_lr=3.5e-4,
         student=Shape(512, 2048, (2, 2), 8),
