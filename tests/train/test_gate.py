@@ -85,7 +85,7 @@ def test_each_module_keeps_distillation_where_the_two_gradients_agree(
     gate = {"terms": GATED[-len(gated) :], "module": size}
     one = made(cache, monkeypatch, gate=gate, seed=3, **student)
     flags, seen = [], set()
-    for batch, _ in zip(one.stream, range(3), strict=False):
+    for batch, _ in zip(one.stream, range(8), strict=False):
         values = one.backward(batch)
         found = named_gradients(one)
         (rest, cross), (distilled, others) = (
