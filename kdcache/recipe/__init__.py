@@ -23,6 +23,7 @@ from kdcache.recipe.dump import (
     WordPieceTokenizer,
     signal_streams,
 )
+from kdcache.recipe.evaluate import EvaluateSection, PerturbSection
 from kdcache.recipe.faults import describe
 from kdcache.recipe.files import builtin_names
 from kdcache.recipe.objective import (
@@ -66,11 +67,9 @@ from kdcache.recipe.teacher import TeacherSection
 from kdcache.recipe.train import (
     CacheShare,
     CheckpointSection,
-    EvaluateSection,
     GateSection,
     KeptLayers,
     OptimizerSection,
-    PerturbSection,
     Replicas,
     ScheduleSection,
     StudentSection,
