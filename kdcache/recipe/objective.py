@@ -271,7 +271,19 @@ class LayersTerm(TermSection):
     )
 
 
-class HiddenMSETerm(LayersTerm):
+class HiddenTerm(LayersTerm):
+    """What terms over hidden states have."""
+
+    fuse: Literal["teacher", "student"] = Field(
+        "teacher",
+        description="Whose states a learned linear layer reads where a pair has several layers of "
+        "the teacher: the teacher's, all into one (the published equation of CKD), or the "
+        "student's, one into all (its released code). The first can be met by states that say "
+        "nothing: watch the development loss.",
+    )
+
+
+class HiddenMSETerm(HiddenTerm):
     """Mean squared difference of hidden states, over tokens and features.
 
     Where the signal is of masked inputs, the student's encoder reads them too. Where it is pooled,
@@ -281,7 +293,7 @@ class HiddenMSETerm(LayersTerm):
     loss: Literal["hidden_mse"] = Field("hidden_mse", description="Which term this is.")
 
 
-class HiddenCosineTerm(LayersTerm):
+class HiddenCosineTerm(HiddenTerm):
     """Mean of 1 - cosine similarity of hidden states, over tokens; the signal as for hidden_mse."""
 
     loss: Literal["hidden_cosine"] = Field("hidden_cosine", description="Which term this is.")

@@ -17,7 +17,13 @@ from kdcache.errors import RecipeError
 from kdcache.formats.cache import open_cache
 from kdcache.formats.signals import HiddenRecord
 from kdcache.models.passes import shift_right
-from kdcache.recipe import HiddenMSETerm, StudentSection, load_recipe, parse_recipe
+from kdcache.recipe import (
+    HiddenCosineTerm,
+    HiddenMSETerm,
+    StudentSection,
+    load_recipe,
+    parse_recipe,
+)
 from kdcache.train.batches.batch import Batch, DenseRows, Tokens
 from kdcache.train.evaluation.evaluate import count_parameters
 from kdcache.train.losses.layer_terms import LayersLoss
@@ -88,10 +94,12 @@ def test_maps_by_hand(name, expected):
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("fuse", ["teacher", "student"])
 @pytest.mark.parametrize("widths", [(3, 3), (5, 3)], ids=["equal", "unequal"])
-def test_maps_against_a_few_lines(name, widths):
+def test_maps_against_a_few_lines(name, widths, fuse):
     wide, narrow = widths
-    loss = layers_loss(layers_term(name), wide, narrow).double()
+    term = layers_term(name).model_copy(update={"fuse": fuse})
+    loss = layers_loss(term, wide, narrow).double()
     generator = torch.Generator().manual_seed(5)
     mask = torch.arange(4) < torch.tensor([[4], [2], [3]])
     teacher = torch.randn(9, 6, wide, generator=generator)
@@ -101,7 +109,9 @@ def test_maps_against_a_few_lines(name, widths):
     expected = 0.0
     for n, (mine, theirs) in enumerate(MAPS[name].items()):
         own, fused = student[mine][mask], teacher[:, [j - 1 for j in theirs]].flatten(1).double()
-        if len(theirs) > 1:
+        if len(theirs) > 1 and fuse == "student":
+            own = own @ loss.projections[str(n)].weight.T + loss.projections[str(n)].bias
+        elif len(theirs) > 1:
             fused = fused @ loss.fusions[str(n)].weight.T + loss.fusions[str(n)].bias
         elif wide != narrow:
             own = own @ loss.projections[str(n)].weight.T
@@ -112,6 +122,29 @@ def test_maps_against_a_few_lines(name, widths):
     for one, other in pairs:
         assert other.abs().max() > 0
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_released_code(name):
+    """Wu et al.'s own loss: both sides to length 1, squares summed over features and layers."""
+    released = {"fuse": "student", "over_layers": "sum", "weight": 1.4}
+    term = HiddenCosineTerm.model_validate(
+        layers_term(name).model_dump() | released | {"loss": "hidden_cosine"}
+    )
+    loss = layers_loss(term, 3, 3).double()
+    generator = torch.Generator().manual_seed(6)
+    mask = torch.arange(4) < torch.tensor([[4], [2], [3]])
+    teacher = torch.randn(9, 6, 3, generator=generator)
+    student = [torch.randn(3, 4, 3, generator=generator).double() for _ in range(3)]
+    expected = 0.0
+    for n, (mine, theirs) in enumerate(MAPS[name].items()):
+        own, all_ = student[mine][mask], teacher[:, [j - 1 for j in theirs]].flatten(1).double()
+        if len(theirs) > 1:
+            own = F.linear(own, loss.projections[str(n)].weight, loss.projections[str(n)].bias)
+        squares = (F.normalize(own, dim=-1) - F.normalize(all_, dim=-1)) ** 2
+        expected = expected + 0.7 * squares.sum() / len(own)
+    found = term.weight * value(loss, tuple(student), teacher, mask)
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_map_of_layers_that_the_cache_lacks_says_what_to_dump():

@@ -30,7 +30,8 @@ class Scale:
         finetuning_steps: of a student of a task of LightPAFF.
         epochs: of a student of five tasks, over whatever tasks it has.
         teacher_epochs: of their teacher.
-        lr: of the five tasks and of both stages.
+        pretraining_lr: peak learning rate on text alone.
+        lr: and on tasks.
         batch_tokens: padded tokens of a step.
         warmup_steps: of every run; a tenth of it where a run has one task of five.
         every_steps: between validations, and between checkpoints.
@@ -58,6 +59,7 @@ class Scale:
     finetuning_steps: int
     epochs: int
     teacher_epochs: int
+    pretraining_lr: float
     lr: float
     batch_tokens: int
     warmup_steps: int
@@ -88,6 +90,7 @@ SCALES = {
         finetuning_steps=20,
         epochs=2,
         teacher_epochs=3,
+        pretraining_lr=3e-3,
         lr=3e-3,
         batch_tokens=1024,
         warmup_steps=10,
@@ -104,22 +107,23 @@ SCALES = {
         test=2000,
         vocab_size=4000,
         words=20_000,
-        teacher=Shape(160, 640, (6,), 4),
-        teacher_steps=1500,
-        task_steps=800,
+        teacher=Shape(128, 512, (4,), 4),
+        teacher_steps=2500,
+        task_steps=1200,
         student=Shape(96, 384, (2,), 4),
-        mass_teacher=Shape(160, 640, (3, 3), 4),
+        mass_teacher=Shape(128, 512, (3, 3), 4),
         mass=Shape(96, 288, (2, 2), 4),
         lstm=96,
         head=128,
-        pretraining_steps=600,
-        finetuning_steps=400,
+        pretraining_steps=1000,
+        finetuning_steps=700,
         epochs=6,
         teacher_epochs=6,
-        lr=5e-4,
-        batch_tokens=2048,
-        warmup_steps=100,
-        every_steps=100,
+        pretraining_lr=2e-3,
+        lr=1e-3,
+        batch_tokens=1024,
+        warmup_steps=150,
+        every_steps=250,
         dev_tokens=30_000,
         replicas=2,
         seeds=(1, 2, 3),
@@ -144,6 +148,7 @@ SCALES = {
         finetuning_steps=4000,
         epochs=16,
         teacher_epochs=10,
+        pretraining_lr=5e-4,
         lr=3e-4,
         batch_tokens=8192,
         warmup_steps=500,

@@ -156,14 +156,18 @@ class Story:
             "train.checkpoints.every_steps": scale.every_steps,
             **{f"train.student.config.{key}": value for key, value in sizes.items()},
         }
-        lengths = {"pretraining": scale.pretraining_steps, "finetuning": scale.finetuning_steps}
+        lengths = {
+            "pretraining": (scale.pretraining_steps, scale.pretraining_lr),
+            "finetuning": (scale.finetuning_steps, scale.lr),
+        }
         corpora: Mapping[str, Overrides] = made.dev_corpora(group)
         both = len(row.cache) > 1
         for stage in lengths if both else ("finetuning",):
+            steps, lr = lengths[stage]
             own = {
                 "batch_tokens": scale.batch_tokens,
-                "max_steps": lengths[stage],
-                "optimizer.lr": scale.lr,
+                "max_steps": steps,
+                "optimizer.lr": lr,
                 "schedule.warmup_steps": scale.warmup_steps,
                 **{f"validation.corpus.{key}": value for key, value in corpora[stage].items()},
             }

@@ -139,7 +139,7 @@ class Teachers:
         found: dict[str, object] = {
             **self._lengths(),
             "train.max_steps": scale.teacher_steps if start is None else scale.task_steps,
-            "train.optimizer.lr": scale.lr,
+            "train.optimizer.lr": scale.pretraining_lr if start is None else scale.lr,
         }
         if start is not None:
             found |= {

@@ -21,6 +21,7 @@ from kdcache.formats.signals import AttentionRecord, ClassesRecord, HiddenRecord
 from kdcache.recipe import (
     AttentionMSETerm,
     HiddenCosineTerm,
+    HiddenTerm,
     LayersTerm,
     ScoreKLTerm,
     ScoreMSETerm,
@@ -34,8 +35,9 @@ from kdcache.train.students.student_outputs import Layers, StudentOutputs, atten
 class LayersLoss(nn.Module):
     """Hidden states or attentions of some layers against the teacher's, each pair as much.
 
-    Several layers of the teacher are fused: F = W [l_1; l_2; ...] + b, learned with the student.
-    One alone is taken as it is, and where it is wider or narrower the student's is projected.
+    Several layers of the teacher are fused: F = W [l_1; l_2; ...] + b, learned with the student; or
+    the student's, W s + b, meets all of them side by side. One alone is taken as it is, and where
+    it is wider or narrower the student's is projected.
     Where the teacher's states are pooled, the student's are pooled alike.
 
     Args:
@@ -54,7 +56,8 @@ class LayersLoss(nn.Module):
         RecipeError: the signal cannot serve the term, or there is no such layer.
         IdentityError: it describes another stream than the student reads on that side.
 
-    Source: fusion: Wu et al. 2020, Why Skip If You Can Combine (CKD), section 3.
+    Source: fusion: Wu et al. 2020, Why Skip If You Can Combine (CKD), section 3; of the student's
+    states: the code that they released.
     """
 
     def __init__(
@@ -90,8 +93,11 @@ class LayersLoss(nn.Module):
                         f"{where}.layers.{number}: fuses the attentions of {layers}; give one layer"
                     )
             elif len(layers) > 1:
-                fusion = linear(len(layers) * record.width, width, seed, *key, bias=True)
-                self.fusions[str(number)] = fusion
+                both = len(layers) * record.width
+                if isinstance(term, HiddenTerm) and term.fuse == "student":
+                    self.projections[str(number)] = linear(width, both, seed, *key, bias=True)
+                else:
+                    self.fusions[str(number)] = linear(both, width, seed, *key, bias=True)
             elif record.width != width:
                 self.projections[str(number)] = linear(width, record.width, seed, *key)
         if isinstance(record, AttentionRecord) and not record.averaged:
