@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from systems.understanding.texts import COLUMNS, write_both, write_lines
+from systems.understanding.texts import COLUMNS, write_both, write_english, write_lines
 
 #: Rows of each split.
 SIZES = {"train": 1200, "dev": 120, "test": 120}
@@ -31,7 +31,7 @@ def write_generated(folder: Path) -> None:
             write_lines(folder / f"{name}.{split}.tsv", lines)
     write_both(folder, {split: sides[split] for split in ("train", "dev")})
     (more,) = corpus({"train": SIZES["train"]}, seed=2).values()
-    write_lines(folder / "english.txt", [tgt for _, tgt in more])
+    write_english(folder, [tgt for _, tgt in more])
 
 
 def _row(task: str, texts: list[str], number: int) -> list[str]:

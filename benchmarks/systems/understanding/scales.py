@@ -32,7 +32,8 @@ class Scale:
         teacher_epochs: of their teacher.
         pretraining_lr: peak learning rate on text alone.
         lr: and on tasks.
-        batch_tokens: padded tokens of a step.
+        pretraining_tokens: padded tokens of a step on text alone.
+        batch_tokens: and on tasks.
         warmup_steps: of every run; a tenth of it where a run has one task of five.
         every_steps: between validations, and between checkpoints.
         dev_tokens: of a validation.
@@ -61,6 +62,7 @@ class Scale:
     teacher_epochs: int
     pretraining_lr: float
     lr: float
+    pretraining_tokens: int
     batch_tokens: int
     warmup_steps: int
     every_steps: int
@@ -92,6 +94,7 @@ SCALES = {
         teacher_epochs=3,
         pretraining_lr=3e-3,
         lr=3e-3,
+        pretraining_tokens=1024,
         batch_tokens=1024,
         warmup_steps=10,
         every_steps=10,
@@ -101,7 +104,7 @@ SCALES = {
         jobs=2,
     ),
     "laptop": Scale(
-        lines=30_000,
+        lines=100_000,
         samples=3000,
         pairs=15_000,
         test=2000,
@@ -121,6 +124,7 @@ SCALES = {
         teacher_epochs=6,
         pretraining_lr=2e-3,
         lr=1e-3,
+        pretraining_tokens=4096,
         batch_tokens=1024,
         warmup_steps=150,
         every_steps=250,
@@ -150,6 +154,7 @@ SCALES = {
         teacher_epochs=10,
         pretraining_lr=5e-4,
         lr=3e-4,
+        pretraining_tokens=32_768,
         batch_tokens=8192,
         warmup_steps=500,
         every_steps=250,

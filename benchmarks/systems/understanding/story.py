@@ -157,17 +157,22 @@ class Story:
             **{f"train.student.config.{key}": value for key, value in sizes.items()},
         }
         lengths = {
-            "pretraining": (scale.pretraining_steps, scale.pretraining_lr),
-            "finetuning": (scale.finetuning_steps, scale.lr),
+            "pretraining": {
+                "batch_tokens": scale.pretraining_tokens,
+                "max_steps": scale.pretraining_steps,
+                "optimizer.lr": scale.pretraining_lr,
+            },
+            "finetuning": {
+                "batch_tokens": scale.batch_tokens,
+                "max_steps": scale.finetuning_steps,
+                "optimizer.lr": scale.lr,
+            },
         }
         corpora: Mapping[str, Overrides] = made.dev_corpora(group)
         both = len(row.cache) > 1
         for stage in lengths if both else ("finetuning",):
-            steps, lr = lengths[stage]
             own = {
-                "batch_tokens": scale.batch_tokens,
-                "max_steps": steps,
-                "optimizer.lr": lr,
+                **lengths[stage],
                 "schedule.warmup_steps": scale.warmup_steps,
                 **{f"validation.corpus.{key}": value for key, value in corpora[stage].items()},
             }

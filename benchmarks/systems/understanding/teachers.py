@@ -62,10 +62,11 @@ class Teachers:
         """Stage to the development set of bert, gpt2 or mass."""
         task: Overrides = {**FIELDS, "path": self.texts.tasks[TASK]["dev"]}
         wiki = self._wiki("dev")
+        english: Overrides = {"fields.text": self.texts.english["dev"]}
         src, tgt = self.texts.pairs.files["dev"]
         return {
-            "bert": {"pretraining": wiki, "finetuning": task},
-            "gpt2": {"pretraining": wiki, "finetuning": wiki},
+            "bert": {"pretraining": english, "finetuning": task},
+            "gpt2": {"pretraining": english, "finetuning": wiki},
             "mass": {
                 "pretraining": {"fields.text": self.texts.both["dev"]},
                 "finetuning": {"fields.src": src, "fields.tgt": tgt},
@@ -136,13 +137,17 @@ class Teachers:
         words = (*words, "--cache", str(self.path(f"caches/{cache}")))
         needs: tuple[str, ...] = (f"caches/{cache}",)
         scale = self.scale
-        found: dict[str, object] = {
-            **self._lengths(),
-            "train.max_steps": scale.teacher_steps if start is None else scale.task_steps,
-            "train.optimizer.lr": scale.pretraining_lr if start is None else scale.lr,
-        }
-        if start is not None:
+        found = self._lengths()
+        if start is None:
             found |= {
+                "train.batch_tokens": scale.pretraining_tokens,
+                "train.max_steps": scale.teacher_steps,
+                "train.optimizer.lr": scale.pretraining_lr,
+            }
+        else:
+            found |= {
+                "train.max_steps": scale.task_steps,
+                "train.optimizer.lr": scale.lr,
                 "train.student.config": "null",
                 "train.student.path": self.path(f"runs/{start}") / "best",
             }
@@ -161,7 +166,7 @@ class Teachers:
     def _bert(self) -> None:
         """A BERT, that of a task, and what both say."""
         scale, last = self.scale, self.scale.teacher.layers[0]
-        text = {**under("corpus", self._wiki("train")), **self._some(scale.lines)}
+        text = {"corpus.fields.text": self.texts.english["train"], **self._some(scale.lines)}
         task = {
             **under("corpus", {**FIELDS, "path": self.texts.tasks[TASK]["train"]}),
             **self._some(scale.samples),
@@ -217,16 +222,18 @@ class Teachers:
         """A GPT-2, that of a text, and what both say."""
         scale = self.scale
         task = {**under("corpus", self._wiki("train")), **self._some(scale.lines)}
-        text = {"corpus.fields.text": self.texts.english, **self._some(scale.lines)}
+        text = {"corpus.fields.text": self.texts.english["train"], **self._some(scale.lines)}
         size = {"dump.tokenizers.pieces.vocab_size": scale.vocab_size}
         self._dump("gpt2-gold", "causal-lm", (), {**task, **size})
         pieces = self.path("caches/gpt2-gold") / "tokenizers" / "pieces"
         same = {"dump.tokenizers.pieces": f"{{kind: pretrained, path: {pieces}}}"}
         self._dump("gpt2-text", "causal-lm", ("caches/gpt2-gold",), {**text, **same})
-        watched = under("train.validation.corpus", self.dev_corpora("gpt2")["finetuning"])
+        pre, fine = (
+            under("train.validation.corpus", dev) for dev in self.dev_corpora("gpt2").values()
+        )
         sizes = under("train.student.config", scale.teacher.gpt2_sizes)
-        self._train("gpt2", "causal-lm", "gpt2-text", {**sizes, **watched})
-        self._train("gpt2-task", "causal-lm", "gpt2-gold", watched, "gpt2")
+        self._train("gpt2", "causal-lm", "gpt2-text", {**sizes, **pre})
+        self._train("gpt2-task", "causal-lm", "gpt2-gold", fine, "gpt2")
         self._labels("gpt2-pretraining", "lightpaff-gpt2:pretraining", "gpt2", text, {})
         self._labels("gpt2-finetuning", "lightpaff-gpt2:finetuning", "gpt2-task", task, {})
 

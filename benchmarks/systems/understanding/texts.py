@@ -41,7 +41,7 @@ class Texts:
     Attributes:
         tasks: name to split to a tsv.
         wiki: split to lines of running text, in WikiText's form.
-        english: lines that GPT-2 reads before them.
+        english: split to lines that BERT and GPT-2 read before their tasks.
         pairs: translations.
         both: split to lines of both of their languages, which MASS reads before them.
         generated: whether all of it is made up.
@@ -49,7 +49,7 @@ class Texts:
 
     tasks: Mapping[str, Mapping[str, Path]]
     wiki: Mapping[str, Path]
-    english: Path
+    english: Mapping[str, Path]
     pairs: Pair
     both: Mapping[str, Path]
     generated: bool
@@ -94,7 +94,7 @@ def find_texts(folder: Path) -> Texts:
     return Texts(
         tasks={name: {s: folder / f"{name}.{s}.tsv" for s in SPLITS} for name in COLUMNS},
         wiki={split: folder / f"wiki.{split}.txt" for split in SPLITS},
-        english=folder / "english.txt",
+        english={split: folder / f"english.{split}.txt" for split in ("train", "dev")},
         pairs=Pair(
             "-".join(pair),
             {s: (folder / f"pairs.{s}.{pair[0]}", folder / f"pairs.{s}.{pair[1]}") for s in SPLITS},
@@ -121,6 +121,13 @@ def write_both(folder: Path, sides: Mapping[str, tuple[Sequence[str], Sequence[s
         write_lines(folder / f"both.{split}.txt", both)
 
 
+def write_english(folder: Path, lines: Sequence[str]) -> None:
+    """Write everyday English; every hundredth line is for development."""
+    dev = lines[::100]
+    write_lines(folder / "english.train.txt", [line for n, line in enumerate(lines) if n % 100])
+    write_lines(folder / "english.dev.txt", dev)
+
+
 def spread(lines: Sequence[str]) -> list[str]:
     """The same lines in an order that mixes them: every 7th from the first on, then the next."""
     return [line for start in range(7) for line in lines[start::7]]
@@ -131,7 +138,7 @@ def _rewrite(data: Path, folder: Path) -> None:
     made: list[tuple[str, Callable[[Path, Path], None]]] = [
         ("stsb.test.tsv", _tasks),
         ("wiki.test.txt", _wiki),
-        ("english.txt", _english),
+        ("english.dev.txt", _english),
         ("both.dev.txt", _pairs),
     ]
     for last, make in made:
@@ -184,9 +191,8 @@ def cut(paragraph: str) -> list[str]:
 def _english(data: Path, folder: Path) -> None:
     """Everyday sentences and Shakespeare, mixed."""
     plays = [line for line in _lines(data / "tinyshakespeare" / "input.txt") if line.strip()]
-    write_lines(
-        folder / "english.txt", spread([*_lines(data / "tatoeba_deen" / "train.en.gz"), *plays])
-    )
+    mixed = spread([*_lines(data / "tatoeba_deen" / "train.en.gz"), *plays])
+    write_english(folder, mixed)
 
 
 def _pairs(data: Path, folder: Path) -> None:
