@@ -17,7 +17,8 @@ kernels; a peer has the faster of no and two worker processes, found out before 
 Ways take turns (A B C A B C ...); medians with the smallest and largest. `over_memcpy` is the rate
 over that of a plain numpy copy of the same bytes into memory that is there, `over_clone` over that
 of cloning the same tensors; `over_best_peer` over the fastest peer. There kdcache gathers with one
-thread; `two_threads` has the same ratios for two.
+thread; `two_threads` has the same ratios for two. `parts` says where the time of kdcache's own
+thread goes.
 
 Peers are installed with pip, in virtual environments of their own under --venvs, on demand. One
 that cannot be installed or fails is named as such in the result.
@@ -38,6 +39,7 @@ import numpy as np
 from scale_caches import DrawnCodec, make_cache
 from setting import log, report
 from stream_fresh import measure_cold, measure_growth, spread
+from stream_parts import STREAMS, measure_parts
 from stream_peers.kdcache_tensors import SIGNAL, tensors_of
 from stream_peers.peer_loop import digest
 from stream_ways import OURS, PEERS, Ways
@@ -49,7 +51,6 @@ from kdcache.formats.window import WindowReader
 from kdcache.train.batches.gather import Gatherer
 from kdcache.train.batches.stream import BatchStream
 
-STREAMS = ["src", "tgt"]
 CODECS: dict[str, DrawnCodec] = {
     "topk 32": TopKCodec(k=32),
     "threshold 1/16": ThresholdCodec(c=1 / 16),
@@ -183,6 +184,7 @@ def measure(ways: Ways, codec: str, args: argparse.Namespace) -> dict[str, Any]:
         found["budgets"][str(budget)] = {
             "samples_per_batch": batch,
             "bytes_per_token": mine["bytes"] / mine["tokens"],
+            "parts": measure_parts(cache, budget, args.turns),
             **summary(ways, turns, codec, budget),
         }
     return found
@@ -243,6 +245,8 @@ def table(result: dict[str, Any]) -> str:
                 f"{cell['over_memcpy']:.3f}, over_clone {cell['over_clone']:.3f}, "
                 f"over_best_peer {cell['over_best_peer']}; with two threads {cell['two_threads']}"
             )
+            shares = {name: share["median"] for name, share in cell["parts"].items()}
+            lines.append(f"  shares of an epoch on one thread: {shares}")
             for name, rate in cell["tokens_per_second"].items():
                 over = cell["kdcache_over"].get(name, {"median": 1})["median"]
                 line = (
