@@ -76,6 +76,7 @@ def judged(
     statement: Statement,
     rows: Mapping[str, Mapping[str, Any]],
     worth: Callable[[Mapping[str, Any]], float] = _bleu,
+    chance: Callable[[str, str], Sequence[float]] | None = None,
 ) -> dict[str, Any] | None:
     """Whether a statement holds here; None where its rows are not there.
 
@@ -83,6 +84,7 @@ def judged(
         statement: of a paper.
         rows: by name.
         worth: what a row is judged by, larger where it is better.
+        chance: p-values of the difference of one row from another, a seed each; None: unknown.
     """
     better = [rows[name] for name in statement.better if name in rows]
     worse = rows.get(statement.worse)
@@ -98,10 +100,11 @@ def judged(
         "difference": round(difference, 2),
         "held": held,
     }
-    tests = best.get("bleu", {}).get("p_values")
-    if tests and statement.worse.startswith("no-kd"):
-        result["significant_seeds"] = sum(value < SIGNIFICANT for value in tests)
-        result["seeds"] = len(tests)
+    if chance is not None:
+        values = list(chance(best["system"], statement.worse))
+        result["p_values"] = values
+        result["significant_seeds"] = sum(value < SIGNIFICANT for value in values)
+        result["seeds"] = len(values)
     return result
 
 

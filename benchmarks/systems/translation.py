@@ -11,6 +11,7 @@ from typing import Any
 from setting import log
 
 from kdcache import open_cache
+from kdcache.train.evaluation.paired import paired_test
 from systems.rows import CORE, ROWS, STATEMENTS, Row
 from systems.saving import forward_seconds, saving
 from systems.scales import SCALES, Scale
@@ -295,13 +296,37 @@ def results(story: Story, rows: Sequence[Row]) -> dict[str, Any]:
         evaluations = [evaluation(run) for run in runs]
         speed = sum(speeds) / len(speeds)
         found[row.name] = row_result(row, story.seeds(row), evaluations, speed)
-    statements = [one for one in (judged(each, found) for each in STATEMENTS) if one is not None]
+
+    def chance(better: str, worse: str) -> Sequence[float]:
+        """P-values of a row against any other, which its evaluation has of its base alone."""
+        if ROWS[better].base == worse:
+            return found[better]["bleu"]["p_values"]  # type: ignore[no-any-return]
+        return p_values(story, ROWS[better], ROWS[worse])
+
+    judgements = [judged(each, found, chance=chance) for each in STATEMENTS]
+    statements = [one for one in judgements if one is not None]
     return {
         "teacher": teacher_result(evaluation(story.teacher().parent)),
         "rows": list(found.values()),
         "statements": statements,
         "saving": saved(story, rows),
     }
+
+
+def p_values(story: Story, better: Row, worse: Row) -> list[float]:
+    """P-values of the difference in BLEU of two rows of one pair, of the seeds that both have."""
+    _, path = story.pair(better).files["test"]
+    references = path.read_text(encoding="utf-8").splitlines()[: story.scale.test]
+    found = []
+    for seed in story.seeds(better):
+        if seed in story.seeds(worse):
+            both = [
+                (story.run_of(row, seed) / "hypotheses.txt").read_text(encoding="utf-8")
+                for row in (better, worse)
+            ]
+            said = [text.removesuffix("\n").split("\n") for text in both]
+            found.append(paired_test(*said, references)["bleu"]["p_value"])
+    return found
 
 
 def saved(story: Story, rows: Sequence[Row]) -> dict[str, Any]:
