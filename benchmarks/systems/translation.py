@@ -11,6 +11,7 @@ from typing import Any
 from setting import log
 
 from kdcache import open_cache
+from kdcache.train.evaluation.evaluate import HYPOTHESES
 from kdcache.train.evaluation.paired import paired_test
 from systems.rows import CORE, ROWS, STATEMENTS, Row
 from systems.saving import forward_seconds, saving
@@ -315,13 +316,12 @@ def results(story: Story, rows: Sequence[Row]) -> dict[str, Any]:
 
 def p_values(story: Story, better: Row, worse: Row) -> list[float]:
     """P-values of the difference in BLEU of two rows of one pair, of the seeds that both have."""
-    _, path = story.pair(better).files["test"]
-    references = path.read_text(encoding="utf-8").splitlines()[: story.scale.test]
+    references = story.pair(better).references(story.scale.test)
     found = []
     for seed in story.seeds(better):
         if seed in story.seeds(worse):
             both = [
-                (story.run_of(row, seed) / "hypotheses.txt").read_text(encoding="utf-8")
+                (story.run_of(row, seed) / HYPOTHESES).read_text(encoding="utf-8")
                 for row in (better, worse)
             ]
             said = [text.removesuffix("\n").split("\n") for text in both]

@@ -55,6 +55,15 @@ class Pair:
         }
         return found | ({} if limit is None else {f"{section}.limit": limit})
 
+    def references(self, limit: int | None) -> list[str]:
+        """Target sides of the test set.
+
+        Args:
+            limit: of them; None: all.
+        """
+        text = self.files["test"][1].read_text(encoding="utf-8")
+        return text.removesuffix("\n").split("\n")[:limit]
+
 
 @dataclass(frozen=True)
 class Texts:

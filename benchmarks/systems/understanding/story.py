@@ -67,7 +67,8 @@ class Story:
             ]
             for row in self.rows
         }
-        found = results(self.rows, runs)
+        references = self.texts.pairs.references(self.scale.test)
+        found = results(self.rows, runs, references)
         log(shown(found["rows"]))
         return {"generated_data": self.texts.generated, "lr": self.scale.lr, **found}
 

@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from kdcache.train.runs.run import last_stage
 from systems.table import judged
+from systems.understanding.chance import Runs, p_value
 from systems.understanding.rows import METRICS, STATEMENTS, Row
 from systems.understanding.texts import COLUMNS
 from systems.work import evaluation
 
-#: Task to run of one seed; a run of all tasks, or of the only one, under an empty name.
-Runs = Mapping[str, Path]
 
-
-def results(rows: Sequence[Row], runs: Mapping[str, Sequence[Runs]]) -> dict[str, Any]:
+def results(
+    rows: Sequence[Row], runs: Mapping[str, Sequence[Runs]], references: Sequence[str]
+) -> dict[str, Any]:
     """Every row, and whether the papers' findings held.
 
     Args:
         rows: of the table, those first that others are compared with.
         runs: row to its runs, of each seed.
+        references: of the test set of translations.
     """
+    groups = {row.name: row.group for row in rows}
     found: dict[str, dict[str, Any]] = {}
     for row in sorted(rows, key=lambda row: row.base is not None):
         found[row.name] = _result(row, runs[row.name], found.get(row.base or ""))
-    held = [judged(statement, found, _worth) for statement in STATEMENTS]
+
+    def chance(better: str, worse: str) -> list[float]:
+        both = zip(runs[better], runs[worse], strict=False)  # of the same seeds
+        return [p_value(groups[better], *pair, references) for pair in both]
+
+    held = [judged(statement, found, _worth, chance) for statement in STATEMENTS]
     return {
         "rows": [found[row.name] for row in rows],
         "statements": [one for one in held if one is not None],
