@@ -75,16 +75,16 @@ def _bleu(row: Mapping[str, Any]) -> float:
 def judged(
     statement: Statement,
     rows: Mapping[str, Mapping[str, Any]],
+    chance: Callable[[str, str], Sequence[float]],
     worth: Callable[[Mapping[str, Any]], float] = _bleu,
-    chance: Callable[[str, str], Sequence[float]] | None = None,
 ) -> dict[str, Any] | None:
     """Whether a statement holds here; None where its rows are not there.
 
     Args:
         statement: of a paper.
         rows: by name.
+        chance: p-values of the difference of one row from another, to either side, a seed each.
         worth: what a row is judged by, larger where it is better.
-        chance: p-values of the difference of one row from another, a seed each; None: unknown.
     """
     better = [rows[name] for name in statement.better if name in rows]
     worse = rows.get(statement.worse)
@@ -93,19 +93,17 @@ def judged(
     best = max(better, key=worth)
     difference = worth(best) - worth(worse)
     held = difference > 0 if statement.strictly else difference >= 0
-    result = {
+    values = list(chance(best["system"], statement.worse))
+    return {
         "statement": statement.text,
         "paper": statement.paper,
         "best": best["system"],
         "difference": round(difference, 2),
         "held": held,
+        "p_values": values,
+        "significant_seeds": sum(value < SIGNIFICANT for value in values),
+        "seeds": len(values),
     }
-    if chance is not None:
-        values = list(chance(best["system"], statement.worse))
-        result["p_values"] = values
-        result["significant_seeds"] = sum(value < SIGNIFICANT for value in values)
-        result["seeds"] = len(values)
-    return result
 
 
 def shown(rows: Sequence[Mapping[str, Any]]) -> str:

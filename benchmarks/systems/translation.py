@@ -11,8 +11,6 @@ from typing import Any
 from setting import log
 
 from kdcache import open_cache
-from kdcache.train.evaluation.evaluate import HYPOTHESES
-from kdcache.train.evaluation.paired import paired_test
 from systems.rows import CORE, ROWS, STATEMENTS, Row
 from systems.saving import forward_seconds, saving
 from systems.scales import SCALES, Scale
@@ -23,6 +21,7 @@ from systems.work import (
     Pair,
     Texts,
     Workshop,
+    bleu_p_value,
     evaluation,
     find_texts,
     lowest_dev_loss,
@@ -304,7 +303,7 @@ def results(story: Story, rows: Sequence[Row]) -> dict[str, Any]:
             return found[better]["bleu"]["p_values"]  # type: ignore[no-any-return]
         return p_values(story, ROWS[better], ROWS[worse])
 
-    judgements = [judged(each, found, chance=chance) for each in STATEMENTS]
+    judgements = [judged(each, found, chance) for each in STATEMENTS]
     statements = [one for one in judgements if one is not None]
     return {
         "teacher": teacher_result(evaluation(story.teacher().parent)),
@@ -317,16 +316,11 @@ def results(story: Story, rows: Sequence[Row]) -> dict[str, Any]:
 def p_values(story: Story, better: Row, worse: Row) -> list[float]:
     """P-values of the difference in BLEU of two rows of one pair, of the seeds that both have."""
     references = story.pair(better).references(story.scale.test)
-    found = []
-    for seed in story.seeds(better):
-        if seed in story.seeds(worse):
-            both = [
-                (story.run_of(row, seed) / HYPOTHESES).read_text(encoding="utf-8")
-                for row in (better, worse)
-            ]
-            said = [text.removesuffix("\n").split("\n") for text in both]
-            found.append(paired_test(*said, references)["bleu"]["p_value"])
-    return found
+    shared = [seed for seed in story.seeds(better) if seed in story.seeds(worse)]
+    return [
+        bleu_p_value(story.run_of(better, seed), story.run_of(worse, seed), references)
+        for seed in shared
+    ]
 
 
 def saved(story: Story, rows: Sequence[Row]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from typing import Any
 from setting import log
 
 from kdcache.processes import worker_pool
+from kdcache.train.evaluation.evaluate import HYPOTHESES
+from kdcache.train.evaluation.paired import paired_test
 
 SPLITS = ("train", "dev", "test")
 Overrides = Mapping[str, object]
@@ -256,6 +258,19 @@ def evaluation(run: Path) -> dict[str, Any]:
     """What an evaluation said."""
     found: dict[str, Any] = json.loads((run / "evaluation.json").read_text())
     return found
+
+
+def bleu_p_value(run: Path, other: Path, references: Sequence[str]) -> float:
+    """P-value of the difference in BLEU of two evaluated runs.
+
+    Args:
+        run: with its hypotheses.
+        other: with its own, of the same sentences.
+        references: of both.
+    """
+    texts = [(one / HYPOTHESES).read_text(encoding="utf-8") for one in (run, other)]
+    said = [text.removesuffix("\n").split("\n") for text in texts]
+    return float(paired_test(*said, references)["bleu"]["p_value"])
 
 
 def lowest_dev_loss(run: Path) -> float:

@@ -8,13 +8,12 @@ from pathlib import Path
 
 from kdcache.models.tasks import Task
 from kdcache.train.evaluation.baseline import PREDICTIONS, Baseline
-from kdcache.train.evaluation.evaluate import HYPOTHESES
-from kdcache.train.evaluation.paired import Said, compare, paired_test
+from kdcache.train.evaluation.paired import Said, compare
 from kdcache.train.evaluation.predictions import parse_predictions
 from kdcache.train.evaluation.text_scores import parse_text_scores
 from kdcache.train.runs.run import last_stage
 from systems.understanding.rows import METRICS
-from systems.work import evaluation
+from systems.work import bleu_p_value, evaluation
 
 #: Task to run of one seed; a run of all tasks, or of the only one, under an empty name.
 Runs = Mapping[str, Path]
@@ -31,9 +30,7 @@ def p_value(group: str, own: Runs, other: Runs, references: Sequence[str]) -> fl
     """
     metric = METRICS[group][0]
     if group == "mass":
-        both = [last_stage(runs[""]) / HYPOTHESES for runs in (own, other)]
-        said = [path.read_text(encoding="utf-8").removesuffix("\n").split("\n") for path in both]
-        return float(paired_test(*said, references)[metric]["p_value"])
+        return bleu_p_value(last_stage(own[""]), last_stage(other[""]), references)
     mine, theirs = _said(group, own), _said(group, other)
     path = next(iter(other.values()))
     baseline = Baseline(path, path, {"tasks": dict.fromkeys(theirs)}, [], theirs)

@@ -33,7 +33,7 @@ def results(
         both = zip(runs[better], runs[worse], strict=False)  # of the same seeds
         return [p_value(groups[better], *pair, references) for pair in both]
 
-    held = [judged(statement, found, _worth, chance) for statement in STATEMENTS]
+    held = [judged(statement, found, chance, _worth) for statement in STATEMENTS]
     return {
         "rows": [found[row.name] for row in rows],
         "statements": [one for one in held if one is not None],
