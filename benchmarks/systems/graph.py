@@ -1,9 +1,9 @@
-"""Commands that want others before them, in waves of those that can run side by side."""
+"""Commands that want others before them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from systems.work import Command
 
@@ -21,8 +21,8 @@ class Step:
     needs: tuple[str, ...] = ()
 
 
-def waves(steps: Mapping[str, Step], wanted: Iterable[str]) -> Iterator[list[Command]]:
-    """What is wanted and what that needs; each wave needs those before it alone.
+def ordered(steps: Mapping[str, Step], wanted: Iterable[str]) -> list[Command]:
+    """What is wanted and what that needs, each behind those that it needs, in the steps' order.
 
     Args:
         steps: by name.
@@ -34,10 +34,12 @@ def waves(steps: Mapping[str, Step], wanted: Iterable[str]) -> Iterator[list[Com
         left.update(dict.fromkeys(more))
         found.extend(more)
     waiting = [name for name in steps if name in left]
-    done: set[str] = set()
+    done: dict[str, Command] = {}
     while waiting:
-        ready = [name for name in waiting if done.issuperset(steps[name].needs)]
+        ready = [name for name in waiting if done.keys() >= set(steps[name].needs)]
         assert ready, waiting  # no step needs itself
-        yield [steps[name].command for name in ready]
-        done.update(ready)
+        for name in ready:
+            after = tuple(done[need] for need in steps[name].needs)
+            done[name] = replace(steps[name].command, after=after)
         waiting = [name for name in waiting if name not in done]
+    return list(done.values())

@@ -138,16 +138,23 @@ class Command:
     Attributes:
         words: after `kdcache`.
         overrides: of its recipe.
+        after: what must be done before it.
     """
 
     words: tuple[str, ...]
     overrides: Overrides
+    after: tuple[Command, ...] = ()
 
     @property
     def arguments(self) -> list[str]:
         """All of its words."""
         pairs = [(f"--{key}", str(value)) for key, value in self.overrides.items()]
         return [*self.words, *(text for pair in pairs for text in pair)]
+
+    @property
+    def text(self) -> str:
+        """Its words in a line: by these it is known."""
+        return " ".join(self.arguments)
 
 
 class Workshop:
@@ -168,31 +175,31 @@ class Workshop:
         self.seconds: dict[str, float] = found
 
     def run(self, commands: Iterable[Command]) -> None:
-        """Run what is not done yet, in this order, some side by side.
+        """Run what is not done yet, some side by side: the first that need not wait for others.
 
         Raises:
             OutOfTimeError: the time is up; what runs has been finished.
             SystemExit: a command failed; its own words are shown.
         """
-        waiting = [one for one in commands if " ".join(one.arguments) not in self.seconds]
+        waiting = [one for one in commands if one.text not in self.seconds]
         if not waiting:
             return
-        queue, running = iter(waiting), dict[Future[Outcome], Command]()
-        late = False
+        running: dict[Future[Outcome], Command] = {}
         with worker_pool(self._jobs, _load, ()) as pool:
             while True:
                 while len(running) < self._jobs:
                     late = self._end is not None and time.monotonic() > self._end
-                    command = None if late else next(queue, None)
+                    command = None if late else next(filter(self._can_begin, waiting), None)
                     if command is None:
                         break
-                    log("kdcache " + " ".join(command.arguments))
-                    running[pool.submit(_run, command)] = command
+                    waiting.remove(command)
+                    log(f"kdcache {command.text}")
+                    running[pool.submit(_run, command.arguments)] = command
                 if not running:
                     break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     self._note(running.pop(future), future.result())
-        if late:
+        if waiting:
             raise OutOfTimeError
 
     def seconds_of(self, command: str, out: Path) -> float:
@@ -204,12 +211,16 @@ class Workshop:
         ]
         return found
 
+    def _can_begin(self, command: Command) -> bool:
+        """Whether all is done that it comes after."""
+        return all(one.text in self.seconds for one in command.after)
+
     def _note(self, command: Command, outcome: Outcome) -> None:
         """Remember what is done; give up where it failed."""
         code, seconds, said = outcome
         if code:
-            sys.exit(f"kdcache {' '.join(command.arguments)}\nended with {code}:\n{said}")
-        self.seconds[" ".join(command.arguments)] = seconds
+            sys.exit(f"kdcache {command.text}\nended with {code}:\n{said}")
+        self.seconds[command.text] = seconds
         self._record.write_text(json.dumps(self.seconds, indent=1))
 
 
@@ -218,14 +229,14 @@ def _load() -> None:
     import kdcache.train.runs.loop  # noqa: F401
 
 
-def _run(command: Command) -> Outcome:
+def _run(arguments: list[str]) -> Outcome:
     """One command in this process."""
     from kdcache.cli import main
 
     began, said = time.perf_counter(), io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
         try:
-            code = main(command.arguments)
+            code = main(arguments)
         except SystemExit as stop:
             code = int(stop.code or 0) if not isinstance(stop.code, str) else 1
     return code, time.perf_counter() - began, said.getvalue()[-2000:]

@@ -8,7 +8,7 @@ from typing import Any
 
 from setting import log
 
-from systems.graph import Step, waves
+from systems.graph import Step, ordered
 from systems.understanding.rows import CORE, ROWS, Row
 from systems.understanding.scales import SCALES, Scale
 from systems.understanding.table import results, shown
@@ -55,8 +55,8 @@ class Story:
         return {task: f"{run}-{task}" for task in COLUMNS} if row.apart else {"": run}
 
     def phases(self) -> Iterator[list[Command]]:
-        """Commands that can run side by side; each list wants those before it done."""
-        return waves(self.steps, self.tests)
+        """All commands; each knows those that it comes after."""
+        yield ordered(self.steps, self.tests)
 
     def result(self) -> dict[str, Any]:
         """What the table came to, once all is done; it is shown too."""
