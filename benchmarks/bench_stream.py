@@ -12,13 +12,12 @@ in the result; it is built here if it is missing), unless --numpy leaves it out.
 kdcache fills batches to a token budget, from samples of similar length; its peers take as many
 samples a batch as kdcache does on average, in the order of their own shuffling, and pad more. What
 is counted are target tokens, not padding. Each way has a process of its own and one thread for
-kernels; a peer has the faster of no and two worker processes, found out before the turns; none if
---quick.
+kernels. A peer has the faster of no and two worker processes, kdcache of no thread that gathers
+ahead and one, found out before the turns; none if --quick.
 Ways take turns (A B C A B C ...); medians with the smallest and largest. `over_memcpy` is the rate
 over that of a plain numpy copy of the same bytes into memory that is there, `over_clone` over that
-of cloning the same tensors; `over_best_peer` over the fastest peer. There kdcache gathers with one
-thread; `two_threads` has the same ratios for two. `parts` says where the time of kdcache's own
-thread goes.
+of cloning the same tensors; `over_best_peer` over the fastest peer. `two_threads` has the same
+ratios for two threads that gather. `parts` says where the time of kdcache's own thread goes.
 
 Peers are installed with pip, in virtual environments of their own under --venvs, on demand. One
 that cannot be installed or fails is named as such in the result.
@@ -135,11 +134,11 @@ def check(ways: Ways, codec: str, window: WindowReader, cache: Cache, batch: int
             log(f"{codec}: {name} delivers the same tensors")
 
 
-def calibrate(ways: Ways, codec: str, budget: int, seconds: float, tried: tuple[int, ...]) -> None:
-    """The fastest of some numbers of workers, for every peer."""
-    for name in ways.peers:
+def calibrate(ways: Ways, codec: str, budget: int, seconds: float, quick: bool) -> None:
+    """The fastest number of workers for every peer, and of threads for kdcache."""
+    for name in ["kdcache", *ways.peers]:
         rates = {}
-        for workers in tried:
+        for workers in (0,) if quick else (0, 1 if name == "kdcache" else 2):
             ways.workers[name, codec, budget] = workers
             answer = ways.stream(name, codec, budget, seconds, 1)
             if answer is None:
@@ -174,9 +173,9 @@ def measure(ways: Ways, codec: str, args: argparse.Namespace) -> dict[str, Any]:
     for budget in args.batch_tokens:
         batch = ways.batch[codec, budget] = samples_per_batch(cache, budget)
         check(ways, codec, window, cache, batch)
-        calibrate(ways, codec, budget, args.seconds, (0,) if args.quick else (0, 2))
+        ways.stream("kdcache", codec, budget, 2 * args.seconds, 1)  # the files are warm
+        calibrate(ways, codec, budget, args.seconds, args.quick)
         mine = ways.servers["kdcache"].ask("check", data=path, batch=budget, workers=0, batches=50)
-        ways.stream("kdcache", codec, budget, 2 * args.seconds, 1)  # maps all pages
         turns = []
         for number in range(args.turns):
             turns.append(turn(ways, codec, budget, args.seconds, 2 + number))
@@ -226,7 +225,7 @@ def summary(
             for name in names
             if name not in ("copy", "clone")
         },
-        "workers": {name: ways.workers[name, codec, budget] for name in peers},
+        "workers": {name: ways.workers[name, codec, budget] for name in ["kdcache", *peers]},
         "kdcache_over": over("kdcache"),
         "best_peer": best,
         **ratios("kdcache"),
@@ -257,7 +256,8 @@ def table(result: dict[str, Any]) -> str:
                     seconds = cell["first_batch_seconds"][name]["median"]
                     line += f"  first batch {seconds:.3f} s"
                 if name in cell["workers"]:
-                    line += f", {cell['workers'][name]} workers"
+                    kind = "threads" if name == "kdcache" else "workers"
+                    line += f", {cell['workers'][name]} {kind}"
                 lines.append(line)
     lines.extend(f"left out: {name}: {why[:200]}" for name, why in result["failed"].items())
     for codec, found in result["cold"].items():

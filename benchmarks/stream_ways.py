@@ -20,7 +20,7 @@ PEERS = {
     "parquet (DistillKit-like)": ("datasets", "peer_parquet"),
 }
 OURS = {
-    "kdcache": "side_kdcache 1",
+    "kdcache": "side_kdcache",
     "kdcache, two threads": "side_kdcache 2",
     "copy": "side_copy flat",
     "clone": "side_copy clone",
@@ -88,7 +88,7 @@ class Ways:
             "stream",
             data=self.data(name, codec),
             batch=budget if ours else self.batch[codec, budget],
-            workers=0 if ours else self.workers[name, codec, budget],
+            workers=self.workers.get((name, codec, budget), 0),
             seconds=seconds,
             seed=seed,
         )

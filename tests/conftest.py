@@ -43,7 +43,7 @@ def tiny_cache(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The compiled copies, built for these tests."""
+    """The compiled code, built for these tests."""
     from kdcache.formats import native
 
     try:
@@ -57,11 +57,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 @pytest.fixture(params=["numpy", "compiled"])
 def copying(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL | None:
-    """Makes batches be copied by numpy, then by compiled code (the value; None for numpy)."""
-    from kdcache.formats import joined
-    from kdcache.train.batches import pad
+    """Makes batches be planned and copied by numpy, then by compiled code (None for numpy)."""
+    from kdcache.formats import joined, keyed
+    from kdcache.train.batches import order, pad
 
     found = request.getfixturevalue("compiled") if request.param == "compiled" else None
-    for module in (joined, pad):
+    for module in (joined, keyed, order, pad):
         monkeypatch.setattr(module, "library", lambda: found)
     return found

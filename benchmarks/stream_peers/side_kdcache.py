@@ -15,18 +15,18 @@ from kdcache.train.batches.stream import GlobalBatch
 
 
 class Side:
-    """`kdcache.batches`, with one thread as it comes.
+    """`kdcache.batches`.
 
     Args:
-        threads: that gather.
+        threads: that gather; None: as many as an order says workers.
     """
 
-    def __init__(self, threads: int = 1) -> None:
+    def __init__(self, threads: int | None = None) -> None:
         self.threads = threads
 
     def loader(self, data: Path, batch: int, workers: int, seed: int) -> Iterable[GlobalBatch]:
         """Shuffled batches of one epoch, each time it is iterated."""
-        threads = self.threads
+        threads = workers if self.threads is None else self.threads
         return kdcache.batches(
             data, signals=[SIGNAL], batch_tokens=batch, seed=seed, threads=threads
         )
@@ -41,4 +41,4 @@ class Side:
 
 
 if __name__ == "__main__":
-    serve(Side(int(sys.argv[1])))
+    serve(Side(*map(int, sys.argv[1:])))

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import pyarrow as pa
 
@@ -87,6 +89,8 @@ class Cache:
         self.signals = read_signals(store, self.manifest, skip_broken)
         self._commits: dict[tuple[str, int], CommitRecord] = {}
         self._checked: set[str] = set()
+        # A file that somebody still reads is mapped once: its pages are there already.
+        self._maps: WeakValueDictionary[str, mmap.mmap] = WeakValueDictionary()
         self._valid: set[str] = set()
 
     @property
@@ -321,6 +325,9 @@ class Cache:
             file: its record.
             bytes_too: compare the bytes; else the size alone.
         """
+        held = self._maps.get(file.path)
+        if held is not None:
+            return memoryview(held)
         with self.store.open(file) as stream:
             if file.path not in self._checked:
                 where = self.store.at(file.path)
@@ -329,7 +336,10 @@ class Cache:
                 else:
                     check_opened_size(stream, where, file)
                 self._checked.add(file.path)
-            return mapped(stream)
+            data = mapped(stream)
+        if isinstance(data.obj, mmap.mmap):
+            self._maps[file.path] = data.obj
+        return data
 
     def _file_of(
         self, files: Mapping[str, FileRecord], folder: str, path: str, bytes_too: bool

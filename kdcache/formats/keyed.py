@@ -14,6 +14,8 @@ from __future__ import annotations
 import numpy as np
 import xxhash
 
+from kdcache.formats.native import library
+
 GOLDEN = 0x9E3779B97F4A7C15
 MULTIPLY_1 = 0xBF58476D1CE4E5B9
 MULTIPLY_2 = 0x94D049BB133111EB
@@ -84,6 +86,11 @@ def permutation(n: int, key: int) -> np.ndarray:
     half = max(1, ((max(n, 2) - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
     round_keys = mix64(np.uint64(key) + np.uint64(GOLDEN) * np.arange(1, 7, dtype=np.uint64))
+    compiled = library()
+    if compiled is not None:
+        permuted = np.empty(n, dtype=np.int64)
+        compiled.kdcache_permute(n, half, round_keys.ctypes.data, permuted.ctypes.data)
+        return permuted
 
     def encrypt(x: np.ndarray) -> np.ndarray:
         left, right = x >> np.uint64(half), x & mask

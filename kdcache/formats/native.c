@@ -1,15 +1,23 @@
-/* Copies of many small pieces, wider than they are stored: what `native.py` calls.
+/* Copies of many small pieces, wider than they are stored, and their order: what `native.py` calls.
  *
  * Every piece lies somewhere in hundreds of megabytes of mapped files, so it is the wait for memory
- * that counts: pieces that come next are asked for before they are needed.
+ * that counts: pieces that come next are asked for before they are needed. Python's lock is free
+ * meanwhile, so who plans is in nobody's way.
  *
- * R samples, S files, C columns, F fields
+ * M samples of a window, R those asked for, S files, C columns, F fields
  */
 
 #include <stdint.h>
 #include <string.h>
 
-#define AHEAD 16 /* samples */
+#define AHEAD 32 /* samples */
+
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+/* Compiled twice; which one runs is decided when the library is loaded. */
+#define WIDE_REGISTERS __attribute__((flatten, target_clones("avx2", "default")))
+#else
+#define WIDE_REGISTERS
+#endif
 
 /* One field, or one of two bytes that is put between others (`step` > 1). */
 typedef struct {
@@ -58,25 +66,31 @@ int kdcache_find(const int64_t *starts, int64_t num_files, const int32_t *offset
     return 0;
 }
 
+/* `count` values in steps of `some`, the last of them over those before, so that there is no rest. */
+#define EACH_VALUE(count, some, copy)                                                             \
+    if ((count) >= (some)) {                                                                      \
+        for (int64_t i = 0; i + (some) <= (count); i += (some))                                   \
+            for (int64_t k = i; k < i + (some); k++)                                              \
+                copy;                                                                             \
+        for (int64_t k = (count) - (some); k < (count); k++)                                      \
+            copy;                                                                                 \
+    } else {                                                                                      \
+        for (int64_t k = 0; k < (count); k++)                                                     \
+            copy;                                                                                 \
+    }
+
 static inline void copy_bytes(uint8_t *restrict to, const uint8_t *restrict from, int64_t size)
 {
-    if (size >= 16) { /* the last sixteen over those before, so that there is no rest */
-        int64_t i = 0;
-        for (; i + 16 <= size; i += 16)
-            memcpy(to + i, from + i, 16);
-        memcpy(to + size - 16, from + size - 16, 16);
-    } else {
-        for (int64_t i = 0; i < size; i++)
-            to[i] = from[i];
-    }
+    EACH_VALUE(size, 16, to[k] = from[k])
 }
 
 #define PLACE(where, r) ((const void *)((where)[file[r]] + begins[r] * stored))
 
-static inline void fetch(const uint8_t *piece, int64_t size)
+static inline void fetch(const uint8_t *piece, int64_t size) /* into the second cache */
 {
     for (int64_t i = 0; i < size; i += 64)
-        __builtin_prefetch(piece + i);
+        __builtin_prefetch(piece + i, 0, 2);
+    __builtin_prefetch(piece + size - 1, 0, 2);
 }
 
 #define EACH_SAMPLE(copy)                                                                         \
@@ -92,8 +106,7 @@ static inline void fetch(const uint8_t *piece, int64_t size)
     EACH_SAMPLE({                                                                                 \
         const Stored *restrict from = PLACE(field->low, r);                                       \
         Wide *restrict to = (Wide *)place;                                                        \
-        for (int64_t i = 0; i < n; i++)                                                           \
-            to[i] = from[i];                                                                      \
+        EACH_VALUE(n, 8, to[k] = from[k])                                                         \
     })
 
 #define JOIN(Wide)                                                                                \
@@ -101,15 +114,14 @@ static inline void fetch(const uint8_t *piece, int64_t size)
         const uint16_t *restrict from = PLACE(field->low, r);                                     \
         const uint8_t *restrict above = (const uint8_t *)field->high[file[r]] + begins[r];        \
         Wide *restrict to = (Wide *)place;                                                        \
-        for (int64_t i = 0; i < n; i++)                                                           \
-            to[i] = (Wide)from[i] | (Wide)above[i] << 16;                                         \
+        EACH_VALUE(n, 8, to[k] = (Wide)from[k] | (Wide)above[k] << 16)                            \
     })
 
 /* Four fields of two bytes side by side. */
 static void copy_four(const Field *field, int64_t num_rows, const int32_t *file,
                       const int64_t *begins, const int64_t *ends)
 {
-    const int64_t stored = 2, ahead = 8;
+    const int64_t stored = 2, ahead = AHEAD / 2;
     for (int64_t r = 0; r < num_rows; r++) {
         int64_t next = r + ahead, n = ends[r + 1] - ends[r];
         for (int k = 0; k < 4 && next < num_rows; k++)
@@ -117,12 +129,12 @@ static void copy_four(const Field *field, int64_t num_rows, const int32_t *file,
         const uint16_t *restrict a = PLACE(field[0].low, r), *restrict b = PLACE(field[1].low, r);
         const uint16_t *restrict c = PLACE(field[2].low, r), *restrict d = PLACE(field[3].low, r);
         uint16_t *restrict to = (uint16_t *)field->to + 4 * ends[r];
-        for (int64_t i = 0; i < n; i++) {
-            to[4 * i] = a[i];
-            to[4 * i + 1] = b[i];
-            to[4 * i + 2] = c[i];
-            to[4 * i + 3] = d[i];
-        }
+        EACH_VALUE(n, 8, {
+            to[4 * k] = a[k];
+            to[4 * k + 1] = b[k];
+            to[4 * k + 2] = c[k];
+            to[4 * k + 3] = d[k];
+        })
     }
 }
 
@@ -131,7 +143,7 @@ static int copy_field(const Field *field, int64_t num_rows, const int32_t *file,
 {
     int64_t stored = field->stored;
     /* Long pieces are fetched a few ahead: what is not used soon is pushed out again. */
-    int64_t ahead = 1 + 2048 / (1 + ends[num_rows] * stored / num_rows);
+    int64_t ahead = 1 + 8192 / (1 + ends[num_rows] * stored / num_rows);
     ahead = ahead < AHEAD ? ahead : AHEAD;
     if (field->step > 1) {
         if (stored != 2 || field->wide != 2)
@@ -166,6 +178,7 @@ static int copy_field(const Field *field, int64_t num_rows, const int32_t *file,
 }
 
 /* All fields of some samples, found before. Returns 0, or 1 for widths that it does not know. */
+WIDE_REGISTERS
 int kdcache_copy(const Field *fields, int64_t num_fields, int64_t num_rows, const int32_t *file,
                  const int64_t *begins, const int64_t *ends)
 {
@@ -188,6 +201,7 @@ int kdcache_copy(const Field *fields, int64_t num_fields, int64_t num_rows, cons
  * flat: tokens of all samples. ends: [R + 1] of each sample. sizes, widths: [B] samples and
  * positions of each batch. ids, mask: to fill.
  */
+WIDE_REGISTERS
 void kdcache_pad(const int64_t *flat, const int64_t *ends, int64_t num_batches,
                  const int64_t *sizes, const int64_t *widths, int64_t padding, int64_t *ids,
                  uint8_t *mask)
@@ -203,4 +217,90 @@ void kdcache_pad(const int64_t *flat, const int64_t *ends, int64_t num_batches,
                 mask[i] = i < n;
         }
     }
+}
+
+static inline uint64_t mix(uint64_t x) /* `keyed.mix64` */
+{
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ x >> 27) * 0x94D049BB133111EBu;
+    return x ^ x >> 31;
+}
+
+/* A keyed permutation of n numbers, see `keyed.permutation`. keys: [6] of the rounds.
+ *
+ * Numbers beyond n go round again, together: one after another each would wait for the last.
+ */
+void kdcache_permute(int64_t n, int64_t half, const uint64_t *keys, int64_t *out)
+{
+    uint64_t mask = ((uint64_t)1 << half) - 1, number[512];
+    int64_t place[512];
+    for (int64_t first = 0; first < n; first += 512) {
+        int64_t left = n - first < 512 ? n - first : 512;
+        for (int64_t i = 0; i < left; i++) {
+            number[i] = (uint64_t)(first + i);
+            place[i] = first + i;
+        }
+        while (left > 0) {
+            int64_t outside = 0;
+            for (int64_t i = 0; i < left; i++) {
+                uint64_t high = number[i] >> half, low = number[i] & mask;
+                for (int round = 0; round < 6; round++) {
+                    uint64_t before = low;
+                    low = high ^ (mix(low ^ keys[round]) & mask);
+                    high = before;
+                }
+                number[i] = high << half | low;
+            }
+            for (int64_t i = 0; i < left; i++) {
+                out[place[i]] = (int64_t)number[i];
+                number[outside] = number[i];
+                place[outside] = place[i];
+                outside += number[i] >= (uint64_t)n;
+            }
+            left = outside;
+        }
+    }
+}
+
+/* Some samples, the longest first, otherwise in their order. places: [longest + 2] scratch. */
+static void sort_longest(const int64_t *from, int64_t n, const int64_t *lengths, int64_t *places,
+                         int64_t *to)
+{
+    int64_t most = 0;
+    for (int64_t i = 0; i < n; i++)
+        most = lengths[from[i]] > most ? lengths[from[i]] : most;
+    memset(places, 0, (size_t)(most + 2) * sizeof *places);
+    for (int64_t i = 0; i < n; i++)
+        places[most - lengths[from[i]] + 1]++;
+    for (int64_t i = 0; i < most; i++)
+        places[i + 1] += places[i];
+    for (int64_t i = 0; i < n; i++)
+        to[places[most - lengths[from[i]]]++] = from[i];
+}
+
+/* Batches of a window, see `order.window_batches`. Returns how many there are.
+ *
+ * order: [M] samples as they were permuted. longest, last: [M] tokens of each, by sample.
+ * pool, budget: tokens of a pool and of a batch. places: [longest + 2] scratch, other: [M] too.
+ * samples, stops: [M] to fill: what stands in the batches, and where each of them ends.
+ */
+int64_t kdcache_fill(const int64_t *order, int64_t num_samples, const int64_t *longest,
+                     const int64_t *last, int64_t pool, int64_t budget, int64_t *places,
+                     int64_t *other, int64_t *samples, int64_t *stops)
+{
+    int64_t batches = 0, tokens = 0, start = 0;
+    while (start < num_samples) {
+        int64_t stop = start, number = (tokens + longest[order[start]]) / pool;
+        for (; stop < num_samples && (tokens + longest[order[stop]]) / pool == number; stop++)
+            tokens += longest[order[stop]];
+        sort_longest(order + start, stop - start, last, places, other);
+        sort_longest(other, stop - start, longest, places, samples + start);
+        while (start < stop) {
+            int64_t most = budget / longest[samples[start]];
+            start += most > 1 ? most : 1;
+            start = start < stop ? start : stop;
+            stops[batches++] = start;
+        }
+    }
+    return batches;
 }

@@ -1,4 +1,4 @@
-"""Compiled copies: `native.c`, where it was built; without it numpy does the same.
+"""Compiled code: `native.c`, where it was built; without it numpy does the same.
 
 `python -m kdcache.formats.native` builds it in place, as an installation does where there is a
 compiler. The library's name has the digest of its source, so that one of another version is not
@@ -85,7 +85,13 @@ def load(path: Path) -> ctypes.CDLL | None:
             *(pointer, pointer, number, pointer, pointer, number),
             *(pointer, pointer),
         ]
-        found.kdcache_pad.restype = None
+        found.kdcache_permute.argtypes = [number, number, pointer, pointer]
+        found.kdcache_fill.argtypes = [
+            *(pointer, number, pointer, pointer, number, number),
+            *(pointer, pointer, pointer, pointer),
+        ]
+        found.kdcache_fill.restype = number
+        found.kdcache_pad.restype = found.kdcache_permute.restype = None
     return found
 
 

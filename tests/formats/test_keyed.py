@@ -1,10 +1,13 @@
 """Keyed hashes: published and golden vectors, permutations that permute."""
 
+import ctypes
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdcache.formats import keyed
 from kdcache.formats.keyed import GOLDEN, mix64, permutation, position_hash, sample_keys, text_key
 
 
@@ -85,8 +88,22 @@ def test_permutation_permutes(n: int, key: int) -> None:
     ],
     ids=["one", "ten", "ten, another key", "seventeen"],
 )
+@pytest.mark.usefixtures("copying")
 def test_permutation_is_the_same_for_ever(n: int, key: int, expected: list[int]) -> None:
     assert permutation(n, key).tolist() == expected
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 255, 256, 257, 511, 512, 513, 1025, 4097, 70_000])
+def test_compiled_permutations_are_those_of_numpy(
+    compiled: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    for key in (0, 1, 2**63, 2**64 - 1, text_key("compiled", n)):
+        found = []
+        for library in (None, compiled):
+            monkeypatch.setattr(keyed, "library", lambda library=library: library)
+            found.append(permutation(n, key))
+        np.testing.assert_array_equal(found[1], found[0])
+        assert found[1].dtype == found[0].dtype
 
 
 def test_permutation_spreads_evenly() -> None:

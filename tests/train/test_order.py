@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcache.errors import IdentityError, TrainingError
+from kdcache.formats import keyed
+from kdcache.train.batches import order
 from kdcache.train.batches.order import (
     ORDER_VERSION,
     OrderState,
@@ -52,9 +54,37 @@ def test_windows_are_golden(seed, epoch, expected):
         (2, 0, 0, [[2, 7], [4, 0, 5], [9], [6, 1], [8, 3]]),
     ],
 )
-def test_batches_are_golden(seed, epoch, window, expected):
+def test_batches_are_golden(copying, seed, epoch, window, expected):
     batches = window_batches(PLAN, seed, epoch, window, [SRC, TGT], 18)
     assert [batch.tolist() for batch in batches] == expected
+
+
+@pytest.mark.parametrize("longest", [1, 7, 60, 5000])
+def test_compiled_batches_are_those_of_numpy(compiled, monkeypatch, longest):
+    draw = np.random.default_rng(longest)
+    for number in range(60):
+        size = int(draw.integers(1, 3000))
+        # A long sample here and there is a batch, and sometimes a pool, of its own.
+        most = np.where(draw.random(size) < 0.02, 20 * longest, longest)
+        lengths = [draw.integers(0, most + 1) for _ in range(int(draw.integers(1, 4)))]
+        args = (PLAN, number, 0, 0, lengths, int(draw.integers(1, 40 * longest)))
+        found = []
+        for library in (None, compiled):
+            for module in (keyed, order):
+                monkeypatch.setattr(module, "library", lambda library=library: library)
+            found.append([batch.tolist() for batch in window_batches(*args)])
+        assert found[0] == found[1]
+
+
+def test_lengths_that_are_too_many_to_count_are_sorted_otherwise(copying, monkeypatch):
+    expected = [batch.tolist() for batch in window_batches(PLAN, 1, 0, 0, [SRC, TGT], 18)]
+    monkeypatch.setattr(order, "_LONGEST_COUNTED", 29)
+    assert [batch.tolist() for batch in window_batches(PLAN, 1, 0, 0, [SRC, TGT], 18)] == expected
+
+
+@pytest.mark.usefixtures("copying")
+def test_no_sample_no_batch():
+    assert window_batches(PLAN, 1, 0, 0, [np.zeros(0, dtype=np.int64)], 18) == []
 
 
 lengths = st.lists(st.integers(0, 60), min_size=1, max_size=300)

@@ -24,6 +24,7 @@ import numpy as np
 
 from kdcache.errors import IdentityError, TrainingError
 from kdcache.formats.keyed import permutation, text_key
+from kdcache.formats.native import library
 
 #: Raised by every change after which the same inputs give another order.
 ORDER_VERSION = 1
@@ -31,6 +32,8 @@ ORDER_VERSION = 1
 #: Token budgets in one pool of similar lengths: small enough that batches stay well mixed
 #: over an epoch, large enough that little is padded.
 POOL_BATCHES = 64
+#: Lengths up to here are sorted by counting them.
+_LONGEST_COUNTED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -191,13 +194,44 @@ def window_batches(
     # An empty stream still takes a place, or a batch could hold any number of them.
     last = np.maximum(lengths[-1], 1)
     longest = np.max([*lengths, last], axis=0)
-    batches: list[np.ndarray] = []
-    for pool in pools(order, longest[order], batch_tokens):
-        # Longest first; lexsort is stable, so equal lengths stay in permuted order.
-        pool = pool[np.lexsort((-last[pool], -longest[pool]))]
-        batches.extend(fill(pool, longest[pool], batch_tokens))
+    batches = _filled(order, longest, last, batch_tokens)
     shuffled = permutation(len(batches), order_key(digest, seed, epoch, "batches", window))
     return [batches[i] for i in shuffled]
+
+
+def _filled(
+    order: np.ndarray, longest: np.ndarray, last: np.ndarray, batch_tokens: int
+) -> list[np.ndarray]:
+    """Batches of like lengths, pool after pool, longest first.
+
+    Args:
+        order: [M] permuted samples.
+        longest: [M] int64 the longest of each sample's streams, at least 1.
+        last: [M] int64 its last stream, by which equal ones are ordered.
+        batch_tokens: most samples x longest sample of a batch.
+    """
+    compiled = library()
+    most = int(longest.max(initial=0))
+    if compiled is None or most > _LONGEST_COUNTED:
+        batches: list[np.ndarray] = []
+        for pool in pools(order, longest[order], batch_tokens):
+            # lexsort is stable, so equal lengths stay in permuted order.
+            pool = pool[np.lexsort((-last[pool], -longest[pool]))]
+            batches.extend(fill(pool, longest[pool], batch_tokens))
+        return batches
+    places, other = np.empty(most + 2, dtype=np.int64), np.empty_like(order)
+    samples, stops = np.empty_like(order), np.empty_like(order)
+    number = compiled.kdcache_fill(
+        order.ctypes.data,
+        len(order),
+        longest.ctypes.data,
+        last.ctypes.data,
+        POOL_BATCHES * batch_tokens,
+        batch_tokens,
+        *(array.ctypes.data for array in (places, other, samples, stops)),
+    )
+    ends = stops[:number].tolist()
+    return [samples[start:stop] for start, stop in zip([0, *ends], ends, strict=False)]
 
 
 def pools(order: np.ndarray, tokens: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
@@ -257,6 +291,8 @@ def micro_batches(
         Its slices; none where the batch has fewer samples than there are slices before.
     """
     slices = accumulate * world
+    if slices == 1 and len(batch):
+        return [batch]
     if units is None:
         least, more = divmod(len(batch), slices)  # the first `more` slices have one more
         return [

@@ -31,9 +31,9 @@ def padded_parts(stream: Ragged, sizes: Sequence[int], pad: int) -> list[Tokens]
     widths = np.maximum(longest, 1)
     flat = stream.fields["id"]
     ids, mask = _matrices(stream, flat, np.asarray(sizes, dtype=np.int64), widths, pad)
-    areas = (widths * sizes).tolist()
+    stops = (widths * sizes).cumsum().tolist()
     shapes = list(zip(sizes, widths.tolist(), strict=True))
-    matrices, masks = _cut(ids, areas, shapes), _cut(mask, areas, shapes)
+    matrices, masks = _cut(ids, stops, shapes), _cut(mask, stops, shapes)
     numbers = record_counts(stream, sizes)
     pieces = split(torch.from_numpy(flat), numbers)
     beside = {}
@@ -41,7 +41,7 @@ def padded_parts(stream: Ragged, sizes: Sequence[int], pad: int) -> list[Tokens]
         if field in stream.fields:
             values = torch.zeros(len(mask), dtype=dtype)
             values[torch.from_numpy(mask)] = torch.from_numpy(stream.fields[field]).to(dtype)
-            beside[field] = _cut(values.numpy(), areas, shapes)
+            beside[field] = _cut(values.numpy(), stops, shapes)
     segments, losses = beside.get("segment"), beside.get("loss")
     return [
         Tokens(
@@ -87,8 +87,10 @@ def _matrices(
 
 
 def _cut(
-    values: np.ndarray, areas: Sequence[int], shapes: Sequence[tuple[int, int]]
+    values: np.ndarray, ends: Sequence[int], shapes: Sequence[tuple[int, int]]
 ) -> list[Tensor]:
-    """Matrices that lie one after another."""
-    pieces = split(torch.from_numpy(values), areas)
-    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+    """Matrices that lie one after another, each a tensor of its own."""
+    return [
+        torch.from_numpy(values[start:end].reshape(shape))
+        for start, end, shape in zip([0, *ends], ends, shapes, strict=False)
+    ]

@@ -87,10 +87,24 @@ class GlobalBatch:
 
 
 @dataclass(frozen=True)
+class _Units:
+    """What is counted of each sample of a window.
+
+    Attributes:
+        names: U of them, see `GlobalBatch.counts`.
+        of: [M, U] int64: what is counted of a sample lies side by side.
+    """
+
+    names: tuple[str, ...]
+    of: np.ndarray
+
+
+@dataclass(frozen=True)
 class _Planned:
     """A global batch that is not gathered yet."""
 
     window: WindowReader
+    units: _Units
     index: np.ndarray
     state: OrderState
     epoch: int
@@ -278,6 +292,7 @@ class BatchStream:
                     ahead.begin(windows[window + 1])
                 gold = None if self.gold is None else self.gold.of_window(self.cache, reader)
                 groups = self._groups(reader)
+                units = self._units(reader, gold)
                 batches = self._window_batches(reader, state.epoch, state.window, groups)
                 if not batches and not state.batch:  # nothing of the tasks
                     state = state.advanced(0, len(windows))
@@ -292,7 +307,8 @@ class BatchStream:
                 size = 0.0
                 for batch in batches[state.batch :]:
                     epoch, state = state.epoch, state.advanced(len(batches), len(windows))
-                    block.append(_Planned(reader, batch, state, epoch, pinned, gold, groups))
+                    mine = (reader, units, batch, state, epoch, pinned, gold, groups)
+                    block.append(_Planned(*mine))
                     some = True
                     size += len(batch) * own_bytes
                     if size >= BLOCK_BYTES:
@@ -326,12 +342,11 @@ class BatchStream:
             both = zip(gathered, parts, strict=True)
             gathered = [groups.told(batch, part) for batch, part in both]
         made = iter(gathered)
-        index = np.concatenate([planned.index for planned in block])
-        counts = self._counts(block, index)
+        counts = _counts(block)
         alone = self.accumulate * self.world == 1
         found = []
         for number, (planned, (own_parts, missing)) in enumerate(zip(block, cuts, strict=True)):
-            mine = {name: each[number] for name, each in counts.items()}
+            mine = counts[number]
             micro = tuple(islice(made, own_parts))
             found.append(
                 GlobalBatch(
@@ -350,14 +365,13 @@ class BatchStream:
             )
         return found
 
-    def _counts(self, block: Sequence[_Planned], index: np.ndarray) -> dict[str, list[int]]:
-        """Units of each of some global batches, by what they are.
+    def _units(self, window: WindowReader, gold: np.ndarray | None) -> _Units:
+        """What is counted of each sample.
 
         Args:
-            block: the batches.
-            index: samples of all of them.
+            window: of the samples.
+            gold: their gold labels; None: not asked for.
         """
-        window, gold = block[0].window, block[0].gold
         units = {name: window.lengths(name) for name in self.streams}
         units |= {name: window.counts(name) for name in self.signals}
         for name, lengths in window.hypothesis_lengths().items():
@@ -367,12 +381,20 @@ class BatchStream:
         units |= {f"{name}.masked": of for name, of in window.masked_counts().items()}
         if gold is not None:
             units[GOLD] = has_gold(gold).astype(np.int64)
-        sizes = [len(planned.index) for planned in block]
-        starts = np.cumsum([0, *sizes[:-1]])  # no batch is empty
-        sums = {
-            name: np.add.reduceat(of.take(index), starts).tolist() for name, of in units.items()
-        }
-        return {"": sizes, **sums}
+        return _Units(tuple(units), np.stack(list(units.values()), axis=1))
+
+
+def _counts(block: Sequence[_Planned]) -> list[dict[str, int]]:
+    """Units of each of some global batches of one window, by what they are."""
+    sizes = [len(planned.index) for planned in block]
+    starts = np.cumsum([0, *sizes[:-1]])  # no batch is empty
+    units = block[0].units
+    taken = units.of.take(np.concatenate([planned.index for planned in block]), axis=0)
+    sums = np.add.reduceat(taken, starts, axis=0).tolist()
+    return [
+        {"": size, **dict(zip(units.names, each, strict=True))}
+        for size, each in zip(sizes, sums, strict=True)
+    ]
 
 
 def _put(queue: Queue[Any], item: object, stop: Event) -> bool:
