@@ -1,5 +1,6 @@
 """Reading: what was written comes back, and every lack is one clear error."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,6 +128,21 @@ def test_files_are_checked_once_per_cache(
         cache.samples(0)
         cache.signal_shard("logits", 1)
     assert len(seen) == 2
+
+
+def test_a_file_is_mapped_once_while_somebody_reads_it(tiny_cache: Path) -> None:
+    cache = open_cache(tiny_cache)
+    first = WindowReader(cache, [1, 0], ["tgt"], ["logits"])
+    files = len(cache._maps)
+    held = cache.samples(0).sample_id
+    again = WindowReader(cache, [0, 1], ["tgt"], ["logits"])
+    assert len(cache._maps) == files == 4  # samples and labels of two shards
+    assert np.shares_memory(cache.samples(0).sample_id, held)
+    del first
+    assert again.num_samples == sum(s.stop - s.start for s in cache.manifest.shards[:2])
+    del again, held
+    gc.collect()
+    assert not cache._maps
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def window_batches(
     num_samples = len(lengths[-1])
     order = permutation(num_samples, order_key(digest, seed, epoch, "samples", window))
     # An empty stream still takes a place, or a batch could hold any number of them.
-    last = np.maximum(lengths[-1], 1)
+    last = np.maximum(lengths[-1], 1, dtype=np.int64)
     longest = np.max([*lengths, last], axis=0)
     batches = _filled(order, longest, last, batch_tokens)
     shuffled = permutation(len(batches), order_key(digest, seed, epoch, "batches", window))
