@@ -84,6 +84,25 @@ class Texts:
     generated: bool
 
 
+def note_source(folder: Path, *, generated: bool) -> None:
+    """Refuse to mix real and generated texts in one folder.
+
+    Args:
+        folder: of the texts.
+        generated: whether those that are wanted are.
+
+    Raises:
+        SystemExit: the folder holds the others.
+    """
+    mine, other = ("generated", "real")[:: 1 if generated else -1]
+    if (folder / other).exists():
+        sys.exit(
+            f"{folder}: holds {other} texts, {mine} ones are wanted (KDCACHE_DATA is "
+            f"{'not ' if generated else ''}set); take another --out"
+        )
+    (folder / mine).touch()
+
+
 def find_texts(folder: Path) -> Texts:
     """The texts of `KDCACHE_DATA`, or generated ones.
 
@@ -92,6 +111,7 @@ def find_texts(folder: Path) -> Texts:
     """
     folder.mkdir(parents=True, exist_ok=True)
     root = os.environ.get("KDCACHE_DATA")
+    note_source(folder, generated=root is None)
     if root is None:
         log("KDCACHE_DATA is not set: the texts are generated")
         return _generated(folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from setting import log
 
-from systems.work import SPLITS, Pair
+from systems.work import SPLITS, Pair, note_source
 
 #: Of each task: the columns that a recipe's fields are.
 COLUMNS = {
@@ -76,6 +76,7 @@ def find_texts(folder: Path) -> Texts:
     """
     folder.mkdir(parents=True, exist_ok=True)
     root = os.environ.get("KDCACHE_DATA")
+    note_source(folder, generated=root is None)
     if root is None:
         log("KDCACHE_DATA is not set: the texts are generated")
         from systems.understanding.generated import write_generated
