@@ -84,4 +84,5 @@ def left_padded(samples, pad_id):
 
 
 def close(found, expected, **tolerances):
-    torch.testing.assert_close(found, expected, **{"rtol": 1e-4, "atol": 1e-5, **tolerances})
+    """Equal but for float32 sums in another order, as each processor has its own."""
+    torch.testing.assert_close(found, expected, **{"rtol": 1e-4, "atol": 5e-5, **tolerances})
