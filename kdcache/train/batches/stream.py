@@ -342,11 +342,9 @@ class BatchStream:
             both = zip(gathered, parts, strict=True)
             gathered = [groups.told(batch, part) for batch, part in both]
         made = iter(gathered)
-        counts = _counts(block)
         alone = self.accumulate * self.world == 1
         found = []
-        for number, (planned, (own_parts, missing)) in enumerate(zip(block, cuts, strict=True)):
-            mine = counts[number]
+        for planned, mine, (own_parts, missing) in zip(block, _counts(block), cuts, strict=True):
             micro = tuple(islice(made, own_parts))
             found.append(
                 GlobalBatch(
