@@ -31,10 +31,9 @@ def make(**keys):
 def lstm(module, inputs):
     """[S, 2H] states of one sequence, gate by gate."""
 
-    def direction(suffix, rows):
-        own = dict(module.named_parameters())
-        into, over = own[f"weight_ih_l0{suffix}"], own[f"weight_hh_l0{suffix}"]
-        bias = own[f"bias_ih_l0{suffix}"] + own[f"bias_hh_l0{suffix}"]
+    def direction(one, rows):
+        into, over = one.weight_ih_l0, one.weight_hh_l0
+        bias = one.bias_ih_l0 + one.bias_hh_l0
         state = cell = torch.zeros(over.shape[1], dtype=inputs.dtype)
         found = []
         for row in rows:
@@ -44,7 +43,8 @@ def lstm(module, inputs):
             found.append(state)
         return torch.stack(found)
 
-    return torch.cat([direction("", inputs), direction("_reverse", inputs.flip(0)).flip(0)], 1)
+    back = direction(module.back, inputs.flip(0)).flip(0)
+    return torch.cat([direction(module.ahead, inputs), back], 1)
 
 
 def reference(model, x, y, bi_attention):

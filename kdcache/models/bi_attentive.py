@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 MODEL_TYPE = "bi_attentive"
@@ -82,6 +81,37 @@ class BiAttentiveConfig(PreTrainedConfig):
         super().__init__(**{**keys, "pad_token_id": pad_token_id})
 
 
+class BiLSTM(nn.Module):
+    """A layer of LSTMs in both directions, each over its own end of a sample.
+
+    The second one reads every sample turned around by itself, padding still behind it. So neither
+    needs packed sequences, which on CPU take torch's slow path.
+
+    Args:
+        reads: features of a position.
+        units: H, of each direction.
+    """
+
+    def __init__(self, reads: int, units: int) -> None:
+        super().__init__()
+        self.ahead = nn.LSTM(reads, units, batch_first=True)
+        self.back = nn.LSTM(reads, units, batch_first=True)
+
+    def forward(self, inputs: Tensor, mask: Tensor) -> Tensor:
+        """[B, S, 2H] states, zero outside the mask.
+
+        Args:
+            inputs: [B, S, features].
+            mask: [B, S] bool, of each sample the first positions.
+        """
+        at = torch.arange(mask.shape[1], device=mask.device)[None]  # [1, S]
+        lengths = mask.sum(1, keepdim=True)
+        turned = torch.where(mask, lengths - 1 - at, at)[:, :, None]  # [B, S, 1], its own inverse
+        back, _ = self.back(inputs.take_along_dim(turned, 1))
+        states = torch.cat([self.ahead(inputs)[0], back.take_along_dim(turned, 1)], dim=2)
+        return states * mask[:, :, None]
+
+
 class BiAttentive(PreTrainedModel):
     """The model without a head, a body of `kdcache.models.multi_task` models.
 
@@ -99,9 +129,9 @@ class BiAttentive(PreTrainedModel):
             config.vocab_size, config.embedding_size, padding_idx=config.pad_token_id
         )
         self.feed_forward = nn.Linear(config.embedding_size, config.feed_forward_size)
-        self.encoder = _bilstm(config.feed_forward_size, config.lstm_size)
+        self.encoder = BiLSTM(config.feed_forward_size, config.lstm_size)
         reads = 3 * states if config.bi_attention else states
-        self.integrator = _bilstm(reads, config.lstm_size)
+        self.integrator = BiLSTM(reads, config.lstm_size)
         self.pool_score = nn.Linear(states, 1)
         self.output = nn.Linear(2 * 3 * states, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
@@ -156,7 +186,7 @@ class BiAttentive(PreTrainedModel):
         longest = max(1, int(chosen.sum(1).max()))
         ids, mask = (of.gather(1, order)[:, :longest] for of in (ids, chosen))
         embedded = self.dropout(self.embeddings(ids))  # [B, S_x, E]
-        return _run(self.encoder, self.feed_forward(embedded).relu(), mask), mask
+        return self.encoder(self.feed_forward(embedded).relu(), mask), mask
 
     def _integrated(
         self, x: Tensor, x_mask: Tensor, y: Tensor, y_mask: Tensor
@@ -170,7 +200,7 @@ class BiAttentive(PreTrainedModel):
             context_y = weights_y @ y  # [B, S_x, 2H], C_y
             x = torch.cat([x, x - context_y, x * context_y], dim=2)
             y = torch.cat([y, y - context_x, y * context_x], dim=2)
-        return [(_run(self.integrator, s, mask), mask) for s, mask in ((x, x_mask), (y, y_mask))]
+        return [(self.integrator(side, mask), mask) for side, mask in ((x, x_mask), (y, y_mask))]
 
     def _pooled(self, states: Tensor, mask: Tensor) -> Tensor:
         """[B, 3 * 2H] maximum, mean and self-attentive mean of [B, S_x, 2H] states."""
@@ -179,22 +209,6 @@ class BiAttentive(PreTrainedModel):
         mean = (states * on).sum(1) / on.sum(1).clamp(min=1)
         weights = _softmax(self.pool_score(states), on, 1)  # [B, S_x, 1]
         return torch.cat([most, mean, (weights * states).sum(1)], dim=1)
-
-
-def _bilstm(reads: int, units: int) -> nn.LSTM:
-    return nn.LSTM(reads, units, batch_first=True, bidirectional=True)
-
-
-def _run(lstm: nn.LSTM, inputs: Tensor, mask: Tensor) -> Tensor:
-    """[B, S, 2H] states, zero outside the mask, whose tokens stand first.
-
-    Packed, so that the backward direction begins at a sample's own end.
-    """
-    lengths = mask.sum(1).clamp(min=1).cpu()
-    packed = pack_padded_sequence(inputs, lengths, batch_first=True, enforce_sorted=False)
-    states, _ = lstm(packed)
-    found: Tensor = pad_packed_sequence(states, batch_first=True, total_length=mask.shape[1])[0]
-    return found
 
 
 def _softmax(scores: Tensor, mask: Tensor, dim: int) -> Tensor:

@@ -199,6 +199,12 @@ class ValidationSection(Section):
     limit_tokens: PositiveInt = Field(
         100_000, description="Score at most this many target tokens each time."
     )
+    metric: str = Field(
+        "dev_loss",
+        description="What chooses the best weights: a score of the development set by its name in "
+        "metrics.jsonl, as dev_accuracy, or dev_score of several tasks. Losses and perplexities "
+        "are better the lower they are, all else the higher.",
+    )
 
 
 class CheckpointSection(Section):

@@ -33,7 +33,7 @@ def run_document(run: RunRecord, beside: Sequence[RunRecord], cache: str | None)
     compared = [calibration([one for one in runs if one.summary], cache), _pace(runs)]
     how = "from a teacher's labels" if run.distils else "without a teacher"
     loss = run.summary.get("best_dev_loss")
-    found = "" if loss is None else f" Its lowest dev loss was {loss:.4f} nats a token"
+    found = "" if loss is None else f" Its best weights have a dev loss of {loss:.4f} nats a token"
     found += f", at step {run.summary['best_step']:,}." if found else ""
     return Document(
         f"Run {run.name}",

@@ -11,12 +11,11 @@ from typing import Any
 from kdcache.report.text import table
 from kdcache.sweep.folder import read_evaluation, read_state, read_summary
 from kdcache.sweep.plan import RUNS, Settings, short_names, shown
+from kdcache.train.evaluation.metrics import lower_is_better
 
 SEED = "train.seed"
 #: Short names of metrics, and where each stands.
 _SHORT = {"dev_loss": "best_dev_loss", "bleu": "bleu.score", "chrf": "chrf.score"}
-#: Endings of what is better the lower it is.
-_LOWER = ("loss", "loss_nats", "loss_shuffled", "perplexity", "seconds", "mse", "error", "median")
 
 
 def outcome(out: Path, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,11 +44,6 @@ def outcome(out: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         "rows": _rows(runs, lower),
         "runs": runs,
     }
-
-
-def lower_is_better(metric: str) -> bool:
-    """Which way a metric is good, by the end of its name."""
-    return metric.rsplit(".", 1)[-1].endswith(_LOWER)
 
 
 def metric_value(

@@ -23,7 +23,8 @@ from kdcache.sweep import runner, workers
 from kdcache.sweep.plan import plan_runs, points, short_names
 from kdcache.sweep.runner import check_failures, commands, plan_sweep, run_one, run_sweep
 from kdcache.sweep.status import Status
-from kdcache.sweep.table import lower_is_better, metric_value, outcome_text
+from kdcache.sweep.table import metric_value, outcome_text
+from kdcache.train.evaluation.metrics import lower_is_better
 from kdcache.train.runs.loop import train
 from tests.train.conftest import GRID
 from tests.train.sweep_stub import BREAKS, DIES, FAILS, HANGS, StubWorker

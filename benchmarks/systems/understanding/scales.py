@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from systems.scales import Shape
+from systems.understanding.texts import COLUMNS
 
 
 @dataclass(frozen=True)
@@ -13,7 +15,7 @@ class Scale:
 
     Attributes:
         lines: of every text that is read alone; None: all.
-        samples: of each of the five tasks; None: all.
+        samples: of the five tasks, those that are named; of the others all.
         pairs: translations that MASS is fine-tuned on; None: all.
         test: of each test set; None: all.
         vocab_size: of each tokenizer.
@@ -26,12 +28,13 @@ class Scale:
         mass: their student.
         lstm: width of the BiLSTM, its embeddings and its feed-forward layer.
         head: width of the heads of five tasks.
-        pretraining_steps: of a student of LightPAFF.
-        finetuning_steps: of a student of a task of LightPAFF.
+        pretraining_steps: of a student of LightPAFF: bert, gpt2 and mass.
+        finetuning_steps: and on its task.
         epochs: of a student of five tasks, over whatever tasks it has.
         teacher_epochs: of their teacher.
         pretraining_lr: peak learning rate on text alone.
         lr: and on tasks.
+        lstm_lr: of a BiLSTM.
         pretraining_tokens: padded tokens of a step on text alone.
         batch_tokens: and on tasks.
         warmup_steps: of every run; a tenth of it where a run has one task of five.
@@ -43,7 +46,7 @@ class Scale:
     """
 
     lines: int | None
-    samples: int | None
+    samples: Mapping[str, int]
     pairs: int | None
     test: int | None
     vocab_size: int
@@ -56,12 +59,13 @@ class Scale:
     mass: Shape
     lstm: int
     head: int
-    pretraining_steps: int
-    finetuning_steps: int
+    pretraining_steps: Mapping[str, int]
+    finetuning_steps: Mapping[str, int]
     epochs: int
     teacher_epochs: int
     pretraining_lr: float
     lr: float
+    lstm_lr: float
     pretraining_tokens: int
     batch_tokens: int
     warmup_steps: int
@@ -72,10 +76,15 @@ class Scale:
     jobs: int
 
 
+def _each(steps: int) -> dict[str, int]:
+    """As many steps for each student of LightPAFF."""
+    return dict.fromkeys(("bert", "gpt2", "mass"), steps)
+
+
 SCALES = {
     "smoke": Scale(
         lines=400,
-        samples=120,
+        samples=dict.fromkeys(COLUMNS, 120),
         pairs=300,
         test=40,
         vocab_size=300,
@@ -88,12 +97,13 @@ SCALES = {
         mass=Shape(16, 32, (2, 1), 2),
         lstm=16,
         head=16,
-        pretraining_steps=15,
-        finetuning_steps=20,
+        pretraining_steps=_each(15),
+        finetuning_steps=_each(20),
         epochs=2,
         teacher_epochs=3,
         pretraining_lr=3e-3,
         lr=3e-3,
+        lstm_lr=3e-3,
         pretraining_tokens=1024,
         batch_tokens=1024,
         warmup_steps=10,
@@ -105,7 +115,7 @@ SCALES = {
     ),
     "laptop": Scale(
         lines=100_000,
-        samples=3000,
+        samples={"banking77": 3000, "clinc150": 3000, "snli": 5000, "qnli": 1500},
         pairs=15_000,
         test=2000,
         vocab_size=4000,
@@ -118,12 +128,13 @@ SCALES = {
         mass=Shape(96, 288, (2, 2), 4),
         lstm=96,
         head=128,
-        pretraining_steps=1000,
-        finetuning_steps=700,
-        epochs=6,
-        teacher_epochs=6,
+        pretraining_steps={**_each(1000), "bert": 2000},
+        finetuning_steps={**_each(700), "bert": 2000},
+        epochs=16,
+        teacher_epochs=16,
         pretraining_lr=2e-3,
         lr=1e-3,
+        lstm_lr=3e-3,
         pretraining_tokens=4096,
         batch_tokens=1024,
         warmup_steps=150,
@@ -135,7 +146,7 @@ SCALES = {
     ),
     "gpu": Scale(
         lines=None,
-        samples=None,
+        samples={},
         pairs=None,
         test=None,
         vocab_size=8000,
@@ -148,12 +159,13 @@ SCALES = {
         mass=Shape(256, 1024, (3, 2), 4),
         lstm=256,
         head=512,
-        pretraining_steps=10_000,
-        finetuning_steps=4000,
+        pretraining_steps=_each(10_000),
+        finetuning_steps=_each(4000),
         epochs=16,
         teacher_epochs=10,
         pretraining_lr=5e-4,
         lr=3e-4,
+        lstm_lr=1e-3,
         pretraining_tokens=32_768,
         batch_tokens=8192,
         warmup_steps=500,

@@ -70,7 +70,12 @@ class Story:
         references = self.texts.pairs.references(self.scale.test)
         found = results(self.rows, runs, references)
         log(shown(found["rows"]))
-        return {"generated_data": self.texts.generated, "lr": self.scale.lr, **found}
+        return {
+            "generated_data": self.texts.generated,
+            "lr": self.scale.lr,
+            "lstm_lr": self.scale.lstm_lr,
+            **found,
+        }
 
     def _plan(self, row: Row, seed: int) -> None:
         """Add a row's training and its test."""
@@ -95,7 +100,7 @@ class Story:
             more |= {
                 "train.student.config": "null",
                 "train.student.path": self.folder / before / "best",
-                "train.optimizer.lr": self.scale.lr / 10,
+                "train.optimizer.lr": self._lr(row) / 10,
                 "train.max_epochs": max(1, self.scale.epochs // 4),
             }
         elif row.pretrained:
@@ -118,11 +123,15 @@ class Story:
             for word in ("--cache", f"{stage}={path}")
         ]
 
+    def _lr(self, row: Row) -> float:
+        """Peak learning rate on five tasks."""
+        return self.scale.lstm_lr if row.name.startswith("BiLSTM") else self.scale.lr
+
     def _of_tasks(self, row: Row, task: str) -> dict[str, object]:
         """Overrides of a student of five tasks, or of one of them."""
         scale, made = self.scale, self.made
         found = made.task_training(max(1, scale.epochs // row.epochs_part))
-        found["train.student.head_size"] = scale.head
+        found |= {"train.student.head_size": scale.head, "train.optimizer.lr": self._lr(row)}
         if task:
             found["train.tasks"] = f"[{task}]"
             found["train.schedule.warmup_steps"] = max(1, scale.warmup_steps // 10)
@@ -160,12 +169,12 @@ class Story:
         lengths = {
             "pretraining": {
                 "batch_tokens": scale.pretraining_tokens,
-                "max_steps": scale.pretraining_steps,
+                "max_steps": scale.pretraining_steps[group],
                 "optimizer.lr": scale.pretraining_lr,
             },
             "finetuning": {
                 "batch_tokens": scale.batch_tokens,
-                "max_steps": scale.finetuning_steps,
+                "max_steps": scale.finetuning_steps[group],
                 "optimizer.lr": scale.lr,
             },
         }
@@ -177,6 +186,8 @@ class Story:
                 "schedule.warmup_steps": scale.warmup_steps,
                 **{f"validation.corpus.{key}": value for key, value in corpora[stage].items()},
             }
+            if group == "bert" and stage == "finetuning":
+                own["validation.metric"] = "dev_accuracy"
             prefix = f"stages.{stage}.train" if both else "train"
             found |= {f"{prefix}.{key}": value for key, value in own.items()}
         return found

@@ -169,7 +169,7 @@ class Teachers:
         text = {"corpus.fields.text": self.texts.english["train"], **self._some(scale.lines)}
         task = {
             **under("corpus", {**FIELDS, "path": self.texts.tasks[TASK]["train"]}),
-            **self._some(scale.samples),
+            **self._some(scale.samples.get(TASK)),
         }
         replicas = {"dump.signals.masks.replicas": scale.replicas}
         pieces = f"{{kind: wordpiece, vocab_size: {scale.vocab_size}}}"
@@ -205,8 +205,8 @@ class Teachers:
         corpus: dict[str, object] = {}
         for name in COLUMNS:
             corpus[f"corpus.tasks.{name}.path"] = self.texts.tasks[name]["train"]
-            if scale.samples is not None:
-                corpus[f"corpus.tasks.{name}.limit"] = scale.samples
+            if name in scale.samples:
+                corpus[f"corpus.tasks.{name}.limit"] = scale.samples[name]
         pieces = f"{{kind: pretrained, path: {self._best('bert')}}}"
         gold = {**corpus, "dump.tokenizers.pieces": pieces}
         self._dump("mkd-gold", "mkd-teacher", ("runs/bert",), gold)

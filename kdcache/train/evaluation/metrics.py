@@ -1,4 +1,4 @@
-"""Scores of classifiers and regressors, from what they say and what is right."""
+"""Scores of classifiers and regressors, from what they say and what is right; names of scores."""
 
 # M samples, C classes
 
@@ -7,6 +7,18 @@ from __future__ import annotations
 import math
 
 import numpy as np
+
+#: Endings of what is better the lower it is.
+_LOWER = ("loss", "loss_nats", "loss_shuffled", "perplexity", "seconds", "mse", "error", "median")
+
+
+def lower_is_better(metric: str) -> bool:
+    """Which way a metric is good, by the end of its name.
+
+    Args:
+        metric: its name, or its dotted key.
+    """
+    return metric.rsplit(".", 1)[-1].endswith(_LOWER)
 
 
 def accuracy(gold: np.ndarray, said: np.ndarray) -> float:

@@ -50,7 +50,7 @@ class Development(Protocol):
     def scores(
         self, model: Any, device: torch.device, batch_tokens: int, ranks: Ranks
     ) -> dict[str, float]:
-        """Scores by their names in the metrics; `dev_loss` chooses the best weights.
+        """Scores by their names in the metrics, `dev_loss` among them.
 
         Args:
             model: the student, on `device`.

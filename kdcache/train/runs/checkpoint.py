@@ -43,8 +43,9 @@ class RunState:
         order: where the batch stream stands.
         step: optimiser steps done.
         tokens: target tokens trained on.
-        best_step: step of the lowest dev loss; None before the first validation.
-        best_loss: that loss, nats per token.
+        best_step: step of the best weights; None before the first validation.
+        best_value: their score by the recipe's metric.
+        best_loss: their dev loss, nats per token.
         sums: sums over the steps since the last line of metrics.
         num_summed: those steps.
         num_skipped: those of them that were left out, since their float16 gradients overflowed.
@@ -55,6 +56,7 @@ class RunState:
     step: int = 0
     tokens: int = 0
     best_step: int | None = None
+    best_value: float | None = None
     best_loss: float | None = None
     sums: list[float] = field(default_factory=list)
     num_summed: int = 0

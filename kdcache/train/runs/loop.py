@@ -14,6 +14,7 @@ from kdcache.models.loading import resolve_device
 from kdcache.progress import progress
 from kdcache.recipe import Recipe
 from kdcache.train.batches.stream import GlobalBatch
+from kdcache.train.evaluation.metrics import lower_is_better
 from kdcache.train.losses.schedule import learning_rate
 from kdcache.train.runs.board import Board, check_installed
 from kdcache.train.runs.checkpoint import (
@@ -60,7 +61,8 @@ def train(
 
     Returns:
         run, steps, epochs (begun), tokens, parameters, loss (mean of the last line of metrics),
-        best_step, best_dev_loss, of the last validation dev_loss, dev_loss_shuffled and
+        best_step, best_dev_loss (of the best weights; best_dev_METRIC beside it where another
+        score chose them), of the last validation dev_loss, dev_loss_shuffled and
         dev_accuracy, with `while_dumping` shards (of the last epoch), and seconds (of the
         process that finished the run).
 
@@ -139,6 +141,8 @@ class Loop:
         """Train to the end, from the newest checkpoint of the run if it has one."""
         trainer = self.trainer
         self._resume()
+        if not trainer.state.step:
+            self._check_metric()
         if self.section.log is not None and trainer.ranks.main:
             self._board = Board(self.run.path, trainer.state.step)
         began = time.perf_counter()
@@ -174,14 +178,40 @@ class Loop:
         if trainer.dev is not None and (last or state.step % section.validation.every_steps == 0):
             scores = trainer.validate()
             self._note({"step": state.step} | scores)
-            if state.best_loss is None or scores["dev_loss"] < state.best_loss:
-                state.best_step, state.best_loss = state.step, scores["dev_loss"]
+            value = scores[section.validation.metric]
+            if self._better(value):
+                state.best_step, state.best_value = state.step, value
+                state.best_loss = scores["dev_loss"]
                 trainer.save_model(self.run.path / "best")
         if last or state.step % section.checkpoints.every_steps == 0:
             trainer.settle()
             state.scaler = trainer.scaler.state_dict()
             parts = (trainer.distillation, trainer.optimizer, self._keep, trainer.ranks)
             save_checkpoint(self.run.path, state, *parts)
+
+    def _check_metric(self) -> None:
+        """Refuse a metric that the development set does not have, before the first step.
+
+        Raises:
+            RecipeError: with those that it has.
+        """
+        metric = self.section.validation.metric
+        if self.trainer.dev is None or metric == "dev_loss":
+            return
+        known = self.trainer.validate()
+        if metric not in known:
+            raise RecipeError(
+                f"train.validation.metric: the development set has no {metric!r}; its scores are "
+                f"{', '.join(known)}"
+            )
+
+    def _better(self, value: float) -> bool:
+        """Whether a score by the recipe's metric is above the best one."""
+        best = self.trainer.state.best_value
+        if best is None:
+            return True
+        lower = lower_is_better(self.section.validation.metric)
+        return value < best if lower else value > best
 
     def _note(self, line: dict[str, Any]) -> None:
         """A line of metrics for all who read them."""
@@ -270,6 +300,7 @@ class Loop:
             "loss": last.get("loss"),
             "best_step": state.step if state.best_step is None else state.best_step,
             "best_dev_loss": state.best_loss,
+            f"best_{self.section.validation.metric}": state.best_value,
             **{k: value for k, value in last.items() if k == "shards" or k.startswith("dev_")},
             "seconds": seconds,
         }
