@@ -28,7 +28,11 @@ def add(parsers: Any) -> None:
     )
     command.add_argument("recipe", metavar="RECIPE", help="a YAML file or a built-in name")
     command.add_argument(
-        "--cache", metavar="CACHE", help="the cache to train from, a directory or URL"
+        "--cache",
+        action="append",
+        metavar="CACHE",
+        help="the cache to train from, a directory or URL; of a recipe with stages given once for "
+        "each, as STAGE=CACHE",
     )
     command.add_argument(
         "--out", required=True, metavar="DIR", help="where all goes; finished runs stay as they are"

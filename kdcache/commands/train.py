@@ -35,6 +35,12 @@ def add(parsers: Any) -> None:
         "--out", metavar="RUN", help="the run directory; an unfinished one goes on"
     )
     command.add_argument(
+        "--share",
+        metavar="DIR",
+        help="of a recipe with stages: train those that other runs begin with too here, once for "
+        "all that name the same directory",
+    )
+    command.add_argument(
         "--print-recipe", action="store_true", help="show the resolved recipe, and stop"
     )
 
@@ -42,22 +48,25 @@ def add(parsers: Any) -> None:
 def run(arguments: argparse.Namespace, overrides: Overrides) -> int:
     """Train a student."""
     from kdcache.recipe import load_recipe
+    from kdcache.recipe.stages import caches_of_stages
 
     recipe = load_recipe(arguments.recipe, overrides)
     if arguments.print_recipe:
         return print_recipe(arguments, recipe)
     given = arguments.cache or []
     if not recipe.stages:
+        if arguments.share is not None:
+            arguments.error(f"argument --share: {recipe.name} has no stages; leave it out")
         if len(given) > 1:
             arguments.error("argument --cache: given twice; train.caches in a recipe takes several")
         if not recipe.train.caches:
             needs(arguments, "cache")
     out = needs(arguments, "out")
     from kdcache.train.runs.loop import train
-    from kdcache.train.runs.stages import caches_of_stages, train_stages
+    from kdcache.train.runs.stages import train_stages
 
     if recipe.stages:
-        summary = train_stages(recipe, caches_of_stages(recipe, given), out)
+        summary = train_stages(recipe, caches_of_stages(recipe, given), out, arguments.share)
     else:
         summary = train(recipe, given[0] if given else None, out)
     from kdcache.train.runs.parallel import is_main

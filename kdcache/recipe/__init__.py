@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, StrictBool, ValidationError, model_validator
 
 from kdcache.errors import RecipeError
 from kdcache.recipe.corpus import AugmentSection, CorpusSection, TaskSection
@@ -170,18 +170,33 @@ class Recipe(Section):
         "it takes from the sections above. `NAME:STAGE` is one stage as a recipe of its own.",
     )
 
+    skip: StrictBool = Field(
+        False,
+        description="Of a stage: leave it out. The one after it begins as its own `train.student` "
+        "says, or from the stage before.",
+    )
+
     @model_validator(mode="after")
     def _stages_end(self) -> Recipe:
         if nested := [name for name, stage in self.stages.items() if stage.stages]:
             raise ValueError(f"stages.{nested[0]} has stages of its own; put them in one row")
+        if self.stages and not self.kept:
+            raise ValueError("skip is true in all stages; keep one")
         return self
+
+    @property
+    def kept(self) -> dict[str, Recipe]:
+        """The stages that are not left out, in order; empty where it has no stages."""
+        return {name: stage for name, stage in self.stages.items() if not stage.skip}
 
     def single(self) -> Recipe:
         """The recipe itself.
 
         Raises:
-            RecipeError: it is of several stages, each of which is asked for by itself.
+            RecipeError: it is of several stages, each of which is asked for by itself, or left out.
         """
+        if self.skip:
+            raise RecipeError(f"{self.name}: skip is true, of which a recipe's stages are left out")
         if self.stages:
             names = ", ".join(f"{self.name}:{name}" for name in self.stages)
             raise RecipeError(f"{self.name}: has {len(self.stages)} stages; name one of {names}")
@@ -230,6 +245,7 @@ def dump_recipe(recipe: Recipe) -> str:
 def recipe_tree(recipe: Recipe) -> dict[str, Any]:
     """The resolved recipe as plain values; where it has stages they alone say what is done."""
     if not recipe.stages:
-        return recipe.model_dump(mode="json", exclude={"stages"})
-    tree = recipe.model_dump(mode="json", include={"name", "description"})
+        left_out = {"stages"} if recipe.skip else {"stages", "skip"}
+        return recipe.model_dump(mode="json", exclude=left_out)
+    tree = recipe.model_dump(mode="json", include={"name", "description", "sweep"})
     return tree | {"stages": {name: recipe_tree(stage) for name, stage in recipe.stages.items()}}

@@ -1,14 +1,17 @@
-"""Recipes of several stages: each stage becomes a whole recipe, and overrides find theirs."""
+"""Recipes of several stages: each is a whole recipe, and overrides and caches find theirs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdcache.errors import RecipeError
 from kdcache.recipe.files import merged, read_file
-from kdcache.recipe.tree import override
+from kdcache.recipe.tree import read_value, set_value
+
+if TYPE_CHECKING:
+    from kdcache.recipe import Recipe
 
 STAGES = "stages"
 #: Sections that stages share, each as far as it does not say otherwise.
@@ -71,8 +74,8 @@ def override_all(tree: dict[str, Any], dotted: str, text: str, own: str | None =
 
     Args:
         tree: with whole stages, if any.
-        dotted: see `override`.
-        text: see `override`.
+        dotted: see `set_value`.
+        text: see `read_value`.
         own: the stage that the tree is of; None for a whole recipe.
 
     Raises:
@@ -83,14 +86,55 @@ def override_all(tree: dict[str, Any], dotted: str, text: str, own: str | None =
         if stage != own or not rest:
             raise RecipeError(f"--{dotted}: the recipe is of stage {own} alone; leave it out")
         dotted = rest
+    set_all(tree, dotted, read_value(dotted, text))
+
+
+def set_all(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set one value in place, of every stage where the path does not name one.
+
+    Args:
+        tree: with whole stages, if any.
+        dotted: see `set_value`.
+        value: plain; each stage has a copy.
+
+    Raises:
+        RecipeError: the path leads nowhere.
+    """
     stages = tree.get(STAGES)
     if not stages or dotted.partition(".")[0] not in _SECTIONS:
-        override(tree, dotted, text)
+        set_value(tree, dotted, deepcopy(value))
         return
     for name, stage in stages.items():
         try:
-            override(stage, dotted, text)
+            set_value(stage, dotted, deepcopy(value))
         except RecipeError as error:
             raise RecipeError(
                 f"{error} (in stage {name}; --{STAGES}.{name}.{dotted} sets one stage alone)"
             ) from None
+
+
+def caches_of_stages(recipe: Recipe, given: Sequence[str]) -> dict[str, str | None]:
+    """The cache of every stage that is not left out; None where the recipe names it itself.
+
+    Args:
+        recipe: with stages.
+        given: STAGE=CACHE for each of the others; those of stages that are left out do not count.
+
+    Raises:
+        RecipeError: a stage has none or two, or there is no such stage.
+    """
+    found: dict[str, str | None] = {}
+    for word in given:
+        stage, equals, cache = word.partition("=")
+        if not equals or stage not in recipe.stages:
+            raise RecipeError(
+                f"--cache {word}: {recipe.name} has stages; give each its own: "
+                f"{' '.join(f'--cache {name}=CACHE' for name in recipe.kept)}"
+            )
+        if stage in found or recipe.stages[stage].train.caches:
+            raise RecipeError(f"--cache {word}: stage {stage} has a cache already; keep one")
+        found[stage] = cache
+    for stage, own in recipe.kept.items():
+        if stage not in found and not own.train.caches:
+            raise RecipeError(f"stage {stage} of {recipe.name} has no cache: --cache {stage}=CACHE")
+    return {stage: found.get(stage) for stage in recipe.kept}

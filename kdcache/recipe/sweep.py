@@ -20,13 +20,16 @@ def _values(value: object) -> object:
 
 Values = Annotated[list[Any], BeforeValidator(_values), Field(min_length=1)]
 Settings = Annotated[dict[str, Any], Field(min_length=1)]
+#: What an item of the list is called, among its paths.
+NAME = "name"
 
 
 class SweepSection(Section):
     """Runs that differ in some fields: a grid, a list, or every item of a list on the whole grid.
 
     Any field below `train` can be swept by its dotted path, items of a list by number, and with
-    `dump.signals.NAME.codec` the codec of a logits signal: the cache is re-encoded for each.
+    `dump.signals.NAME.codec` the codec of a logits signal: the cache is re-encoded for each. Of a
+    recipe with stages `stages.NAME.train...` is a field of one, `stages.NAME.skip` leaves it out.
     """
 
     grid: dict[str, Values] = Field(
@@ -37,7 +40,8 @@ class SweepSection(Section):
     list: builtins.list[Settings] = Field(
         default_factory=builtins.list,
         description="Settings that belong together, each a mapping of dotted paths to values. With "
-        "a grid too, each of them is run on the whole grid.",
+        "a grid too, each of them is run on the whole grid. Where each has a `name` beside its "
+        "paths, tables show that in their place.",
     )
     metric: str = Field(
         "dev_loss",
@@ -50,6 +54,9 @@ class SweepSection(Section):
     def _fits(self) -> SweepSection:
         if not self.grid and not self.list:
             raise ValueError("give grid, list, or both")
+        names = [settings.get(NAME) for settings in self.list if NAME in settings]
+        if names and (len(names) < len(self.list) or len(set(map(str, names))) < len(names)):
+            raise ValueError(f"list: names are {names}; give each item its own, or none any")
         for number, settings in enumerate(self.list):
             if both := sorted(set(settings) & set(self.grid)):
                 raise ValueError(f"list.{number} and grid both set {both[0]}; keep one")

@@ -90,30 +90,42 @@ def override(tree: dict[str, Any], dotted: str, text: str) -> None:
 
     Args:
         tree: plain values, as `read_yaml` gives them.
-        dotted: keys joined by dots; items of a list by number, from 0. The number after the
-            last item appends one. Sections that are not there are made. What follows
-            `sweep.grid.` is one key.
-        text: the value, as YAML.
+        dotted: see `set_value`.
+        text: see `read_value`.
 
     Raises:
         RecipeError: the path leads nowhere, or the value is not YAML.
     """
+    set_value(tree, dotted, read_value(dotted, text))
+
+
+def read_value(dotted: str, text: str) -> Any:
+    """The plain value of an override.
+
+    Args:
+        dotted: its path, for the error.
+        text: the value, as YAML.
+
+    Raises:
+        RecipeError: it is not YAML.
+    """
     try:
-        value = read_yaml(text)
+        return read_yaml(text)
     except RecipeError as error:
         raise RecipeError(
             f"--{dotted} {text!r}: {str(error).removeprefix('line 1: ')}; "
             "quote a text with special characters"
         ) from None
-    set_value(tree, dotted, value)
 
 
 def set_value(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set one value of a tree in place by its dotted path, as `override` does.
+    """Set one value of a tree in place by its dotted path.
 
     Args:
         tree: plain values.
-        dotted: see `override`.
+        dotted: keys joined by dots; items of a list by number, from 0. The number after the
+            last item appends one. Sections that are not there are made. What follows
+            `sweep.grid.` is one key.
         value: plain.
 
     Raises:

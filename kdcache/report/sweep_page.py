@@ -53,6 +53,8 @@ def sweep_document(out: Path, beside: Sequence[RunRecord], cache: str | None) ->
             lead += f" ± {row['std']:.2g} over {row['num_runs']} seeds"
         lead += "."
     place = cache or record["cache"]
+    if isinstance(place, dict):  # of stages; the last one is shown
+        place = list(place.values())[-1]
     maps = [one for one in (sweep.heat_map(rows), sweep.dots(rows)) if one is not None]
     calibrated = calibration([one for one in runs if one.summary][:2], place)
     beyond = [one for one in (sweep.sizes(rows), sweep.codecs(rows), calibrated) if one is not None]

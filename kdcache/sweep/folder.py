@@ -2,6 +2,7 @@
 
 OUT/sweep.json      the cache, what is varied, and the runs of the last command
     runs/NAME/      run directories, as `kdcache train` writes them
+    shared/NAME/    stages that several runs begin with
     caches/NAME/    re-encoded caches
     state/NAME.json   one line of why a run failed; how its evaluation was made
     logs/NAME.log   what a run said
@@ -21,7 +22,7 @@ from kdcache.errors import IdentityError, StorageError
 from kdcache.formats.cache import Cache
 from kdcache.formats.stores.commit import is_temporary, storage_errors, write_data
 from kdcache.recipe import EvaluateSection, load_recipe
-from kdcache.sweep.plan import CACHES, RUNS, PlannedRun
+from kdcache.sweep.plan import CACHES, RUNS, SHARED, Caches, PlannedRun
 
 SWEEP, STATE, LOGS, LOCK = "sweep.json", "state", "logs", ".lock"
 RUN, EVALUATION, METRICS = "run.json", "evaluation.json", "metrics.jsonl"
@@ -34,17 +35,18 @@ class SweepFolder:
 
     Args:
         out: made if it is not there.
-        cache: what all runs read; None where recipes name their caches.
-        location: where it lies.
+        opened: what all runs read, of stages by name; those that recipes name are left out.
+        cache: where it lies.
 
     Raises:
         IdentityError: a sweep over another cache stands there.
         StorageError: something else stands there, or the disk refused.
     """
 
-    def __init__(self, out: Path, cache: Cache | None, location: str | None) -> None:
-        self.out, self.cache = out, location
-        self._identity = None if cache is None else _identity(cache)
+    def __init__(self, out: Path, opened: Mapping[str, Cache], cache: Caches) -> None:
+        self.out, self.cache = out, cache
+        found_in = {name: _identity(one) for name, one in opened.items()}
+        self._identity = found_in if isinstance(cache, Mapping) else found_in.get("")
         found = None
         if (out / SWEEP).is_file():
             found = read_sweep(out)
@@ -58,7 +60,7 @@ class SweepFolder:
         if found is not None and found["identity"] != self._identity:
             raise IdentityError(
                 f"{out}: holds a sweep over another cache ({found['cache']}: {found['identity']}; "
-                f"here {location}: {self._identity}); choose another output"
+                f"here {cache}: {self._identity}); choose another output"
             )
 
     def write(self, name: str, metric: str, runs: Sequence[PlannedRun]) -> None:
@@ -79,7 +81,12 @@ class SweepFolder:
             "cache": self.cache,
             "identity": self._identity,
             "runs": [
-                {"name": run.name, "settings": run.settings, "codecs": dict(run.codecs)}
+                {
+                    "name": run.name,
+                    "settings": run.settings,
+                    "codecs": dict(run.codecs),
+                    "stages": run.stages,
+                }
                 for run in runs
             ],
         }
@@ -105,15 +112,15 @@ class SweepFolder:
 
     def trained(self, run: PlannedRun) -> bool:
         """Whether the run has ended."""
-        return read_summary(run.run_path(self.out)) is not None
+        return read_summary(run.result_path(self.out)) is not None
 
     def finished(self, run: PlannedRun) -> bool:
         """Whether nothing is left to do: trained, and evaluated as its recipe says now."""
         if not self.trained(run):
             return False
-        if run.recipe.evaluate.corpus is None:
+        if run.last.evaluate.corpus is None:
             return True
-        path = run.run_path(self.out)
+        path = run.result_path(self.out)
         if not (path / EVALUATION).is_file():
             return False
         noted = read_state(self.out, run.name).get("evaluate")
@@ -127,7 +134,7 @@ class SweepFolder:
 
 def _own(name: str) -> bool:
     """Whether a file of this name is what a sweep, its single commands or its report make."""
-    known = (STATE, LOGS, LOCK, RUNS, CACHES, "report.html", "report.md", "report-pictures")
+    known = (STATE, LOGS, LOCK, RUNS, CACHES, SHARED, "report.html", "report.md", "report-pictures")
     return name in known or is_temporary(name)
 
 
@@ -139,7 +146,7 @@ def _identity(cache: Cache) -> dict[str, Any]:
 
 def _evaluate(run: PlannedRun) -> dict[str, Any]:
     """How a run is evaluated."""
-    section: EvaluateSection = run.recipe.evaluate
+    section: EvaluateSection = run.last.evaluate
     return section.model_dump(mode="json")
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,19 @@ from typing import Any
 from kdcache.compile.servable import check_servable
 from kdcache.errors import RecipeError
 from kdcache.formats.cache import Cache
-from kdcache.formats.keyed import text_key
 from kdcache.formats.signals import LogitsRecord
-from kdcache.recipe import LogitsSignal, Recipe, SweepSection, parse_recipe
-from kdcache.recipe.tree import set_value
-from kdcache.train.runs.run import FREE_KEYS
+from kdcache.recipe import LogitsSignal, Recipe, SweepSection, parse_recipe, recipe_tree
+from kdcache.recipe.stages import STAGES, set_all
+from kdcache.recipe.sweep import NAME
+from kdcache.train.runs.run import digest_of, settings_of, shared_name
 
-RUNS, CACHES = "runs", "caches"
+RUNS, CACHES, SHARED = "runs", "caches", "shared"
 #: The codec of labels that are not re-encoded, in tables.
 AS_DUMPED = "as dumped"
 
 Settings = dict[str, Any]
+#: What a sweep is over: a cache, those of stages by name, or None where recipes name their caches.
+Caches = str | Mapping[str, str | None] | None
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,34 @@ class PlannedRun:
         """The run directory."""
         return out / RUNS / self.name
 
-    def cache_path(self, cache: str | None, out: Path) -> str | None:
-        """The cache that it reads: the given one, or one that is made of it."""
-        if not self.codecs:
-            return cache
-        return str(out / CACHES / codec_digest(self.codecs))
+    @property
+    def stages(self) -> list[str]:
+        """Its stages in order; empty where it is one training."""
+        return list(self.recipe.kept)
+
+    @property
+    def last(self) -> Recipe:
+        """The recipe of its last training, which is scored."""
+        return self.recipe.kept[self.stages[-1]] if self.stages else self.recipe
+
+    def result_path(self, out: Path) -> Path:
+        """The run directory of its last training."""
+        return self.run_path(out).joinpath(*self.stages[-1:])
+
+    def first_shared(self, caches: Caches, out: Path) -> Path | None:
+        """The run that its first stage is, for all that begin so; None where it has but one."""
+        if len(self.stages) < 2:
+            return None
+        assert isinstance(caches, Mapping)
+        first = self.stages[0]
+        return out / SHARED / shared_name(self.recipe.stages[first], caches[first])
+
+    def cache_path(self, cache: Caches, out: Path) -> str | None:
+        """The cache that it reads, without stages: the given one, or one that is made of it."""
+        if self.codecs:
+            return str(out / CACHES / codec_digest(self.codecs))
+        assert not isinstance(cache, Mapping)
+        return cache
 
 
 def plan_runs(tree: Mapping[str, Any], where: str, cache: Cache | None) -> list[PlannedRun]:
@@ -79,12 +103,16 @@ def plan_runs(tree: Mapping[str, Any], where: str, cache: Cache | None) -> list[
             "--sweep.grid.train.objective.1.temperature 1,2,4 (see docs/sweeps.md)"
         )
     base = {key: value for key, value in tree.items() if key != "sweep"}
-    paths = list(dict.fromkeys([p for one in section.list for p in one] + list(section.grid)))
+    paths = dict.fromkeys([p for one in section.list for p in one] + list(section.grid))
+    named = NAME in paths
+    paths.pop(NAME, None)
+    stages = list(tree.get(STAGES) or ())
     for path in paths:
-        _check_path(path, where)
+        _check_path(path, where, stages)
+    shown_paths = [NAME, *section.grid] if named else list(paths)
     found: dict[str, PlannedRun] = {}
     for given in points(section):
-        run = _planned(base, given, paths, where, cache)
+        run = _planned(base, given, shown_paths, where, cache)
         found.setdefault(run.name, run)
     return list(found.values())
 
@@ -96,14 +124,30 @@ def points(section: SweepSection) -> list[Settings]:
     return [{**item, **point} for item in section.list or [{}] for point in grid]
 
 
-def _check_path(path: str, where: str) -> None:
+def _check_path(path: str, where: str, stages: Collection[str]) -> None:
     """Refuse to vary what a run does not read."""
-    if path.startswith("train.") or _codec_of(path) is not None:
+    stage, own = _of_stage(path)
+    if own.startswith("train.") and (stage is None or stage in stages):
         return
-    raise RecipeError(
-        f"{where}: sweep: {path!r} cannot be swept; a sweep varies fields of train, or "
-        "dump.signals.NAME.codec, which re-encodes the cache"
-    )
+    if own == "skip" and stage in stages:
+        return
+    if _codec_of(path) is not None and not stages:
+        return
+    varied = "fields of train, or dump.signals.NAME.codec, which re-encodes the cache"
+    if stages:
+        varied = (
+            "fields of train, and of one stage with stages.NAME before them, or stages.NAME.skip; "
+            f"stages are {', '.join(stages)}"
+        )
+    raise RecipeError(f"{where}: sweep: {path!r} cannot be swept; a sweep varies {varied}")
+
+
+def _of_stage(path: str) -> tuple[str | None, str]:
+    """The stage that a path names, if it does, and the rest of it."""
+    if not path.startswith(f"{STAGES}."):
+        return None, path
+    _, stage, own = [*path.split(".", 2), ""][:3]
+    return stage, own
 
 
 def _codec_of(path: str) -> str | None:
@@ -121,32 +165,45 @@ def _planned(
     """One run, its recipe validated."""
     tree = copy.deepcopy(dict(base))
     signals = []
+    name = given.get(NAME)
+    given = {path: value for path, value in given.items() if path != NAME}
     for path, value in given.items():
         signal = _codec_of(path)
         if signal is not None and value is None:
             continue
         if signal is not None:
             signals.append(signal)
-        set_value(tree, path, copy.deepcopy(value))
+        set_all(tree, path, value)
     recipe = parse_recipe(tree, where=f"{where}: sweep")
     codecs = {}
     for signal in signals:
         codec = _reencoded(recipe, signal, where, cache)
         if codec is not None:
             codecs[signal] = codec
-    plain = recipe.model_dump(mode="json")
-    train = {key: value for key, value in plain["train"].items() if key not in FREE_KEYS}
-    settings = {path: _setting(plain, path, given) for path in paths}
-    # Sorted by json, so that the order of fields in a file does not matter.
-    name = _digest({"train": train, "codecs": codecs})
-    return PlannedRun(name, settings, given, recipe, codecs)
+    plain = recipe_tree(recipe)
+    settings = {path: name if path == NAME else _setting(plain, path, given) for path in paths}
+    identity: dict[str, Any] = {"train": settings_of(recipe), "codecs": codecs}
+    if recipe.stages:
+        identity = {name: settings_of(stage) for name, stage in recipe.kept.items()}
+    return PlannedRun(digest_of(identity), settings, given, recipe, codecs)
 
 
-def _setting(plain: dict[str, Any], path: str, given: Settings) -> Any:
-    """The value that a run has at a path, given or not."""
+def _setting(plain: Mapping[str, Any], path: str, given: Settings) -> Any:
+    """The value that a run has at a path, given or not; None of a stage that is left out."""
     if _codec_of(path) is not None:
         return given.get(path) or AS_DUMPED
-    node: Any = plain
+    if STAGES not in plain:
+        return _value(plain, path)
+    stage, own = _of_stage(path)
+    if own == "skip":
+        return plain[STAGES][stage].get(own, False)
+    trees = plain[STAGES].values() if stage is None else [plain[STAGES][stage]]
+    found = [_value(tree, own) for tree in trees if not tree.get("skip")] or [None]
+    return found[0] if all(one == found[0] for one in found) else found
+
+
+def _value(node: Any, path: str) -> Any:
+    """The plain value at a path; None where there is none."""
     for key in path.split("."):
         try:
             node = node[int(key)] if isinstance(node, list) else node[key]
@@ -173,12 +230,7 @@ def _reencoded(recipe: Recipe, signal: str, where: str, cache: Cache | None) -> 
 
 def codec_digest(codecs: Mapping[str, Any]) -> str:
     """Name of the cache whose signals are re-encoded so."""
-    return _digest(dict(codecs))
-
-
-def _digest(tree: Mapping[str, Any]) -> str:
-    """12 hex digits of plain values."""
-    return f"{text_key(json.dumps(tree, sort_keys=True)):016x}"[:12]
+    return digest_of(dict(codecs))
 
 
 def short_names(paths: Sequence[str]) -> dict[str, str]:

@@ -15,10 +15,10 @@ from typing import Any
 
 from kdcache.errors import RecipeError, StoppedError, TrainingError
 from kdcache.formats.cache import open_cache
-from kdcache.recipe import parse_recipe
-from kdcache.recipe.stages import override_all, read_recipe
-from kdcache.sweep.folder import LOCK, SweepFolder, only_one, read_sweep
-from kdcache.sweep.plan import PlannedRun, plan_runs
+from kdcache.recipe import Recipe, parse_recipe
+from kdcache.recipe.stages import caches_of_stages, override_all, read_recipe
+from kdcache.sweep.folder import LOCK, SweepFolder, only_one, read_summary, read_sweep
+from kdcache.sweep.plan import SHARED, Caches, PlannedRun, plan_runs
 from kdcache.sweep.status import Status
 from kdcache.sweep.table import outcome
 from kdcache.sweep.work import Worker
@@ -34,7 +34,7 @@ class Sweep:
     Attributes:
         source: the recipe, as the command names it.
         overrides: likewise; those of the sweep section are left out.
-        cache: likewise; None where recipes name their caches.
+        cache: likewise, of stages by name; None where recipes name their caches.
         out: its folder.
         name: of the recipe.
         metric: that the table is sorted by.
@@ -44,7 +44,7 @@ class Sweep:
 
     source: str
     overrides: Overrides
-    cache: str | None
+    cache: Caches
     out: Path
     name: str
     metric: str
@@ -54,7 +54,7 @@ class Sweep:
 
 def plan_sweep(
     source: str,
-    cache: str | None,
+    cache: str | Sequence[str] | None,
     out: str | Path,
     overrides: Overrides = (),
     metric: str | None = None,
@@ -63,7 +63,8 @@ def plan_sweep(
 
     Args:
         source: a recipe file, or a built-in recipe by name.
-        cache: that all runs read; None where the recipe names its caches.
+        cache: that all runs read; None where the recipe names its caches; of a recipe with stages
+            STAGE=CACHE of each.
         out: folder of the sweep.
         overrides: (dotted path, YAML text) pairs.
         metric: that the table is sorted by; as the recipe says without it.
@@ -82,28 +83,44 @@ def plan_sweep(
     tree, stage = read_recipe(source)
     for dotted, text in overrides:
         override_all(tree, dotted, text, stage)
-    recipe = parse_recipe(tree, source).single()
-    if cache is None and not recipe.train.caches:
-        raise RecipeError("sweep: no cache; give --cache CACHE, or name caches in train.caches")
-    if cache is not None and recipe.train.caches:
-        raise RecipeError(
-            f"sweep: --cache is {cache} and train.caches names {len(recipe.train.caches)}; leave "
-            "one of them out"
-        )
-    opened = None if cache is None else open_cache(cache)
-    runs = plan_runs(tree, source, opened)
+    recipe = parse_recipe(tree, source)
+    given = [cache] if isinstance(cache, str) else list(cache or ())
+    place: Caches = caches_of_stages(recipe, given) if recipe.stages else _one(recipe, given)
+    named = place if isinstance(place, Mapping) else {"": place}
+    opened = {name: open_cache(path) for name, path in named.items() if path is not None}
+    runs = plan_runs(tree, source, opened.get(""))
+    if recipe.stages:
+        from kdcache.train.runs.stages import check_stages
+
+        for run in runs:
+            check_stages(run.recipe, named)
     assert recipe.sweep is not None
     path = Path(out)
     return Sweep(
         source=source,
         overrides=[pair for pair in overrides if not _of_sweep(pair[0])],
-        cache=cache,
+        cache=place,
         out=path,
         name=recipe.name,
         metric=metric or recipe.sweep.metric,
         runs=runs,
-        folder=SweepFolder(path, opened, cache),
+        folder=SweepFolder(path, opened, place),
     )
+
+
+def _one(recipe: Recipe, given: Sequence[str]) -> str | None:
+    """The one cache of a recipe without stages; None where it names its caches."""
+    recipe.single()
+    if len(given) > 1:
+        raise RecipeError(f"sweep: --cache is given {len(given)} times; {recipe.name} reads one")
+    if not given and not recipe.train.caches:
+        raise RecipeError("sweep: no cache; give --cache CACHE, or name caches in train.caches")
+    if given and recipe.train.caches:
+        raise RecipeError(
+            f"sweep: --cache is {given[0]} and train.caches names {len(recipe.train.caches)}; "
+            "leave one of them out"
+        )
+    return given[0] if given else None
 
 
 def _of_sweep(dotted: str) -> bool:
@@ -139,7 +156,7 @@ def run_sweep(sweep: Sweep, jobs: int = 1) -> dict[str, Any]:
             while waiting or workers.busy:
                 for number in workers.idle:
                     if waiting:
-                        run = _next(waiting, workers.last(number))
+                        run = _next(sweep, waiting, workers.last(number), workers.busy)
                         status.begin(run)
                         workers.give(number, run)
                 for run, failure in workers.ended(0.5):
@@ -151,10 +168,22 @@ def run_sweep(sweep: Sweep, jobs: int = 1) -> dict[str, Any]:
     return outcome(sweep.out, read_sweep(sweep.out))
 
 
-def _next(waiting: list[PlannedRun], last: PlannedRun | None) -> PlannedRun:
-    """Take the next run for a worker: one that reads what its last one did, if there is one."""
-    same = [n for n, run in enumerate(waiting) if last is not None and run.codecs == last.codecs]
-    return waiting.pop(same[0] if same else 0)
+def _next(
+    sweep: Sweep, waiting: list[PlannedRun], last: PlannedRun | None, busy: Sequence[PlannedRun]
+) -> PlannedRun:
+    """Take the next run for a worker.
+
+    One that need not wait for a stage that a busy one trains, if there is one; of these one that
+    reads what the worker's last run did.
+    """
+    begun = {run.first_shared(sweep.cache, sweep.out) for run in busy}
+    held = {path for path in begun if path is not None and read_summary(path) is None}
+    free = [run for run in waiting if run.first_shared(sweep.cache, sweep.out) not in held]
+    free = free or waiting
+    same = [run for run in free if last is not None and run.codecs == last.codecs]
+    found = (same or free)[0]
+    waiting.remove(found)
+    return found
 
 
 def run_one(sweep: Sweep, index: int) -> dict[str, Any]:
@@ -207,11 +236,16 @@ def commands(sweep: Sweep) -> list[str]:
     """A shell command for each run, which does all of it."""
     lines = []
     for run in sweep.runs:
-        place, path = run.cache_path(sweep.cache, sweep.out), run.run_path(sweep.out)
+        path = run.run_path(sweep.out)
+        places = {"": run.cache_path(sweep.cache, sweep.out)} if not run.stages else sweep.cache
+        assert isinstance(places, Mapping)
         words = ["kdcache", "train", sweep.source]
-        if place is not None:
-            words += ["--cache", place]
+        for stage, place in places.items():
+            if place is not None and stage in (run.stages or places):
+                words += ["--cache", f"{stage}={place}" if stage else place]
         words += ["--out", str(path)]
+        if len(run.stages) > 1:
+            words += ["--share", str(sweep.out / SHARED)]
         settings = [
             (key, json.dumps(v))
             for key, v in run.given.items()
@@ -221,12 +255,12 @@ def commands(sweep: Sweep) -> list[str]:
             words += [f"--{key}", text]
         steps = [words]
         if run.codecs:
-            assert sweep.cache is not None
-            compiled = ["kdcache", "compile", sweep.cache, "--out", str(place)]
+            assert isinstance(sweep.cache, str)
+            compiled = ["kdcache", "compile", sweep.cache, "--out", str(places[""])]
             for signal_name, codec in run.codecs.items():
                 compiled += ["--codec", f"{signal_name}={json.dumps(codec)}"]
             steps.insert(0, compiled)
-        if run.recipe.evaluate.corpus is not None:
+        if run.last.evaluate.corpus is not None:
             steps.append(["kdcache", "evaluate", str(path)])
         lines.append(" && ".join(shlex.join(step) for step in steps))
     return lines

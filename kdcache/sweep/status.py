@@ -55,7 +55,7 @@ class Status:
         if failure is not None:
             self._say(f"{self._place(run)} failed: {run.label}: {failure}")
         elif not self._live:
-            loss = (read_summary(run.run_path(self._out)) or {}).get("best_dev_loss")
+            loss = (read_summary(run.result_path(self._out)) or {}).get("best_dev_loss")
             more = "" if loss is None else f", dev loss {loss:.4f}"
             self._say(f"{self._place(run)} done in {seconds:.1f} s{more}: {run.label}")
 
@@ -81,8 +81,8 @@ class Status:
         names = short_names(paths)
         cells = [["", *(names[path] for path in paths), "step", "loss", "dev loss"]]
         for _, run, found in rows:
-            total = run.recipe.train.max_steps
-            step = f"{found['step']:,}/{total:,}" if found["step"] else ""
+            step = f"{found['step']:,}/{found['total']:,}" if found["step"] else ""
+            step = " ".join([*found["stage"], step]).rstrip() if step else ""
             settings = [shown(run.settings[path]) for path in paths]
             numbers = [number(found[key]) if found[key] else "" for key in ("loss", "dev_loss")]
             cells.append([self._states[run.name], *settings, step, *numbers])
@@ -107,11 +107,16 @@ class Status:
         return f"{len(states)} runs: {text}"
 
     def _numbers(self, run: PlannedRun) -> dict[str, Any]:
-        """The last step, loss and lowest dev loss that a run has noted."""
+        """The last step, loss and lowest dev loss that a run, or its newest stage, has noted."""
         found: dict[str, Any] = {"step": None, "loss": None, "dev_loss": None}
         if self._states[run.name] == "waiting":
             return found
-        for line in _last_lines(run.run_path(self._out) / METRICS):
+        path, recipe = run.run_path(self._out), run.recipe
+        begun = [stage for stage in run.stages if (path / stage / METRICS).is_file()][-1:]
+        for stage in begun:
+            path, recipe = path / stage, recipe.stages[stage]
+        found |= {"stage": begun, "total": recipe.train.max_steps}
+        for line in _last_lines(path / METRICS):
             found["step"] = line["step"]
             found["loss"] = line.get("loss", found["loss"])
             dev = line.get("dev_loss")

@@ -67,8 +67,13 @@ def metric_value(
 
 def _run(out: Path, one: Mapping[str, Any], metric: str) -> dict[str, Any]:
     """One run of the table."""
-    path = out / RUNS / one["name"]
+    stages = one.get("stages", [])  # older sweeps have none
+    path = (out / RUNS / one["name"]).joinpath(*stages[-1:])
     summary, evaluation = read_summary(path), read_evaluation(path)
+    if summary is not None:
+        before = [read_summary(path.parent / stage) for stage in stages[:-1]]
+        seconds = sum(part["seconds"] for part in before if part is not None)
+        summary = summary | {"seconds": summary["seconds"] + seconds}
     failure = read_state(out, one["name"]).get("failed")
     state = "failed" if failure else "waiting" if summary is None else "done"
     return {

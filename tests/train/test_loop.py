@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from kdcache.errors import IdentityError, ModelError, RecipeError, StorageError, TrainingError
@@ -61,6 +62,44 @@ def test_a_run_writes_everything(whole, world):
     inputs = tokenizer(world.src[:2], return_tensors="pt", padding=True)
     out = model.generate(**inputs, num_beams=2, max_new_tokens=8)
     assert out.shape[0] == 2
+
+
+def with_metric(make_recipe, name):
+    recipe = make_recipe(checkpoints={"every_steps": 3, "average_last": 4})
+    section = recipe.train.validation.model_copy(update={"metric": name, "every_steps": 3})
+    train = recipe.train.model_copy(update={"validation": section})
+    return recipe.model_copy(update={"train": train})
+
+
+@pytest.mark.parametrize(
+    ("name", "best"), [("dev_loss", 9), ("dev_accuracy", 6), ("dev_perplexity", 12)]
+)
+def test_any_score_chooses_the_best_weights(world, make_recipe, tmp_path, monkeypatch, name, best):
+    said = {
+        0: {"dev_loss": 9.0, "dev_accuracy": 0.9, "dev_perplexity": 1.0},
+        3: {"dev_loss": 4.0, "dev_accuracy": 0.1, "dev_perplexity": 9.0},
+        6: {"dev_loss": 3.0, "dev_accuracy": 0.3, "dev_perplexity": 8.0},
+        9: {"dev_loss": 2.0, "dev_accuracy": 0.3, "dev_perplexity": 7.0},
+        12: {"dev_loss": 2.5, "dev_accuracy": 0.2, "dev_perplexity": 6.0},
+    }
+    monkeypatch.setattr(Trainer, "validate", lambda self: said[self.state.step])
+    run = tmp_path / "run"
+    summary = train(with_metric(make_recipe, name), world.cache, run)
+    assert summary["best_step"] == best
+    assert summary["best_dev_loss"] == said[best]["dev_loss"]
+    assert summary[f"best_{name}"] == said[best][name]
+    here = load_file(run / "best" / "model.safetensors")
+    step = load_file(run / "checkpoint" / f"step-{best:08d}" / "model.safetensors")
+    there = {name.partition(".")[2]: tensor for name, tensor in step.items()}
+    assert len(here) > 10
+    assert all(torch.equal(tensor, there[name]) for name, tensor in here.items())
+
+
+def test_an_unknown_metric_is_refused_before_the_first_step(world, make_recipe, tmp_path):
+    said = "no 'dev_bleu'; its scores are dev_loss, dev_loss_shuffled, dev_accuracy"
+    with pytest.raises(RecipeError, match=said):
+        train(with_metric(make_recipe, "dev_bleu"), world.cache, tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_averaged_weights_are_the_mean(whole):

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +12,13 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from kdcache.cli import main
+from kdcache.errors import RecipeError
 from kdcache.formats.cache import open_cache
 from kdcache.recipe import dump_recipe, load_recipe, parse_recipe
 from kdcache.recipe.tree import read_yaml
+from kdcache.sweep.runner import _next, commands, plan_sweep, run_one, run_sweep
 from kdcache.train.evaluation.evaluate import count_parameters
+from kdcache.train.runs.run import locked
 from kdcache.train.runs.trainer import Trainer
 from kdcache.train.students.student import build_student
 from tests.train import many_ranks
@@ -316,3 +321,181 @@ def test_lambdas_are_the_papers():
             assert [term.loss for term in objective] == ["cross_entropy", "forward_kl"]
             assert tuple(term.weight for term in objective) == weights
             assert objective[1].temperature == 1
+
+
+def ablations(world, out, *pairs):
+    """LightPAFF's Table 7 as a sweep, with a development set of the task."""
+    dev = jsonl(world.root / "dev") | {"fields": {"text": "text", "label": "label"}}
+    corpus = json.dumps(dev | {"label": "label"})
+    given = [*TINY.items(), *((f"{OTHER[2:]}.{k}", v) for k, v in [("validation.corpus", corpus)])]
+    given += [("stages.finetuning.evaluate.corpus", corpus), *pairs]
+    return plan_sweep("lightpaff-bert-ablations", world.caches, out, given)
+
+
+def test_table_7_is_one_sweep_that_trains_each_stage_once(world, tmp_path, monkeypatch, capsys):
+    steps = []
+    real = Trainer.step
+
+    def step(self, batch):
+        real(self, batch)
+        steps.append(self.section.student.kind)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    sweep = ablations(world, tmp_path / "sweep")
+    hard, soft = (1.0, 0.0), (0.0, 1.0)
+    both = (0.5, 0.5)
+    rows = {
+        "FT": (None, hard),
+        "FT + KD": (None, both),
+        "PT, FT": (hard, hard),
+        "PT + KD, FT": (soft, hard),
+        "PT, FT + KD": (hard, both),
+        "PT + KD, FT + KD": (soft, both),
+    }
+    found = {}
+    for number, run in enumerate(sweep.runs):
+        stages = [run.recipe.kept.get(stage) for stage in STAGES]
+        (name,) = run.settings.values()
+        found[name] = tuple(
+            None if one is None else tuple(term.weight for term in one.train.objective)
+            for one in stages
+        )
+        assert run_one(sweep, number)["state"] == "done"
+    assert found == rows
+    assert len({run.name for run in sweep.runs}) == 6
+    # Two pre-trainings, of four steps each, for four rows; a fine-tuning for every row.
+    assert [steps.count(kind) for kind in ("masked_lm", "classifier")] == [2 * 4, 6 * 4]
+    shared = sorted((tmp_path / "sweep" / "shared").iterdir())
+    links = [run.run_path(sweep.out) / "pretraining" for run in sweep.runs]
+    assert [link.is_symlink() for link in links] == [False] * 2 + [True] * 4
+    assert links[2].resolve() == links[4].resolve() != links[3].resolve() == links[5].resolve()
+    assert {link.resolve() for link in links[2:]} == set(shared)
+    # All of it is what each command alone makes, and what is there is found.
+    alone = commands(ablations(world, tmp_path / "alone"))
+    for number in (0, 4):
+        for words in alone[number].split(" && "):
+            assert main(shlex.split(words)[1:]) == 0
+        one, other = (
+            weights(sweep.runs[number].run_path(root), "finetuning")
+            for root in (sweep.out, tmp_path / "alone")
+        )
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    capsys.readouterr()
+    steps.clear()
+    result = run_sweep(sweep)
+    assert "6 of 6 runs are done already" in capsys.readouterr().err
+    assert (result["done"], result["failed"], len(result["rows"])) == (6, 0, 6)
+    for run in result["runs"]:
+        path = tmp_path / "sweep" / "runs" / run["name"]
+        assert run["run"] == str(path / "finetuning")
+        assert run["evaluation"]["num_texts"] == 5
+        parts = [json.loads(part.read_text()) for part in path.glob("*/run.json")]
+        seconds = sum(part["summary"]["seconds"] for part in parts)
+        assert run["summary"]["seconds"] == pytest.approx(seconds)
+    assert not steps
+    # A row without the first stage is that stage's own recipe.
+    words = [*("train", "lightpaff-bert:finetuning", "--out", str(tmp_path / "own"))]
+    words += ["--cache", world.caches[1].partition("=")[2], *words_of(TINY)]
+    assert main(words) == 0
+    own = load_file(tmp_path / "own" / "last" / "model.safetensors")
+    row = weights(sweep.runs[1].run_path(sweep.out), "finetuning")
+    assert all(torch.equal(own[name], row[name]) for name in row)
+    assert main(["report", str(tmp_path / "sweep")]) == 0
+    assert "PT + KD, FT + KD" in (tmp_path / "sweep" / "report.md").read_text()
+
+
+def test_settings_of_stages_are_shown_as_they_are(world, tmp_path):
+    seed, weight = "train.seed", "stages.pretraining.train.objective.0.weight"
+    own = "stages.finetuning.train.seed"
+    items = [{weight: 0.5}, {"stages.pretraining.skip": True, weight: 0.5}, {own: 7}]
+    sweep = ablations(world, tmp_path / "sweep", ("sweep.list", json.dumps(items)))
+    paths = (weight, "stages.pretraining.skip", own)
+    found = [tuple(run.settings[path] for path in paths) for run in sweep.runs]
+    assert found == [(0.5, False, 1), (None, True, 1), (0.0, False, 7)]
+    pairs = ("sweep.list", json.dumps([{own: 7}])), (f"sweep.grid.{seed}", "3")
+    (run,) = ablations(world, tmp_path / "sweep", *pairs).runs
+    assert (run.settings[seed], run.settings[own]) == (3, 3)  # the grid comes last
+    (run,) = ablations(world, tmp_path / "x", ("sweep.list", "[{name: a, train.seed: 9}]")).runs
+    assert [stage.train.seed for stage in run.recipe.kept.values()] == [9, 9]
+    assert run.label == "name a"
+    for names in ("[{name: a, train.seed: 1}, {train.seed: 2}]", "[{name: a}, {name: a}]"):
+        with pytest.raises(RecipeError, match="give each item its own, or none any"):
+            ablations(world, tmp_path / "x", ("sweep.list", names))
+
+
+def test_workers_train_what_need_not_wait_first(world, tmp_path):
+    sweep = ablations(world, tmp_path / "sweep", ("sweep.grid.train.seed", "1,2"))
+    one, same, kd = sweep.runs[4], sweep.runs[8], sweep.runs[6]
+    assert [run.settings["name"] for run in (one, same, kd)] == [
+        "PT, FT",
+        "PT, FT + KD",
+        "PT + KD, FT",
+    ]
+    assert len({run.recipe.kept["pretraining"].train.seed for run in (one, same, kd)}) == 1
+    waiting = [same, kd, sweep.runs[0]]
+    # What another run is pre-training is left until all else has begun.
+    assert [_next(sweep, waiting, None, [one]) for _ in range(3)] == [kd, sweep.runs[0], same]
+    assert not waiting
+    # It is no reason to wait once it is done.
+    shared = one.first_shared(sweep.cache, sweep.out)
+    shared.mkdir(parents=True)
+    (shared / "run.json").write_text(json.dumps({"summary": {"steps": 4}}))
+    assert _next(sweep, [same, kd], None, [one]) == same
+
+
+def test_who_comes_second_waits_and_finds_the_stage_done(world, tmp_path):
+    share = tmp_path / "shared"
+    words = [*command(world, tmp_path / "one"), "--share", str(share)]
+    assert main(words) == 0
+    (stage,) = share.iterdir()
+    done = []
+    with locked(stage):
+        other = [*command(world, tmp_path / "two"), "--share", str(share)]
+        thread = threading.Thread(target=lambda: done.append(main(other)))
+        thread.start()
+        thread.join(3)
+        assert thread.is_alive()  # it waits for whoever trains there
+    thread.join(60)
+    assert done == [0]
+    assert (tmp_path / "two" / "pretraining").resolve() == stage.resolve()
+    one, two = (weights(tmp_path / name, "finetuning") for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_shared_and_skipped_stages_that_cannot_be_are_refused(world, tmp_path, capsys):
+    def said(*words):
+        assert main(list(words)) == 1
+        return capsys.readouterr().err.splitlines()[-1]
+
+    run, share = tmp_path / "run", ["--share", str(tmp_path / "shared")]
+    assert main([*command(world, run), *share]) == 0
+    more = ["--stages.pretraining.train.seed", "5"]
+    assert "is of another run" in said(*command(world, run, *more), *share)
+    # A run that has its own stage keeps it.
+    own = tmp_path / "own"
+    assert main(command(world, own)) == 0
+    assert main([*command(world, own), *share]) == 0
+    assert not (own / "pretraining").is_symlink()
+    skip = "--stages.pretraining.skip", "true"
+    assert "already holds other files (pretraining)" in said(*command(world, own, *skip))
+    assert main(command(world, tmp_path / "ft", *skip)) == 0
+    assert not (tmp_path / "ft" / "pretraining").exists()
+    both = [*skip, "--stages.finetuning.skip", "true"]
+    assert "skip is true in all stages" in said(*command(world, tmp_path / "x", *both))
+    alone = "train", "lightpaff-bert:finetuning", "--cache", str(world.root / "fine"), *both[2:]
+    assert "skip is true" in said(*alone, "--out", str(tmp_path / "x"))
+    sweep = "sweep", "lightpaff-bert-ablations", "--out", str(tmp_path / "sweep")
+    first = ["--cache", world.caches[0]]
+    assert "stage finetuning of lightpaff-bert-ablations-small has no cache" in said(*sweep, *first)
+    given = [word for cache in world.caches for word in ("--cache", cache)]
+    for path in ("stages.before.train.seed", "dump.signals.classes.codec", "skip", "stages.x"):
+        found = said(*sweep, *given, f"--sweep.grid.{path}", "1")
+        assert (
+            f"{path!r} cannot be swept; a sweep varies fields of train, and of one stage" in found
+        )
+    assert not (tmp_path / "sweep").exists()
+    one = "sweep", "word-level", "--out", str(tmp_path / "sweep"), *given
+    assert "--cache is given 2 times" in said(*one, "--sweep.grid.train.seed", "1")
+    with pytest.raises(SystemExit):
+        main(["train", "word-level", "--cache", "c", "--out", "o", *share])
+    assert "has no stages" in capsys.readouterr().err

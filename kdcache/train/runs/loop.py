@@ -28,7 +28,7 @@ from kdcache.train.runs.checkpoint import (
 )
 from kdcache.train.runs.memory import machine_of
 from kdcache.train.runs.parallel import Ranks, joined
-from kdcache.train.runs.run import RunDirectory, locked
+from kdcache.train.runs.run import RunDirectory, locked, place_of
 from kdcache.train.runs.shared import Shared
 from kdcache.train.runs.trainer import Trainer
 from kdcache.versions import versions_of
@@ -46,6 +46,7 @@ def train(
     out: str | Path,
     start: Mapping[str, Any] | None = None,
     shared: Shared | None = None,
+    wait: bool = False,
 ) -> dict[str, Any]:
     """Train a student from a cache; go on where an interrupted run stopped.
 
@@ -58,6 +59,7 @@ def train(
         start: what the student begins as, as plain values, where its path does not say it: a
             resumed run's must be the same.
         shared: what earlier runs of this process left for this one.
+        wait: where another process trains this run, until it has.
 
     Returns:
         run, steps, epochs (begun), tokens, parameters, loss (mean of the last line of metrics),
@@ -88,7 +90,7 @@ def train(
     if recipe.train.log is not None:
         check_installed()
     with joined(resolve_device(recipe.train.device)) as ranks:
-        return _train(recipe, paths, run, start, shared, ranks)
+        return _train(recipe, paths, run, start, shared, ranks, wait)
 
 
 def _train(
@@ -98,16 +100,17 @@ def _train(
     start: Mapping[str, Any] | None,
     shared: Shared,
     ranks: Ranks,
+    wait: bool,
 ) -> dict[str, Any]:
     """What `train` does among its ranks; apart, since the trainer must end before they part."""
     with ExitStack() as held:
         trainer = Trainer(recipe.train, [shared.cache(path) for path in paths], ranks, shared)
         identity = trainer.identity() | ({"start": dict(start)} if start else {})
-        places = [_place(path) for path in paths]
+        places = [place_of(path) for path in paths]
         about = (run, recipe, identity, versions_of(LIBRARIES), places)
         with ranks.together():
             if ranks.main:
-                held.enter_context(locked(run))
+                held.enter_context(locked(run, wait))
                 directory = RunDirectory(*about)
                 if directory.summary is None:
                     recover(run)
@@ -120,11 +123,6 @@ def _train(
                 directory.finish(summary, machine_of(trainer.device))
         assert directory.summary is not None
         return directory.summary
-
-
-def _place(path: str) -> str:
-    """A cache's URL, or its directory from the root."""
-    return path if "://" in path else str(Path(path).resolve())
 
 
 class Loop:

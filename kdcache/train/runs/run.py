@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import IdentityError, ModelError, StorageError
+from kdcache.formats.keyed import text_key
 from kdcache.formats.stores.commit import is_temporary, storage_errors, write_data
 from kdcache.recipe import Recipe, dump_recipe, load_recipe
 
@@ -150,7 +151,7 @@ def last_stage(path: Path) -> Path:
     """
     if (path / IDENTITY).is_file() or not (path / RECIPE).is_file():
         return path
-    stages = list(load_recipe(str(path / RECIPE)).stages)
+    stages = list(load_recipe(str(path / RECIPE)).kept)
     if not stages:
         return path
     if not (path / stages[-1] / RECIPE).is_file():
@@ -162,9 +163,43 @@ def last_stage(path: Path) -> Path:
     return path / stages[-1]
 
 
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """What a run is by its recipe: all of the train section that may not differ on resumption."""
+    found = recipe.model_dump(mode="json")["train"]
+    return {key: value for key, value in found.items() if key not in FREE_KEYS}
+
+
+def digest_of(tree: Any) -> str:
+    """12 hex digits of plain values, whatever the order of their keys."""
+    return f"{text_key(json.dumps(tree, sort_keys=True)):016x}"[:12]
+
+
+def place_of(cache: str | Path) -> str:
+    """A cache's URL, or its directory from the root."""
+    return str(cache) if "://" in str(cache) else str(Path(cache).resolve())
+
+
+def shared_name(
+    stage: Recipe, cache: str | Path | None, start: Mapping[str, Any] | None = None
+) -> str:
+    """The name of a stage that several runs share.
+
+    Args:
+        stage: its recipe.
+        cache: its cache; None where the recipe names its caches.
+        start: what it begins as, beside what the recipe says.
+    """
+    place = None if cache is None else place_of(cache)
+    return digest_of({"train": settings_of(stage), "cache": place, "start": start})
+
+
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
     """Hold a run directory, made if it is not there, against a second trainer.
+
+    Args:
+        path: of the run.
+        wait: for who trains there, to find the run done.
 
     Raises:
         StorageError: somebody else trains there, something else stands there, or the disk
@@ -176,7 +211,7 @@ def locked(path: Path) -> Iterator[None]:
         handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise StorageError(
                 f"{path}: another run is training here; wait for it to end, or choose another "

@@ -1,14 +1,15 @@
 """Several trainings one after another, each from the best weights of the one before.
 
 RUN/recipe.yaml     the resolved recipe of all stages
-    STAGE/          a run of each, see `run`
+    STAGE/          a run of each, see `run`, or a link to one that several share
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from kdcache.recipe import Recipe, StudentSection, dump_recipe
 from kdcache.train.families import FAMILIES
 from kdcache.train.runs.loop import train
 from kdcache.train.runs.parallel import joined
-from kdcache.train.runs.run import IDENTITY, LOCK, RECIPE, write_text
+from kdcache.train.runs.run import IDENTITY, LOCK, RECIPE, shared_name, write_text
+from kdcache.train.runs.shared import Shared
 
 logger = logging.getLogger(__name__)
 
@@ -29,36 +31,12 @@ logger = logging.getLogger(__name__)
 GOES_ON_AS = {("masked_lm", "classifier"), ("masked_seq2seq", "encoder_decoder")}
 
 
-def caches_of_stages(recipe: Recipe, given: Sequence[str]) -> dict[str, str | None]:
-    """The cache of every stage; None where the recipe names its caches itself.
-
-    Args:
-        recipe: with stages.
-        given: STAGE=CACHE for each of the others.
-
-    Raises:
-        RecipeError: a stage has none or two, or there is no such stage.
-    """
-    found: dict[str, str | None] = {}
-    for word in given:
-        stage, equals, cache = word.partition("=")
-        if not equals or stage not in recipe.stages:
-            raise RecipeError(
-                f"--cache {word}: {recipe.name} has stages; give each its own: "
-                f"{' '.join(f'--cache {name}=CACHE' for name in recipe.stages)}"
-            )
-        if stage in found or recipe.stages[stage].train.caches:
-            raise RecipeError(f"--cache {word}: stage {stage} has a cache already; keep one")
-        found[stage] = cache
-    for stage, own in recipe.stages.items():
-        if stage not in found and not own.train.caches:
-            raise RecipeError(f"stage {stage} of {recipe.name} has no cache: --cache {stage}=CACHE")
-        found.setdefault(stage, None)
-    return found
-
-
 def train_stages(
-    recipe: Recipe, caches: Mapping[str, str | Path | None], out: str | Path
+    recipe: Recipe,
+    caches: Mapping[str, str | Path | None],
+    out: str | Path,
+    share: str | Path | None = None,
+    shared: Shared | None = None,
 ) -> dict[str, Any]:
     """Train the stages of a recipe in turn; go on where an interrupted run stopped.
 
@@ -69,6 +47,10 @@ def train_stages(
         recipe: with stages.
         caches: the cache of each, or its URL; None where the stage names its caches.
         out: the directory of all, with a run for each stage.
+        share: where all stages but the last are trained, each under a name made of its recipe,
+            its caches and what it begins with; `out` has links. Who comes second waits for the
+            first, and finds it done. None: every run trains its own.
+        shared: see `train`.
 
     Returns:
         run, and stages: name to what `train` returns of it.
@@ -81,20 +63,27 @@ def train_stages(
     """
     run = Path(out)
     check_stages(recipe, caches)
-    first = next(iter(recipe.stages.values()))
+    first, last = next(iter(recipe.kept.values())), list(recipe.kept)[-1]
     summaries: dict[str, Any] = {}
     with joined(resolve_device(first.train.device)) as ranks:
         with ranks.together():
             if ranks.main:
                 _claim(run, recipe)
         before: str | None = None
-        for number, (name, stage) in enumerate(recipe.stages.items(), start=1):
+        for number, (name, stage) in enumerate(recipe.kept.items(), start=1):
             if ranks.main:
-                logger.info("stage %s, %d of %d", name, number, len(recipe.stages))
+                logger.info("stage %s, %d of %d", name, number, len(recipe.kept))
             with _in_stage(name):
                 begun = stage if before is None else _from_best(stage, run / before)
                 start = None if before is None else _start_of(run, before)
-                summaries[name] = train(begun, caches[name], run / name, start)
+                if share is not None and name != last:
+                    with ranks.together():
+                        if ranks.main:
+                            named = shared_name(stage, caches[name], start)
+                            _link(run / name, Path(share) / named)
+                # Ranks that wait for their main one would give up.
+                wait = ranks.world == 1 and (run / name).is_symlink()
+                summaries[name] = train(begun, caches[name], run / name, start, shared, wait)
             before = name
         with ranks.together():
             if ranks.main:
@@ -110,7 +99,7 @@ def check_stages(recipe: Recipe, caches: Mapping[str, str | Path | None]) -> Non
         IdentityError: stages read different tokens.
     """
     before: tuple[str, StudentSection, Cache, Recipe] | None = None
-    for name, stage in recipe.stages.items():
+    for name, stage in recipe.kept.items():
         with _in_stage(name):
             section = stage.train
             if section.student is None:
@@ -192,13 +181,30 @@ def _claim(run: Path, recipe: Recipe) -> None:
     with storage_errors(run):
         run.mkdir(parents=True, exist_ok=True)
         names = [entry.name for entry in run.iterdir() if not is_temporary(entry.name)]
-    if other := sorted(set(names) - {RECIPE, LOCK, *recipe.stages}):
+    if other := sorted(set(names) - {RECIPE, LOCK, *recipe.kept}):
         raise StorageError(
             f"{run}: output already holds other files ({', '.join(other[:3])}); choose an empty "
             "directory"
         )
     if RECIPE not in names:  # else the stages find out whether it is the same run
         write_text(run / RECIPE, dump_recipe(recipe))
+
+
+def _link(place: Path, common: Path) -> None:
+    """Have a run's stage be one that others share, unless it has one of its own already.
+
+    Raises:
+        IdentityError: it is a link to another one.
+    """
+    if place.is_symlink():
+        if place.resolve() != common.resolve():
+            raise IdentityError(
+                f"{place}: is of another run, {place.resolve()}; choose another output"
+            )
+    elif not place.exists():
+        with storage_errors(place):
+            common.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(os.path.relpath(common.resolve(), place.parent.resolve()))
 
 
 @contextmanager
