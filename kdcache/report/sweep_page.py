@@ -16,7 +16,7 @@ from kdcache.report.pictures import SERIES
 from kdcache.report.run_page import calibration, footer
 from kdcache.report.runs import RunRecord, open_run, provenance, scores, speed
 from kdcache.sweep.folder import read_sweep
-from kdcache.sweep.plan import CACHES, codec_digest, short_names, shown
+from kdcache.sweep.plan import CACHES, codec_digest, in_words, short_names, shown
 from kdcache.sweep.table import outcome, row_cells
 
 #: Rows of the table that get dots of their own.
@@ -125,8 +125,7 @@ class _Sweep:
     def label(self, settings: Mapping[str, Any]) -> str:
         """Settings in a few words."""
         paths = self.paths or list(self.names)
-        found = ", ".join(f"{self.names[path]} {shown(settings[path])}" for path in paths)
-        return found or "all seeds"
+        return in_words(settings, {path: self.names[path] for path in paths}) or "all seeds"
 
     def open(self, name: str) -> RunRecord:
         """A finished run under its settings."""

@@ -48,8 +48,7 @@ class PlannedRun:
     @property
     def label(self) -> str:
         """Its settings in a line."""
-        names = short_names(list(self.settings))
-        return ", ".join(f"{names[path]} {shown(v)}" for path, v in self.settings.items())
+        return in_words(self.settings, short_names(list(self.settings)))
 
     def run_path(self, out: Path) -> Path:
         """The run directory."""
@@ -245,6 +244,17 @@ def short_names(paths: Sequence[str]) -> dict[str, str]:
                 break
         found[path] = end
     return found
+
+
+def in_words(settings: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """Settings in a line; what an item of the list is called stands by itself.
+
+    Args:
+        settings: path to value.
+        names: path to what it is called, of those that are wanted.
+    """
+    found = [(path, name, shown(settings[path])) for path, name in names.items()]
+    return ", ".join(value if path == NAME else f"{name} {value}" for path, name, value in found)
 
 
 def shown(value: Any) -> str:

@@ -42,6 +42,7 @@ class Scale:
         dev_tokens: of a validation.
         replicas: maskings of every text.
         seeds: of the core rows; the others have the first.
+        mkd_seeds: of these, how many MKD's rows have.
         jobs: commands side by side.
     """
 
@@ -73,6 +74,7 @@ class Scale:
     dev_tokens: int
     replicas: int
     seeds: tuple[int, ...]
+    mkd_seeds: int
     jobs: int
 
 
@@ -111,6 +113,7 @@ SCALES = {
         dev_tokens=800,
         replicas=1,
         seeds=(1,),
+        mkd_seeds=1,
         jobs=2,
     ),
     "laptop": Scale(
@@ -142,6 +145,7 @@ SCALES = {
         dev_tokens=30_000,
         replicas=2,
         seeds=(1, 2, 3),
+        mkd_seeds=1,
         jobs=2,
     ),
     "gpu": Scale(
@@ -173,6 +177,7 @@ SCALES = {
         dev_tokens=100_000,
         replicas=4,
         seeds=(1, 2, 3),
+        mkd_seeds=3,
         jobs=1,
     ),
 }

@@ -44,7 +44,8 @@ class Story:
 
     def seeds(self, row: Row) -> Sequence[int]:
         """Seeds of a row."""
-        return self.scale.seeds if row.core else self.scale.seeds[:1]
+        most = self.scale.mkd_seeds if row.group == "mkd" else None
+        return self.scale.seeds[:most] if row.core else self.scale.seeds[:1]
 
     def runs(self, row: Row, seed: int) -> dict[str, str]:
         """Names of the runs of a row: one of all tasks under an empty name, or one of each."""
@@ -108,6 +109,8 @@ class Story:
         last = self.scale.teacher.layers[0]
         own = {k: v.format(half=last // 2, last=last) for k, v in row.overrides.items()}
         words = ("train", row.recipe, "--out", str(self.folder / run), *self._caches(row))
+        if len(row.cache) > 1:
+            words = (*words, "--share", str(self.folder / "shared"))
         command = Command(words, {**more, "train.seed": seed, **own})
         self.steps[run] = Step(command, tuple(needs))
 
