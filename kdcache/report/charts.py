@@ -208,6 +208,7 @@ def dots(name: str, alt: str, rows: Sequence[Dots], x: str) -> Picture:
                 axes.plot([mean - spread, mean + spread], [at, at], color=color, linewidth=1.6)
                 axes.plot(row.values, [at] * len(row.values), "o", color=color, alpha=0.35, ms=5)
             axes.plot([mean], [at], "D" if len(row.values) > 1 else "o", color=color, ms=6)
+        axes.locator_params(axis="x", nbins=5)  # labels of many digits would meet
         axes.set_yticks(range(len(rows)), [row.name for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
