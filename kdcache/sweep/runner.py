@@ -17,10 +17,17 @@ from kdcache.errors import RecipeError, StoppedError, TrainingError
 from kdcache.formats.cache import open_cache
 from kdcache.recipe import Recipe, parse_recipe
 from kdcache.recipe.stages import caches_of_stages, override_all, read_recipe
-from kdcache.sweep.folder import LOCK, SweepFolder, only_one, read_summary, read_sweep
+from kdcache.sweep.folder import (
+    LOCK,
+    SweepFolder,
+    only_one,
+    read_evaluation,
+    read_summary,
+    read_sweep,
+)
 from kdcache.sweep.plan import SHARED, Caches, PlannedRun, plan_runs
 from kdcache.sweep.status import Status
-from kdcache.sweep.table import outcome
+from kdcache.sweep.table import metric_names, metric_value, outcome
 from kdcache.sweep.work import Worker
 from kdcache.sweep.workers import Workers, attempt
 
@@ -153,6 +160,7 @@ def run_sweep(sweep: Sweep, jobs: int = 1) -> dict[str, Any]:
         status = Status(sweep.out, sweep.runs, done)
         worker = Worker(sweep.cache, folder)
         with stoppable(), Workers(min(jobs, max(1, len(waiting))), worker) as workers:
+            told = False
             while waiting or workers.busy:
                 for number in workers.idle:
                     if waiting:
@@ -163,9 +171,23 @@ def run_sweep(sweep: Sweep, jobs: int = 1) -> dict[str, Any]:
                     if failure is not None:
                         folder.fail(run, failure)
                     status.end(run, failure)
+                    if failure is None and not told:
+                        _check_metric(sweep, run, status)
+                        told = True
                 status.draw()
             status.draw(final=True)
     return outcome(sweep.out, read_sweep(sweep.out))
+
+
+def _check_metric(sweep: Sweep, run: PlannedRun, status: Status) -> None:
+    """Say while runs are still to come that the table has nothing to be sorted by."""
+    path = run.result_path(sweep.out)
+    trees = read_summary(path), read_evaluation(path)
+    if metric_value(sweep.metric, *trees) is None:
+        status.say(
+            f"run {run.name} has no number {sweep.metric!r} that the table could be sorted by; all "
+            f"runs stay under another --metric: {', '.join(metric_names(*trees))}"
+        )
 
 
 def _next(

@@ -38,14 +38,14 @@ class Status:
         self._began, self._times = time.monotonic(), list[float]()
         self._starts: dict[str, float] = {}
         if done:
-            self._say(f"{len(done)} of {len(runs)} runs are done already")
+            self.say(f"{len(done)} of {len(runs)} runs are done already")
 
     def begin(self, run: PlannedRun) -> None:
         """A run has begun."""
         self._states[run.name] = "running"
         self._starts[run.name] = time.monotonic()
         if not self._live:
-            self._say(f"{self._place(run)} begins: {run.label}")
+            self.say(f"{self._place(run)} begins: {run.label}")
 
     def end(self, run: PlannedRun, failure: str | None) -> None:
         """A run has ended, or failed with a line."""
@@ -53,11 +53,11 @@ class Status:
         seconds = time.monotonic() - self._starts[run.name]
         self._times.append(seconds)
         if failure is not None:
-            self._say(f"{self._place(run)} failed: {run.label}: {failure}")
+            self.say(f"{self._place(run)} failed: {run.label}: {failure}")
         elif not self._live:
             loss = (read_summary(run.result_path(self._out)) or {}).get("best_dev_loss")
             more = "" if loss is None else f", dev loss {loss:.4f}"
-            self._say(f"{self._place(run)} done in {seconds:.1f} s{more}: {run.label}")
+            self.say(f"{self._place(run)} done in {seconds:.1f} s{more}: {run.label}")
 
     def draw(self, final: bool = False) -> None:
         """Draw the table anew, where somebody watches and it is time."""
@@ -128,8 +128,12 @@ class Status:
         """Which run of how many."""
         return f"[{self._runs.index(run) + 1}/{len(self._runs)}]"
 
-    def _say(self, line: str) -> None:
-        """A line that stays."""
+    def say(self, line: str) -> None:
+        """A line that stays.
+
+        Args:
+            line: without its end.
+        """
         self._erase()
         print(line, file=sys.stderr, flush=True)
 

@@ -65,6 +65,23 @@ def metric_value(
     return None
 
 
+def metric_names(*trees: Mapping[str, Any] | None) -> list[str]:
+    """The dotted keys of all numbers of a summary and an evaluation, short names where they have.
+
+    Args:
+        trees: of the run.
+    """
+    short = {dotted: name for name, dotted in _SHORT.items()}
+    found: list[str] = []
+    for tree in trees:
+        for key, value in (tree or {}).items():
+            if isinstance(value, Mapping):
+                found += [f"{key}.{name}" for name in metric_names(value)]
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                found.append(key)
+    return list(dict.fromkeys(short.get(name, name) for name in found))
+
+
 def _run(out: Path, one: Mapping[str, Any], metric: str) -> dict[str, Any]:
     """One run of the table."""
     stages = one.get("stages", [])  # older sweeps have none

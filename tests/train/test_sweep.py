@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from kdcache.sweep import runner, workers
 from kdcache.sweep.plan import plan_runs, points, short_names
 from kdcache.sweep.runner import check_failures, commands, plan_sweep, run_one, run_sweep
 from kdcache.sweep.status import Status
-from kdcache.sweep.table import metric_value, outcome_text
+from kdcache.sweep.table import metric_names, metric_value, outcome_text
 from kdcache.train.evaluation.metrics import lower_is_better
 from kdcache.train.runs.loop import train
 from tests.train.conftest import GRID
@@ -162,6 +163,16 @@ def test_single_commands_do_the_same(swept, recipe_file, world, tmp_path, monkey
 def test_another_cache_is_refused(swept, recipe_file, tiny_cache):
     with pytest.raises(IdentityError, match="holds a sweep over another cache"):
         plan_sweep(recipe_file, str(tiny_cache), swept[0].out, GRID)
+
+
+def test_an_unknown_metric_is_said_after_the_first_run(stubbed, capsys):
+    planned, _ = stubbed(1, 2)
+    assert run_sweep(replace(planned, metric="blue"))["done"] == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "'blue'" in line]
+    said = "no number 'blue' that the table could be sorted by; all runs stay under another "
+    assert [said in line for line in lines] == [True]
+    assert lines[0].endswith("--metric: dev_loss, seconds, parameters")
+    assert metric_names({"a": True, "b": None, "bleu": {"score": 1.5, "how": "x"}}) == ["bleu"]
 
 
 def test_failures_are_noted_and_the_rest_goes_on(stubbed, capsys, monkeypatch):
