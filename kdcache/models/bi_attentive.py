@@ -82,7 +82,7 @@ class BiAttentiveConfig(PreTrainedConfig):
 
 
 class BiLSTM(nn.Module):
-    """A layer of LSTMs in both directions, each over its own end of a sample.
+    """A layer of LSTMs in both directions, each from its own end of a sample.
 
     The second one reads every sample turned around by itself, padding still behind it. So neither
     needs packed sequences, which on CPU take torch's slow path.

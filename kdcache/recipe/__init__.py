@@ -169,7 +169,6 @@ class Recipe(Section):
         "weights of the one before. A stage has the keys of a recipe; what it does not say "
         "it takes from the sections above. `NAME:STAGE` is one stage as a recipe of its own.",
     )
-
     skip: StrictBool = Field(
         False,
         description="Of a stage: leave it out. The one after it begins as its own `train.student` "
@@ -177,7 +176,7 @@ class Recipe(Section):
     )
 
     @model_validator(mode="after")
-    def _stages_end(self) -> Recipe:
+    def _stages_fit(self) -> Recipe:
         if nested := [name for name, stage in self.stages.items() if stage.stages]:
             raise ValueError(f"stages.{nested[0]} has stages of its own; put them in one row")
         if self.stages and not self.kept:

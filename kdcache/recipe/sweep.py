@@ -54,6 +54,8 @@ class SweepSection(Section):
     def _fits(self) -> SweepSection:
         if not self.grid and not self.list:
             raise ValueError("give grid, list, or both")
+        if NAME in self.grid:
+            raise ValueError(f"grid.{NAME}: items of a list have names, a grid has paths alone")
         names = [settings.get(NAME) for settings in self.list if NAME in settings]
         if names and (len(names) < len(self.list) or len(set(map(str, names))) < len(names)):
             raise ValueError(f"list: names are {names}; give each item its own, or none any")

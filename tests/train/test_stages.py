@@ -418,6 +418,8 @@ def test_settings_of_stages_are_shown_as_they_are(world, tmp_path):
     (run,) = ablations(world, tmp_path / "x", ("sweep.list", "[{name: a, train.seed: 9}]")).runs
     assert [stage.train.seed for stage in run.recipe.kept.values()] == [9, 9]
     assert run.label == "a"
+    with pytest.raises(RecipeError, match="items of a list have names"):
+        ablations(world, tmp_path / "x", ("sweep.grid.name", "a"))
     for names in ("[{name: a, train.seed: 1}, {train.seed: 2}]", "[{name: a}, {name: a}]"):
         with pytest.raises(RecipeError, match="give each item its own, or none any"):
             ablations(world, tmp_path / "x", ("sweep.list", names))
