@@ -102,9 +102,9 @@ def train(
         trainer.Trainer.step, trainer.Trainer.backward = real, backward
 
 
-def stages(recipe: str, caches: dict[str, str], out: str) -> None:
-    """A run of several stages."""
-    train_stages(parse_recipe(read_yaml(recipe)), caches, out)
+def stages(recipe: str, caches: dict[str, str], out: str, share: str) -> None:
+    """A run of several stages, the first of which others may begin with too."""
+    train_stages(parse_recipe(read_yaml(recipe)), caches, out, share)
 
 
 def refused(tree: dict, cache: str, out: str, message: str, fault: str = "") -> None:

@@ -177,7 +177,9 @@ def test_ranks_go_from_stage_to_stage(world, tmp_path):
     tree = load_recipe("lightpaff-bert", overrides)
     caches = dict(one.split("=") for one in world.caches)
     keys = {"recipe": dump_recipe(tree), "caches": caches, "out": str(tmp_path / "run")}
+    keys["share"] = str(tmp_path / "shared")
     many_ranks.run_ranks(tmp_path / "ranks", [("stages", keys)])
+    assert (tmp_path / "run" / "pretraining").is_symlink()
     for stage in ("pretraining", "finetuning"):
         assert json.loads((tmp_path / "run" / stage / "run.json").read_text())["summary"]
 
