@@ -325,7 +325,7 @@ def test_ranks_and_micro_batches_add_up(world):
 
 
 def test_from_gold_to_a_teacher_to_a_student(world, tmp_path, monkeypatch):
-    gold = make_recipe(world, max_steps=30)
+    gold = make_recipe(world, max_steps=60, optimizer={"lr": 0.003})
     summary = train(gold, world.root / "cache", tmp_path / "gold")
     metrics = (tmp_path / "gold" / "metrics.jsonl").read_text().splitlines()
     losses = [one["dev_loss"] for one in map(json.loads, metrics) if "dev_loss" in one]
@@ -401,6 +401,22 @@ def test_a_body_of_the_first_layers_of_a_model(world, tmp_path):
         assert torch.equal(weight, base.bert.get_parameter(name))
     assert not torch.equal(one.heads["rank"][0].weight, other.heads["rank"][0].weight)
     assert one.config.pooling == "mean_cls"
+
+
+@pytest.mark.parametrize("head_size", [0, 64])
+def test_heads_start_as_the_documentation_says(head_size):
+    torch.manual_seed(2)
+    body = BERT | {"hidden_size": 96, "vocab_size": 30}
+    tasks = {"topic": {"kind": "classification", "labels": [str(n) for n in range(77)]}}
+    model = MultiTaskModel(MultiTaskConfig(body, tasks, head_size=head_size))
+    head = model.heads["topic"]
+    for layer in head[::2] if head_size else [head]:
+        fans = sum(layer.weight.shape)
+        deviation = (2 / fans) ** 0.5 if head_size else 0.02
+        assert layer.weight.std().item() == pytest.approx(deviation, rel=0.05)
+        assert not layer.bias.any()
+    query = model.body.encoder.layer[0].attention.self.query.weight
+    assert query.std().item() == pytest.approx(0.02, rel=0.05)  # the body's own
 
 
 GPT = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2}
