@@ -12,6 +12,8 @@ from kdcache.recipe import builtin_names
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 #: Dumps and what teachers begin with, which are no rows, and one shape of another row.
 APART = {"nmt-all", "distilbert-slim", "masked-lm", "masked-lm-span", "mkd-all"}
+#: Rows of the other table as a sweep.
+APART |= {f"lightpaff-{name}-ablations" for name in ("bert", "gpt2", "mass")}
 #: Those of the other table.
 UNDERSTAND = {"mkd", "mkd-no-kd", "mkd-bilstm", "mkd-bilstm-plain", "mkd-bilstm-words", "pkd-bert"}
 UNDERSTAND |= {
