@@ -447,7 +447,8 @@ def test_workers_train_what_need_not_wait_first(world, tmp_path):
     assert _next(sweep, [same, kd], None, [one]) == same
 
 
-def test_who_comes_second_waits_and_finds_the_stage_done(world, tmp_path):
+def test_who_comes_second_waits_and_finds_the_stage_done(world, tmp_path, caplog):
+    caplog.set_level("INFO", "kdcache")
     share = tmp_path / "shared"
     words = [*command(world, tmp_path / "one"), "--share", str(share)]
     assert main(words) == 0
@@ -459,6 +460,7 @@ def test_who_comes_second_waits_and_finds_the_stage_done(world, tmp_path):
         thread.start()
         thread.join(3)
         assert thread.is_alive()  # it waits for whoever trains there
+        assert "another run is training here; waiting for it to end" in caplog.text
     thread.join(60)
     assert done == [0]
     assert (tmp_path / "two" / "pretraining").resolve() == stage.resolve()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from kdcache.errors import IdentityError, ModelError, StorageError
 from kdcache.formats.keyed import text_key
 from kdcache.formats.stores.commit import is_temporary, storage_errors, write_data
 from kdcache.recipe import Recipe, dump_recipe, load_recipe
+
+logger = logging.getLogger(__name__)
 
 RECIPE, IDENTITY, METRICS, LOCK = "recipe.yaml", "run.json", "metrics.jsonl", ".lock"
 
@@ -211,12 +214,15 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
         handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StorageError(
-                f"{path}: another run is training here; wait for it to end, or choose another "
-                "output"
-            ) from None
+            if not wait:
+                raise StorageError(
+                    f"{path}: another run is training here; wait for it to end, or choose another "
+                    "output"
+                ) from None
+            logger.info("%s: another run is training here; waiting for it to end", path)
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)
