@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from kdcache.dump.runner import dump
 from kdcache.errors import IdentityError, ModelError
@@ -139,6 +140,13 @@ def test_a_run_ends_in_a_model_that_can_be_scored(world, tmp_path):
     assert scores.shape == (1, 2)
     found = evaluate(tmp_path / "run", EvaluateSection(corpus=world.dev, device="cpu"))
     assert "topic" in json.dumps(found)
+    # What lacks weights, as students of older names do, is refused and not scored at random.
+    path = tmp_path / "run" / "best" / "model.safetensors"
+    held = load_file(path)
+    held["body.encoder.weight_ih_l0"] = held.pop("body.encoder.ahead.weight_ih_l0")
+    save_file(held, path, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 weights, body.encoder.ahead.weight_ih_l0"):
+        evaluate(tmp_path / "run", EvaluateSection(corpus=world.dev, device="cpu"))
 
 
 def test_scores_of_other_text_are_refused(world):

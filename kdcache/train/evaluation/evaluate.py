@@ -236,11 +236,21 @@ def load_model(
                 "evaluate.checkpoint"
             )
     try:
-        model = model_class(kind).from_pretrained(
-            directory, dtype="float32", use_safetensors=True, trust_remote_code=False
+        model, info = model_class(kind).from_pretrained(
+            directory,
+            dtype="float32",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"{directory}: {str(error).splitlines()[0]}") from None
+    # They would be random numbers. A pooler is not run where none was trained.
+    if missing := sorted(name for name in info["missing_keys"] if "pooler" not in name):
+        raise ModelError(
+            f"{directory}: it lacks {len(missing)} weights, {missing[0]} among them; expected what "
+            "this kdcache trains: train it again"
+        )
     tokenizer = load_tokenizers(directory)
     return model.to(resolve_device(section.device)).eval(), tokenizer, directory
 
