@@ -117,7 +117,7 @@ class RunDirectory:
         try:
             self._record = json.loads((self.path / IDENTITY).read_text(encoding="utf-8"))
             found: dict[str, Any] = {
-                "train": load_recipe(str(self.path / RECIPE)).model_dump(mode="json")["train"],
+                "train": settings_of(load_recipe(str(self.path / RECIPE))),
                 "cache": self._record["identity"],
             }
         except (ValueError, KeyError, OSError) as error:
@@ -125,12 +125,10 @@ class RunDirectory:
                 f"{self.path / IDENTITY}: not the record of a run ({error}); choose another output"
             ) from None
         here = {
-            "train": recipe.model_dump(mode="json")["train"],
+            "train": settings_of(recipe),
             "cache": json.loads(json.dumps(identity)),
         }
         for tree in (found["train"], here["train"]):
-            for key in FREE_KEYS:
-                tree.pop(key, None)
             for share in tree["caches"]:
                 share.pop("path")  # what lies there is compared instead
             if "start" in here["cache"]:
