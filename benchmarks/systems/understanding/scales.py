@@ -33,12 +33,14 @@ class Scale:
         epochs: of a student of five tasks, over whatever tasks it has.
         teacher_epochs: of their teacher.
         pretraining_lr: peak learning rate on text alone.
-        lr: and on tasks.
-        lstm_lr: of a BiLSTM.
+        lr: and on a task of LightPAFF.
+        mkd_lr: and on five tasks.
+        lstm_lr: there of a BiLSTM.
         pretraining_tokens: padded tokens of a step on text alone.
-        batch_tokens: and on tasks.
+        batch_tokens: and on a task of LightPAFF.
+        mkd_tokens: and on five tasks, where many small steps learn more than a few large ones.
         warmup_steps: of every run; a tenth of it where a run has one task of five.
-        every_steps: between validations, and between checkpoints.
+        every_steps: of `batch_tokens` between validations, and between checkpoints.
         dev_tokens: of a validation.
         replicas: maskings of every text.
         seeds: of the core rows; the others have the first.
@@ -66,9 +68,11 @@ class Scale:
     teacher_epochs: int
     pretraining_lr: float
     lr: float
+    mkd_lr: float
     lstm_lr: float
     pretraining_tokens: int
     batch_tokens: int
+    mkd_tokens: int
     warmup_steps: int
     every_steps: int
     dev_tokens: int
@@ -105,9 +109,11 @@ SCALES = {
         teacher_epochs=3,
         pretraining_lr=3e-3,
         lr=3e-3,
+        mkd_lr=3e-3,
         lstm_lr=3e-3,
         pretraining_tokens=1024,
         batch_tokens=1024,
+        mkd_tokens=1024,
         warmup_steps=10,
         every_steps=10,
         dev_tokens=800,
@@ -118,7 +124,7 @@ SCALES = {
     ),
     "laptop": Scale(
         lines=100_000,
-        samples={"banking77": 3000, "clinc150": 3000, "snli": 5000, "qnli": 1500},
+        samples={"banking77": 3000, "clinc150": 3000, "snli": 2500, "qnli": 1200},
         pairs=15_000,
         test=2000,
         vocab_size=4000,
@@ -134,12 +140,14 @@ SCALES = {
         pretraining_steps={**_each(1000), "bert": 2000},
         finetuning_steps={**_each(700), "bert": 2000},
         epochs=12,
-        teacher_epochs=16,
+        teacher_epochs=20,
         pretraining_lr=2e-3,
         lr=1e-3,
-        lstm_lr=3e-3,
+        mkd_lr=4e-4,
+        lstm_lr=2e-3,
         pretraining_tokens=4096,
         batch_tokens=1024,
+        mkd_tokens=256,
         warmup_steps=150,
         every_steps=250,
         dev_tokens=30_000,
@@ -169,9 +177,11 @@ SCALES = {
         teacher_epochs=10,
         pretraining_lr=5e-4,
         lr=3e-4,
+        mkd_lr=3e-4,
         lstm_lr=1e-3,
         pretraining_tokens=32_768,
         batch_tokens=8192,
+        mkd_tokens=2048,
         warmup_steps=500,
         every_steps=250,
         dev_tokens=100_000,

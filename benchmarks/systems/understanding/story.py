@@ -74,6 +74,7 @@ class Story:
         return {
             "generated_data": self.texts.generated,
             "lr": self.scale.lr,
+            "mkd_lr": self.scale.mkd_lr,
             "lstm_lr": self.scale.lstm_lr,
             **found,
         }
@@ -128,7 +129,7 @@ class Story:
 
     def _lr(self, row: Row) -> float:
         """Peak learning rate on five tasks."""
-        return self.scale.lstm_lr if row.name.startswith("BiLSTM") else self.scale.lr
+        return self.scale.lstm_lr if row.name.startswith("BiLSTM") else self.scale.mkd_lr
 
     def _of_tasks(self, row: Row, task: str) -> dict[str, object]:
         """Overrides of a student of five tasks, or of one of them."""

@@ -96,13 +96,17 @@ class Teachers:
             f"train.student.tasks.{name}.labels": labels_of(self.texts.tasks[name]["train"])
             for name in UNNAMED
         }
+        every = scale.every_steps * scale.batch_tokens // scale.mkd_tokens
         return {
             "train.validation.corpus.tasks": f"{{{listed}}}",
             **labels,
             **self._lengths(),
+            "train.validation.every_steps": every,
+            "train.checkpoints.every_steps": every,
+            "train.batch_tokens": scale.mkd_tokens,
             "train.max_epochs": epochs,
             "train.max_steps": 1_000_000,  # epochs bound it
-            "train.optimizer.lr": scale.lr,
+            "train.optimizer.lr": scale.mkd_lr,
         }
 
     def _wiki(self, split: str) -> Overrides:
