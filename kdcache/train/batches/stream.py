@@ -22,9 +22,9 @@ from kdcache.formats.window import WindowAhead, WindowReader
 from kdcache.recipe import Replicas
 from kdcache.train.batches.batch import Batch
 from kdcache.train.batches.gather import Gatherer
-from kdcache.train.batches.gold import GOLD, GoldLabels, has_gold
+from kdcache.train.batches.gold import GoldLabels
 from kdcache.train.batches.growth import Growth
-from kdcache.train.batches.hypotheses import check_hypothesis, hypothesis_stream
+from kdcache.train.batches.hypotheses import check_hypothesis
 from kdcache.train.batches.mix_state import MixState
 from kdcache.train.batches.order import (
     ORDER_VERSION,
@@ -36,6 +36,7 @@ from kdcache.train.batches.order import (
     window_batches,
 )
 from kdcache.train.batches.tasks import Groups, TaskGold, TaskOrder
+from kdcache.train.batches.units import Units, units_of
 
 #: Blocks of global batches made ahead of need.
 PREFETCH = 3
@@ -87,24 +88,11 @@ class GlobalBatch:
 
 
 @dataclass(frozen=True)
-class _Units:
-    """What is counted of each sample of a window.
-
-    Attributes:
-        names: U of them, see `GlobalBatch.counts`.
-        of: [M, U] int64: what is counted of a sample lies side by side.
-    """
-
-    names: tuple[str, ...]
-    of: np.ndarray
-
-
-@dataclass(frozen=True)
 class _Planned:
     """A global batch that is not gathered yet."""
 
     window: WindowReader
-    units: _Units
+    units: Units
     index: np.ndarray
     state: OrderState
     epoch: int
@@ -292,7 +280,7 @@ class BatchStream:
                     ahead.begin(windows[window + 1])
                 gold = None if self.gold is None else self.gold.of_window(self.cache, reader)
                 groups = self._groups(reader)
-                units = self._units(reader, gold)
+                units = units_of(reader, self.streams, self.signals, gold)
                 batches = self._window_batches(reader, state.epoch, state.window, groups)
                 if not batches and not state.batch:  # nothing of the tasks
                     state = state.advanced(0, len(windows))
@@ -343,8 +331,9 @@ class BatchStream:
             gathered = [groups.told(batch, part) for batch, part in both]
         made = iter(gathered)
         alone = self.accumulate * self.world == 1
+        counts = block[0].units.sums([planned.index for planned in block])
         found = []
-        for planned, mine, (own_parts, missing) in zip(block, _counts(block), cuts, strict=True):
+        for planned, mine, (own_parts, missing) in zip(block, counts, cuts, strict=True):
             micro = tuple(islice(made, own_parts))
             found.append(
                 GlobalBatch(
@@ -362,37 +351,6 @@ class BatchStream:
                 )
             )
         return found
-
-    def _units(self, window: WindowReader, gold: np.ndarray | None) -> _Units:
-        """What is counted of each sample.
-
-        Args:
-            window: of the samples.
-            gold: their gold labels; None: not asked for.
-        """
-        units = {name: window.lengths(name) for name in self.streams}
-        units |= {name: window.counts(name) for name in self.signals}
-        for name, lengths in window.hypothesis_lengths().items():
-            each = enumerate(lengths)
-            units |= {hypothesis_stream(name, number): of for number, of in each}
-        units |= {f"{name}.predicted": of for name, of in window.predicted_counts().items()}
-        units |= {f"{name}.masked": of for name, of in window.masked_counts().items()}
-        if gold is not None:
-            units[GOLD] = has_gold(gold).astype(np.int64)
-        return _Units(tuple(units), np.stack(list(units.values()), axis=1))
-
-
-def _counts(block: Sequence[_Planned]) -> list[dict[str, int]]:
-    """Units of each of some global batches of one window, by what they are."""
-    sizes = [len(planned.index) for planned in block]
-    starts = np.cumsum([0, *sizes[:-1]])  # no batch is empty
-    units = block[0].units
-    taken = units.of.take(np.concatenate([planned.index for planned in block]), axis=0)
-    sums = np.add.reduceat(taken, starts, axis=0).tolist()
-    return [
-        {"": size, **dict(zip(units.names, each, strict=True))}
-        for size, each in zip(sizes, sums, strict=True)
-    ]
 
 
 def _put(queue: Queue[Any], item: object, stop: Event) -> bool:

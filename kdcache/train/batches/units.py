@@ -1,0 +1,65 @@
+"""What is counted of the samples of a global batch: terms of a loss are means over it."""
+
+# B samples of a global batch, M samples of a window, U units
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kdcache.formats.window import WindowReader
+from kdcache.train.batches.gold import GOLD, has_gold
+from kdcache.train.batches.hypotheses import hypothesis_stream
+
+
+@dataclass(frozen=True)
+class Units:
+    """Counts of each sample of a window.
+
+    Attributes:
+        names: U of them, see `GlobalBatch.counts`.
+        of: [M, U] int64: what is counted of a sample lies side by side.
+    """
+
+    names: tuple[str, ...]
+    of: np.ndarray
+
+    def sums(self, batches: Sequence[np.ndarray]) -> list[dict[str, int]]:
+        """Units of each of some global batches, by what they are; samples under "".
+
+        Args:
+            batches: [B] places in the window of each batch; none is empty.
+        """
+        sizes = [len(batch) for batch in batches]
+        starts = np.cumsum([0, *sizes[:-1]])
+        taken = self.of.take(np.concatenate(batches), axis=0)
+        sums = np.add.reduceat(taken, starts, axis=0).tolist()
+        return [
+            {"": size, **dict(zip(self.names, each, strict=True))}
+            for size, each in zip(sizes, sums, strict=True)
+        ]
+
+
+def units_of(
+    window: WindowReader, streams: Sequence[str], signals: Sequence[str], gold: np.ndarray | None
+) -> Units:
+    """What is counted of each sample of a window.
+
+    Args:
+        window: of the samples.
+        streams: whose tokens are counted.
+        signals: whose records are.
+        gold: gold labels of the samples; None: not asked for.
+    """
+    units = {name: window.lengths(name) for name in streams}
+    units |= {name: window.counts(name) for name in signals}
+    for name, lengths in window.hypothesis_lengths().items():
+        each = enumerate(lengths)
+        units |= {hypothesis_stream(name, number): of for number, of in each}
+    units |= {f"{name}.predicted": of for name, of in window.predicted_counts().items()}
+    units |= {f"{name}.masked": of for name, of in window.masked_counts().items()}
+    if gold is not None:
+        units[GOLD] = has_gold(gold).astype(np.int64)
+    return Units(tuple(units), np.stack(list(units.values()), axis=1))
