@@ -89,6 +89,21 @@ def test_every_system_of_language_understanding_runs(tmp_path, monkeypatch):
     apart = {name for name, row in rows.items() if "base" in row and "p_values" not in row}
     assert apart == {name for name, row in rows.items() if row["runs_a_seed"] > 1}
     assert len(found["statements"]) == 26
+    none, taught = (
+        [f"{student}, {way}" for student in ("Transformer", "BiLSTM") for way in ways]
+        for ways in (
+            ("no distillation, a run a task", "no distillation"),
+            ("single-task distillation", "multi-task distillation"),
+        )
+    )
+    cells = {(one["system"], one["task"]): one for one in found["towards_teacher"]}
+    assert len(cells) == 5 * len(taught)
+    for task, best in rows["teacher, of five tasks"]["tasks"].items():
+        for name, without in zip(taught, none, strict=True):
+            own, other = rows[name]["tasks"][task]["mean"], rows[without]["tasks"][task]["mean"]
+            cell = cells[name, task]
+            assert cell["gain"] == pytest.approx(own - other, abs=0.01)
+            assert cell["lead"] == pytest.approx(best["mean"] - other, abs=0.01)
     assert sum(line.startswith("kdcache dump mkd-all") for line in ran) == 1
     students = [line for line in ran if line.startswith("kdcache train mkd")]
     assert all(f"--cache {tmp_path}/caches/mkd" in line for line in students)
