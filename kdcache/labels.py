@@ -76,9 +76,10 @@ class CodedLabels:
         gold: [N] uint8 code of the teacher's log-prob of the target.
         entropy: [N] uint8 code of the teacher's entropy.
         tail: [N, n] float16 nats, or None where the codec has no tail.
-        exact_id: [E] int32, or None for `full`, whose ids are 0..V-1.
+        exact_id: [E] uint16, int32 where V is beyond 65,536, or None for `full`, whose ids are
+            0..V-1.
         exact_code: [E] uint8, float16 or float32, or None without exact entries.
-        drawn_id: [D] int32, or None without drawn entries.
+        drawn_id: [D] the same of drawn entries, or None without them.
         drawn_code: [D] int32 number of draws under `sampled`; log-prob as uint8, float16 or
             float32 under a codec that draws for other temperatures than 1; else None.
     """

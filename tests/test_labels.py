@@ -262,4 +262,4 @@ def test_what_auto_means(codec, temperature, expected):
 def test_moves_between_devices():
     coded = round_trip(teacher(), SampledCodec(n=5)).to("cpu", non_blocking=True)
     assert coded.num_exact is None
-    assert coded.drawn_id.dtype == torch.int32
+    assert coded.drawn_id.dtype == torch.uint16

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 FILE_ROWS = 50_000
 GROUP_ROWS = 1_000
 ENTRIES = {"exact_id": "num_exact", "exact_code": "num_exact", "drawn_id": "num_drawn"}
-INT32 = ("exact_id", "drawn_id")
+UINT16 = ("exact_id", "drawn_id")
 
 
 class Parquet(Collated):
@@ -92,7 +92,7 @@ def tensors_of(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         values = list(chain.from_iterable(row[name] for row in rows))
         if name in ENTRIES:
             batch[ENTRIES[name]] = torch.tensor([len(one) for one in values])
-            dtype = torch.int32 if name in INT32 else torch.uint8
+            dtype = torch.uint16 if name in UINT16 else torch.uint8
             batch[name] = torch.tensor(list(chain.from_iterable(values)), dtype=dtype)
         elif name == "tail":
             batch[name] = torch.tensor(values, dtype=torch.float16)

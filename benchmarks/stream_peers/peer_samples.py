@@ -10,7 +10,7 @@ writes its own format from them, and makes of B samples the tensors that kdcache
     num_exact, num_drawn         [N] int64 entries at each target token
     gold, entropy                [N] uint8
     tail                         [N, 4] float16
-    exact_id, drawn_id           [E] int32
+    exact_id, drawn_id           [E] uint16
     exact_code                   [E] uint8
 """
 
@@ -28,8 +28,8 @@ STREAMS = ("src", "tgt")
 _DTYPES = {
     "num_exact": np.int64,
     "num_drawn": np.int64,
-    "exact_id": np.int32,
-    "drawn_id": np.int32,
+    "exact_id": np.uint16,
+    "drawn_id": np.uint16,
     "tail": np.float16,
 }
 

@@ -1,8 +1,9 @@
 """Wide fields: records as a trainer computes with them, made of the fields that are stored.
 
 Numbers are stored in as few bytes as they need, an id beyond 65,535 in two fields, the tail's knots
-in one field each. The wide form has int64 counts and positions, whole ids (int64 in a stream, int32
-in labels, of which there are many) and one [N, n] field of knots.
+in one field each. The wide form has int64 counts and positions, whole ids (int64 in a stream; in
+labels, of which there are many, uint16 where two bytes hold them, else int32) and one [N, n] field
+of knots.
 """
 
 # N records, n knots
@@ -52,7 +53,9 @@ def wide_fields(column: str, stored: Mapping[str, np.dtype]) -> list[WideField]:
     for name, dtype in stored.items():
         if name == "id":
             parts = ("id", "id_high") if "id_high" in stored else ("id",)
-            wide = np.dtype(np.int32 if column in _ENTRIES else np.int64)
+            wide: np.dtype = np.dtype(np.int64)
+            if column in _ENTRIES:
+                wide = np.dtype(np.int32) if "id_high" in stored else dtype
             found.append(WideField(name, parts, wide))
         elif name == f"{TAIL}_0":
             found.append(WideField(TAIL, knots, dtype, len(knots)))

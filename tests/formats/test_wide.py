@@ -80,7 +80,8 @@ def record_by_record(files, name, stored, rows) -> dict[str, np.ndarray]:
     dtypes = {field: np.dtype(dtype) for field, dtype in stored.items() if field != "id_high"}
     dtypes |= dict.fromkeys(set(COUNTS) & set(stored), np.dtype(np.int64))
     if "id" in stored:
-        dtypes["id"] = np.dtype(np.int32 if name in ("exact", "drawn") else np.int64)
+        in_labels = np.dtype(np.int32 if "id_high" in stored else np.uint16)
+        dtypes["id"] = in_labels if name in ("exact", "drawn") else np.dtype(np.int64)
     knots = [knot for knot in KNOTS if dtypes.pop(knot, None) is not None]
     if knots:
         dtypes["tail"] = np.dtype(np.float16)
