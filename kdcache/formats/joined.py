@@ -51,9 +51,12 @@ class JoinedColumns:
         counts = [len(file[name]) for file in files for name in names[:1]]
         self._starts = offsets_of(np.array(counts, dtype=np.int64))
         # Of every file one offset more than it has samples: sample m of file s is at m + s.
-        self._offsets = np.array(
-            [np.concatenate([file[name].offsets for file in files]) for name in names]
-        )  # [C, M + S]
+        offsets = [[file[name].offsets for file in files] for name in names]
+        width = sum(counts) + len(files)
+        kinds = [array.dtype for row in offsets for array in row]
+        self._offsets = np.empty((len(names), width), dtype=np.result_type(*kinds or [np.int32]))
+        for row, arrays in zip(self._offsets, offsets, strict=True):
+            np.concatenate(arrays, out=row)  # [M + S]
         fields = [
             (column, field, array.dtype)
             for column, name in enumerate(names)

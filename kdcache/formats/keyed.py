@@ -86,16 +86,19 @@ def permutation(n: int, key: int) -> np.ndarray:
     half = max(1, ((max(n, 2) - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
     round_keys = mix64(np.uint64(key) + np.uint64(GOLDEN) * np.arange(1, 7, dtype=np.uint64))
+    # What a round adds to either half depends on the other alone, which has few values: a table.
+    halves = np.arange(1 << half, dtype=np.uint64)
+    rounds = (mix64(halves ^ round_keys[:, None]) & mask).astype(np.uint32)  # [6, 2 ** half]
     compiled = library()
     if compiled is not None:
         permuted = np.empty(n, dtype=np.int64)
-        compiled.kdcache_permute(n, half, round_keys.ctypes.data, permuted.ctypes.data)
+        compiled.kdcache_permute(n, half, rounds.ctypes.data, permuted.ctypes.data)
         return permuted
 
     def encrypt(x: np.ndarray) -> np.ndarray:
         left, right = x >> np.uint64(half), x & mask
-        for round_key in round_keys:
-            left, right = right, left ^ (mix64(right ^ round_key) & mask)
+        for added in rounds:
+            left, right = right, left ^ added[right]
         return (left << np.uint64(half)) | right
 
     out = encrypt(np.arange(n, dtype=np.uint64))

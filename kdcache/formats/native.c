@@ -219,21 +219,17 @@ void kdcache_pad(const int64_t *flat, const int64_t *ends, int64_t num_batches,
     }
 }
 
-static inline uint64_t mix(uint64_t x) /* `keyed.mix64` */
-{
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
-    x = (x ^ x >> 27) * 0x94D049BB133111EBu;
-    return x ^ x >> 31;
-}
-
-/* A keyed permutation of n numbers, see `keyed.permutation`. keys: [6] of the rounds.
+/* A keyed permutation of n numbers, see `keyed.permutation`.
  *
+ * rounds: [6, 2 ** half] what each round adds to one half of a number, by its other half.
  * Numbers beyond n go round again, together: one after another each would wait for the last.
  */
-void kdcache_permute(int64_t n, int64_t half, const uint64_t *keys, int64_t *out)
+void kdcache_permute(int64_t n, int64_t half, const uint32_t *rounds, int64_t *out)
 {
-    uint64_t mask = ((uint64_t)1 << half) - 1, number[512];
+    uint64_t size = (uint64_t)1 << half, number[512];
     int64_t place[512];
+    const uint32_t *r1 = rounds, *r2 = r1 + size, *r3 = r2 + size, *r4 = r3 + size,
+                   *r5 = r4 + size, *r6 = r5 + size;
     for (int64_t first = 0; first < n; first += 512) {
         int64_t left = n - first < 512 ? n - first : 512;
         for (int64_t i = 0; i < left; i++) {
@@ -243,61 +239,81 @@ void kdcache_permute(int64_t n, int64_t half, const uint64_t *keys, int64_t *out
         while (left > 0) {
             int64_t outside = 0;
             for (int64_t i = 0; i < left; i++) {
-                uint64_t high = number[i] >> half, low = number[i] & mask;
-                for (int round = 0; round < 6; round++) {
-                    uint64_t before = low;
-                    low = high ^ (mix(low ^ keys[round]) & mask);
-                    high = before;
-                }
-                number[i] = high << half | low;
-            }
-            for (int64_t i = 0; i < left; i++) {
-                out[place[i]] = (int64_t)number[i];
-                number[outside] = number[i];
-                place[outside] = place[i];
-                outside += number[i] >= (uint64_t)n;
+                uint64_t high = number[i] >> half, low = number[i] & (size - 1);
+                high ^= r1[low];
+                low ^= r2[high];
+                high ^= r3[low];
+                low ^= r4[high];
+                high ^= r5[low];
+                low ^= r6[high];
+                uint64_t here = high << half | low;
+                int64_t to = place[i];
+                out[to] = (int64_t)here;
+                number[outside] = here;
+                place[outside] = to;
+                outside += here >= (uint64_t)n;
             }
             left = outside;
         }
     }
 }
 
-/* Some samples, the longest first, otherwise in their order. places: [longest + 2] scratch. */
-static void sort_longest(const int64_t *from, int64_t n, const int64_t *lengths, int64_t *places,
-                         int64_t *to)
+/* How many there are of each length, as where the first of them stands, the longest first. */
+static void places_of(int64_t *counts, int64_t most)
 {
-    int64_t most = 0;
-    for (int64_t i = 0; i < n; i++)
-        most = lengths[from[i]] > most ? lengths[from[i]] : most;
-    memset(places, 0, (size_t)(most + 2) * sizeof *places);
-    for (int64_t i = 0; i < n; i++)
-        places[most - lengths[from[i]] + 1]++;
-    for (int64_t i = 0; i < most; i++)
-        places[i + 1] += places[i];
-    for (int64_t i = 0; i < n; i++)
-        to[places[most - lengths[from[i]]]++] = from[i];
+    for (int64_t length = most, place = 0; length >= 0; length--) {
+        int64_t number = counts[length];
+        counts[length] = place;
+        place += number;
+    }
 }
 
 /* Batches of a window, see `order.window_batches`. Returns how many there are.
  *
- * order: [M] samples as they were permuted. longest, last: [M] tokens of each, by sample.
- * pool, budget: tokens of a pool and of a batch. places: [longest + 2] scratch, other: [M] too.
+ * order: [M] samples as they were permuted. lengths: [L] of [M] tokens of each, by stream.
+ * most: of all lengths. pool, budget: tokens of a pool and of a batch.
+ * counts: [2, most + 1] scratch, key, keys, other: [M] too.
  * samples, stops: [M] to fill: what stands in the batches, and where each of them ends.
  */
-int64_t kdcache_fill(const int64_t *order, int64_t num_samples, const int64_t *longest,
-                     const int64_t *last, int64_t pool, int64_t budget, int64_t *places,
-                     int64_t *other, int64_t *samples, int64_t *stops)
+int64_t kdcache_fill(const int64_t *order, int64_t num_samples, const int64_t *const *lengths,
+                     int64_t num_streams, int64_t most, int64_t pool, int64_t budget,
+                     int64_t *counts, int64_t *key, int64_t *keys, int64_t *other,
+                     int64_t *samples, int64_t *stops)
 {
-    int64_t batches = 0, tokens = 0, start = 0;
+    int64_t batches = 0, tokens = 0, start = 0, *longest = counts, *last = counts + most + 1;
+    for (int64_t m = 0; m < num_samples; m++) {
+        /* An empty stream still takes a place, or a batch could hold any number of them. */
+        int64_t of_last = lengths[num_streams - 1][m] > 1 ? lengths[num_streams - 1][m] : 1;
+        int64_t of_all = of_last;
+        for (int64_t l = 0; l < num_streams - 1; l++)
+            of_all = lengths[l][m] > of_all ? lengths[l][m] : of_all;
+        key[m] = of_all << 32 | of_last;
+    }
     while (start < num_samples) {
-        int64_t stop = start, number = (tokens + longest[order[start]]) / pool;
-        for (; stop < num_samples && (tokens + longest[order[stop]]) / pool == number; stop++)
-            tokens += longest[order[stop]];
-        sort_longest(order + start, stop - start, last, places, other);
-        sort_longest(other, stop - start, longest, places, samples + start);
+        int64_t stop = start, end = 0;
+        memset(counts, 0, (size_t)(2 * (most + 1)) * sizeof *counts);
+        for (; stop < num_samples; stop++) {
+            if (stop + AHEAD < num_samples)
+                __builtin_prefetch(key + order[stop + AHEAD]);
+            int64_t here = key[order[stop]], with = tokens + (here >> 32);
+            if (stop == start)
+                end = (with / pool + 1) * pool;
+            if (with >= end)
+                break;
+            tokens = with;
+            keys[stop] = here;
+            longest[here >> 32]++;
+            last[here & UINT32_MAX]++;
+        }
+        places_of(longest, most);
+        places_of(last, most);
+        for (int64_t i = start; i < stop; i++)
+            other[start + last[keys[i] & UINT32_MAX]++] = i;
+        for (int64_t i = start; i < stop; i++)
+            samples[start + longest[keys[other[i]] >> 32]++] = order[other[i]];
         while (start < stop) {
-            int64_t most = budget / longest[samples[start]];
-            start += most > 1 ? most : 1;
+            int64_t size = budget / (key[samples[start]] >> 32);
+            start += size > 1 ? size : 1;
             start = start < stop ? start : stop;
             stops[batches++] = start;
         }

@@ -87,8 +87,8 @@ def load(path: Path) -> ctypes.CDLL | None:
         ]
         found.kdcache_permute.argtypes = [number, number, pointer, pointer]
         found.kdcache_fill.argtypes = [
-            *(pointer, number, pointer, pointer, number, number),
-            *(pointer, pointer, pointer, pointer),
+            *(pointer, number, pointer, number, number, number, number),
+            *(pointer, pointer, pointer, pointer, pointer, pointer),
         ]
         found.kdcache_fill.restype = number
         found.kdcache_pad.restype = found.kdcache_permute.restype = None

@@ -71,6 +71,17 @@ class Ragged:
         return gather([self], np.zeros(len(rows), dtype=np.int64), rows)
 
 
+def joined_lengths(columns: Sequence[Ragged]) -> np.ndarray:
+    """[M] int64 records per sample of several columns, one after another."""
+    lengths = np.empty(sum(map(len, columns)), dtype=np.int64)
+    start = 0
+    for column in columns:
+        stop = start + len(column)
+        np.subtract(column.offsets[1:], column.offsets[:-1], out=lengths[start:stop])
+        start = stop
+    return lengths
+
+
 def gather(sources: Sequence[Ragged], source: np.ndarray, rows: np.ndarray) -> Ragged:
     """Samples from several columns of one schema, in the given order.
 

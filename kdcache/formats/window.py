@@ -18,7 +18,7 @@ from kdcache.errors import IntegrityError, KDCacheError
 from kdcache.formats.dense_window import DenseWindow
 from kdcache.formats.joined import JoinedColumns
 from kdcache.formats.manifest import SAMPLES, FileRecord
-from kdcache.formats.ragged import Ragged
+from kdcache.formats.ragged import Ragged, joined_lengths
 from kdcache.formats.replicas import by_replica, replica_counts
 from kdcache.formats.signals import (
     AttentionRecord,
@@ -58,9 +58,8 @@ class _Turn(NamedTuple):
         """Rows of some samples."""
         return samples if self.replicas == 1 else samples * self.replicas + self.number
 
-    def of(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        """[M] int64, from what is known of the rows of each part."""
-        rows = np.concatenate(parts or [np.empty(0, np.int64)])
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """[M] from what is known of all rows."""
         return rows if self.replicas == 1 else rows[self.number :: self.replicas]
 
 
@@ -102,8 +101,7 @@ class WindowReader:
         self._samples = samples
         self._streams = JoinedColumns(held)
         self._lengths: dict[str, np.ndarray] = {
-            name: np.concatenate([file[name].lengths for file in held] or [np.empty(0, np.int64)])
-            for name in streams
+            name: joined_lengths([file[name] for file in held]) for name in streams
         }
         self._predicted: dict[str, np.ndarray] = {
             name: np.concatenate(
@@ -146,7 +144,7 @@ class WindowReader:
                     columns = by_replica(record, columns, part)
                 parts.append(columns)
         self._columns[name] = JoinedColumns(parts)
-        self._counts[name] = turn.of([part[main].lengths for part in parts])
+        self._counts[name] = turn.of(joined_lengths([part[main] for part in parts]))
         if isinstance(record, BeamsRecord):
             found = [
                 [hypothesis_lengths(part["hypotheses"], n) for n in range(record.num_hypotheses)]
@@ -155,7 +153,7 @@ class WindowReader:
             empty = np.empty((record.num_hypotheses, 0), np.int64)
             self._hypothesis_lengths[name] = np.concatenate([empty, *map(np.array, found)], axis=1)
         if isinstance(record, MasksRecord):
-            self._masked[name] = turn.of([part["masked"].lengths for part in parts])
+            self._masked[name] = turn.of(joined_lengths([part["masked"] for part in parts]))
 
     @property
     def num_samples(self) -> int:
@@ -235,7 +233,7 @@ class WindowReader:
     def counts(self, name: str) -> np.ndarray:
         """[M] int64 records of each sample in a signal's main column (rows of a dense one)."""
         if name in self._dense:
-            return self._turns[name].of([self._dense[name].counts])
+            return self._turns[name].of(self._dense[name].counts)
         return self._counts[name]
 
     def hypothesis_lengths(self) -> dict[str, np.ndarray]:

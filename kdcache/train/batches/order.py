@@ -191,44 +191,46 @@ def window_batches(
     """
     num_samples = len(lengths[-1])
     order = permutation(num_samples, order_key(digest, seed, epoch, "samples", window))
-    # An empty stream still takes a place, or a batch could hold any number of them.
-    last = np.maximum(lengths[-1], 1, dtype=np.int64)
-    longest = np.max([*lengths, last], axis=0)
-    batches = _filled(order, longest, last, batch_tokens)
+    batches = _filled(order, lengths, batch_tokens)
     shuffled = permutation(len(batches), order_key(digest, seed, epoch, "batches", window))
     return [batches[i] for i in shuffled]
 
 
 def _filled(
-    order: np.ndarray, longest: np.ndarray, last: np.ndarray, batch_tokens: int
+    order: np.ndarray, lengths: Sequence[np.ndarray], batch_tokens: int
 ) -> list[np.ndarray]:
     """Batches of like lengths, pool after pool, longest first.
 
     Args:
         order: [M] permuted samples.
-        longest: [M] int64 the longest of each sample's streams, at least 1.
-        last: [M] int64 its last stream, by which equal ones are ordered.
+        lengths: [M] int64 tokens in each of the streams.
         batch_tokens: most samples x longest sample of a batch.
     """
     compiled = library()
-    most = int(longest.max(initial=0))
+    most = max([1, *(int(each.max(initial=1)) for each in lengths)])
     if compiled is None or most > _LONGEST_COUNTED:
+        # An empty stream still takes a place, or a batch could hold any number of them.
+        last = np.maximum(lengths[-1], 1)
+        longest = np.max([*lengths, last], axis=0)
         batches: list[np.ndarray] = []
         for pool in pools(order, longest[order], batch_tokens):
             # lexsort is stable, so equal lengths stay in permuted order.
             pool = pool[np.lexsort((-last[pool], -longest[pool]))]
             batches.extend(fill(pool, longest[pool], batch_tokens))
         return batches
-    places, other = np.empty(most + 2, dtype=np.int64), np.empty_like(order)
+    given = [np.ascontiguousarray(each, dtype=np.int64) for each in lengths]
+    streams = np.array([each.ctypes.data for each in given], dtype=np.int64)
+    counts, scratch = np.empty(2 * (most + 1), dtype=np.int64), np.empty((3, len(order)), np.int64)
     samples, stops = np.empty_like(order), np.empty_like(order)
     number = compiled.kdcache_fill(
         order.ctypes.data,
         len(order),
-        longest.ctypes.data,
-        last.ctypes.data,
+        streams.ctypes.data,
+        len(given),
+        most,
         POOL_BATCHES * batch_tokens,
         batch_tokens,
-        *(array.ctypes.data for array in (places, other, samples, stops)),
+        *(array.ctypes.data for array in (counts, *scratch, samples, stops)),
     )
     ends = stops[:number].tolist()
     return [samples[start:stop] for start, stop in zip([0, *ends], ends, strict=False)]

@@ -20,7 +20,7 @@ class Units:
 
     Attributes:
         names: U of them, see `GlobalBatch.counts`.
-        of: [M, U] int64: what is counted of a sample lies side by side.
+        of: [M, U] int32: what is counted of a sample lies side by side.
     """
 
     names: tuple[str, ...]
@@ -35,7 +35,7 @@ class Units:
         sizes = [len(batch) for batch in batches]
         starts = np.cumsum([0, *sizes[:-1]])
         taken = self.of.take(np.concatenate(batches), axis=0)
-        sums = np.add.reduceat(taken, starts, axis=0).tolist()
+        sums = np.add.reduceat(taken, starts, axis=0, dtype=np.int64).tolist()
         return [
             {"": size, **dict(zip(self.names, each, strict=True))}
             for size, each in zip(sizes, sums, strict=True)
@@ -61,5 +61,8 @@ def units_of(
     units |= {f"{name}.predicted": of for name, of in window.predicted_counts().items()}
     units |= {f"{name}.masked": of for name, of in window.masked_counts().items()}
     if gold is not None:
-        units[GOLD] = has_gold(gold).astype(np.int64)
-    return Units(tuple(units), np.stack(list(units.values()), axis=1))
+        units[GOLD] = has_gold(gold)
+    of = np.empty((window.num_samples, len(units)), dtype=np.int32)
+    for number, counts in enumerate(units.values()):
+        of[:, number] = counts
+    return Units(tuple(units), of)
