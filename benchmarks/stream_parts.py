@@ -20,8 +20,8 @@ STREAMS = ["src", "tgt"]
 def measure_parts(cache: Cache, budget: int, turns: int) -> dict[str, Any]:
     """Shares of the processor time of an epoch on one thread, each part once a turn.
 
-    `plan`: which samples make a batch. `copy`: their pieces copied out of the mapped files and
-    widened. `tensors`: padding, and a tensor of each batch for each field. `counts`: units of
+    `plan`: which samples make a batch. `copy`: their pieces copied out of the mapped files, widened
+    and padded. `tensors`: a tensor of each batch for each field. `counts`: units of
     every global batch, sample ids and the rest.
 
     Args:
@@ -40,18 +40,17 @@ def _shares(cache: Cache, budget: int, seed: int) -> dict[str, float]:
     began = time.thread_time()
     blocks = list(stream._planned(Event()))
     plan = time.thread_time() - began
-    parts = [[one.index for one in block] for block in blocks]
-    windows = [block[0].window for block in blocks]
 
     def copied() -> None:
-        for window, each in zip(windows, parts, strict=True):
-            index = np.concatenate(each)
-            window.take_streams(index, wide=True)
-            window.take_signal(SIGNAL, index, wide=True)
+        for block in blocks:
+            index = np.concatenate(block.indices)
+            ends = np.cumsum([0, *map(len, block.indices)])
+            block.window.take_padded(index, ends, dict.fromkeys(STREAMS, 0))
+            block.window.take_signal(SIGNAL, index, wide=True)
 
     def gathered() -> None:
-        for window, each in zip(windows, parts, strict=True):
-            stream._gatherer.batches(window, each)
+        for block in blocks:
+            stream._gatherer.batches(block.window, block.indices)
 
     def made() -> None:
         for block in blocks:

@@ -65,7 +65,7 @@ class LogitsSpec:
     imported: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class CodedLabels:
     """Soft labels of N positions, coded, position after position.
 
@@ -113,8 +113,17 @@ def coded_labels(spec: LogitsSpec, columns: Mapping[str, Ragged]) -> CodedLabels
         columns: the signal's columns for these samples, as they are stored or in their wide form,
             in fresh (writable) arrays.
     """
+    return wide_labels(spec, {name: widened(name, column) for name, column in columns.items()})
+
+
+def wide_labels(spec: LogitsSpec, columns: Mapping[str, Ragged]) -> CodedLabels:
+    """Labels of some samples, as `coded_labels` gives them, of columns in their wide form.
+
+    Args:
+        spec: of the signal.
+        columns: the signal's columns for these samples, in fresh (writable) arrays.
+    """
     codec = spec.codec
-    columns = {name: widened(name, column) for name, column in columns.items()}
     tokens = columns["tokens"].fields
     num_positions = len(tokens["gold"])
     num_exact = num_drawn = tail = exact_id = exact_code = drawn_id = drawn_code = None

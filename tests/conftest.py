@@ -58,10 +58,10 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 @pytest.fixture(params=["numpy", "compiled"])
 def copying(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL | None:
     """Makes batches be planned and copied by numpy, then by compiled code (None for numpy)."""
-    from kdcache.formats import joined, keyed
-    from kdcache.train.batches import order, pad
+    from kdcache.formats import joined, keyed, rows
+    from kdcache.train.batches import order
 
     found = request.getfixturevalue("compiled") if request.param == "compiled" else None
-    for module in (joined, keyed, order, pad):
+    for module in (joined, keyed, order, rows):
         monkeypatch.setattr(module, "library", lambda: found)
     return found

@@ -16,7 +16,7 @@ def tensors_of(batch: Batch) -> dict[str, Tensor]:
     """All tensors of a batch by the names that peers give them; the sample ids are left out."""
     found = {"rows": torch.from_numpy(batch.rows)}
     for name, tokens in batch.streams.items():
-        found |= {f"{name}.{part}": getattr(tokens, part) for part in ("ids", "mask", "flat")}
+        found |= {f"{name}.{part}": getattr(tokens, part) for part in ("ids", "mask")}
     labels = batch.signals[SIGNAL]
     for field in fields(labels):
         value = getattr(labels, field.name)

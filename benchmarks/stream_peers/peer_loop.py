@@ -56,7 +56,7 @@ class Collated:
 
     def tokens(self, batch: dict[str, Tensor]) -> int:
         """Target tokens of a batch."""
-        return len(batch["tgt.flat"])
+        return len(batch["gold"])
 
 
 def serve(side: Looped) -> None:

@@ -87,7 +87,6 @@ def tensors_of(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         batch[f"{name}.ids"] = pad_sequence(each, batch_first=True)
         lengths = torch.tensor([len(one) for one in each])
         batch[f"{name}.mask"] = torch.arange(int(lengths.max())) < lengths[:, None]
-        batch[f"{name}.flat"] = torch.cat(each)
     for name in set(rows[0]) - {*STREAMS, "row"}:
         values = list(chain.from_iterable(row[name] for row in rows))
         if name in ENTRIES:

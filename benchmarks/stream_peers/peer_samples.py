@@ -6,7 +6,6 @@ writes its own format from them, and makes of B samples the tensors that kdcache
     rows                         [B] int64
     src.ids, tgt.ids             [B, T] int64, padded with 0
     src.mask, tgt.mask           [B, T] bool
-    src.flat, tgt.flat           [N] int64
     num_exact, num_drawn         [N] int64 entries at each target token
     gold, entropy                [N] uint8
     tail                         [N, 4] float16
@@ -87,11 +86,10 @@ def assemble(
     batch = {"rows": rows.astype(np.int64)}
     for name, values in flat.items():
         if name in STREAMS:
-            tokens = values.astype(np.int64)
             mask = np.arange(lengths[name].max()) < lengths[name][:, None]
             ids = np.zeros(mask.shape, dtype=np.int64)
-            ids[mask] = tokens
-            batch |= {f"{name}.ids": ids, f"{name}.mask": mask, f"{name}.flat": tokens}
+            ids[mask] = values
+            batch |= {f"{name}.ids": ids, f"{name}.mask": mask}
         else:
             values = values.astype(_DTYPES.get(name, np.uint8), copy=False)
             batch[name] = values.reshape(-1, KNOTS) if name == "tail" else values

@@ -48,7 +48,7 @@ class Copy:
             np.concatenate([tensor.numpy().reshape(-1).view(np.uint8) for tensor in one.values()])
             for one in self.batches
         ]
-        tokens = [len(one["tgt.flat"]) for one in self.batches]
+        tokens = [len(one["gold"]) for one in self.batches]
         self.batches = []
         ends = np.cumsum([len(piece) for piece in pieces]).tolist()
         source = np.concatenate(pieces)
@@ -61,7 +61,7 @@ class Copy:
 
     def clone(self) -> Iterator[int]:
         """Tokens of each batch whose tensors were cloned."""
-        tokens = [len(one["tgt.flat"]) for one in self.batches]
+        tokens = [len(one["gold"]) for one in self.batches]
         while True:
             for one, number in zip(self.batches, tokens, strict=True):
                 fresh = [tensor.clone() for tensor in one.values()]

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from kdcache.errors import IntegrityError
 from kdcache.formats.native import library
+from kdcache.formats.padded import Padded, padded
 from kdcache.formats.ragged import Ragged, offsets_of
 from kdcache.formats.wide import widened
 from kdcache.formats.wide_copy import WideCopy, supported
@@ -52,11 +53,11 @@ class JoinedColumns:
         self._starts = offsets_of(np.array(counts, dtype=np.int64))
         # Of every file one offset more than it has samples: sample m of file s is at m + s.
         offsets = [[file[name].offsets for file in files] for name in names]
+        kinds = [one.dtype for each in offsets for one in each] or [np.dtype(np.int32)]
         width = sum(counts) + len(files)
-        kinds = [array.dtype for row in offsets for array in row]
-        self._offsets = np.empty((len(names), width), dtype=np.result_type(*kinds or [np.int32]))
-        for row, arrays in zip(self._offsets, offsets, strict=True):
-            np.concatenate(arrays, out=row)  # [M + S]
+        self._offsets = np.empty((len(names), width), dtype=np.result_type(*kinds))  # [C, M + S]
+        for each, joined in zip(offsets, self._offsets, strict=True):
+            np.concatenate(each, out=joined)
         fields = [
             (column, field, array.dtype)
             for column, name in enumerate(names)
@@ -119,6 +120,24 @@ class JoinedColumns:
         if self._wide is not None:
             return self._wide.take(rows)
         return {name: widened(name, column) for name, column in self.take(rows).items()}
+
+    def take_padded(
+        self, rows: np.ndarray, ends: np.ndarray, pads: Mapping[str, int]
+    ) -> dict[str, Padded]:
+        """Samples of several batches, of columns that have ids: padded matrices of them.
+
+        Args:
+            rows: [R] integer samples of all batches, repeats allowed.
+            ends: [batches + 1] int64 samples before each batch, and of all.
+            pads: column to the id that stands outside the mask.
+
+        Raises:
+            IndexError: there is no such sample.
+        """
+        if self._wide is not None:
+            return self._wide.take_padded(rows, ends, pads)
+        taken = self.take_wide(rows)
+        return {name: padded(column, ends, pads[name]) for name, column in taken.items()}
 
     def _compiled(self, addresses: np.ndarray) -> WideCopy | None:
         """What copies the wide form itself; None where nothing was compiled.

@@ -19,6 +19,8 @@
 #define WIDE_REGISTERS
 #endif
 
+#define ALIGNED 64 /* where fields begin */
+
 /* One field, or one of two bytes that is put between others (`step` > 1). */
 typedef struct {
     const int64_t *low;  /* [S] where its values begin in each file */
@@ -27,18 +29,21 @@ typedef struct {
     int64_t stored; /* bytes of a stored value */
     int64_t wide;   /* bytes of a delivered value */
     int64_t step;   /* values from one to the next where they are delivered */
-    uint8_t *to;
+    int64_t among;  /* how many of those that it is put between come before it */
 } Field;
 
-/* Where samples lie. Returns 0, or 1 where there is no such sample.
+/* Where samples lie, and where their copies do. Returns 0, or 1 where there is no such sample.
  *
  * starts: [S + 1] first sample of each file. offsets: [C, samples + S]. rows: [R] samples.
  * file: [R], begins: [C, R], ends: [C, R + 1] to fill; ends counts records from the first row on.
+ * firsts: [F + 1] to fill, bytes from the first field on, of the end too.
  */
 int kdcache_find(const int64_t *starts, int64_t num_files, const int32_t *offsets, int64_t width,
-                 int64_t num_columns, const int64_t *rows, int64_t num_rows, int32_t *file,
-                 int64_t *begins, int64_t *ends)
+                 int64_t num_columns, const int64_t *rows, int64_t num_rows, const Field *fields,
+                 int64_t num_fields, int32_t *file, int64_t *begins, int64_t *ends,
+                 int64_t *firsts)
 {
+    const int64_t *totals = ends + num_rows;
     for (int64_t r = 0; r < num_rows; r++) {
         int64_t first = 0, left = num_files, row = rows[r];
         if (row < 0 || row >= starts[num_files])
@@ -61,6 +66,17 @@ int kdcache_find(const int64_t *starts, int64_t num_files, const int32_t *offset
             total += place[1] - place[0];
             *begins++ = place[0];
             *ends++ = total;
+        }
+    }
+    firsts[0] = 0;
+    for (int64_t f = 0; f < num_fields; f++) {
+        const Field *field = fields + f;
+        int64_t size = totals[field->column * (num_rows + 1)] * field->wide * field->step;
+        if (field->among > 0) { /* the first of them has taken the room of all */
+            firsts[f + 1] = firsts[f];
+            firsts[f] = firsts[f - field->among] + field->among * field->wide;
+        } else {
+            firsts[f + 1] = firsts[f] + (size + ALIGNED - 1) / ALIGNED * ALIGNED;
         }
     }
     return 0;
@@ -98,27 +114,27 @@ static inline void fetch(const uint8_t *piece, int64_t size) /* into the second 
         int64_t next = r + ahead, n = ends[r + 1] - ends[r];                                      \
         if (next < num_rows)                                                                      \
             fetch(PLACE(field->low, next), (ends[next + 1] - ends[next]) * stored);               \
-        uint8_t *place = field->to + ends[r] * field->step * field->wide;                         \
+        uint8_t *place = to + ends[r] * field->step * field->wide;                                \
         copy                                                                                      \
     }
 
 #define WIDEN(Stored, Wide)                                                                       \
     EACH_SAMPLE({                                                                                 \
         const Stored *restrict from = PLACE(field->low, r);                                       \
-        Wide *restrict to = (Wide *)place;                                                        \
-        EACH_VALUE(n, 8, to[k] = from[k])                                                         \
+        Wide *restrict wide = (Wide *)place;                                                      \
+        EACH_VALUE(n, 8, wide[k] = from[k])                                                       \
     })
 
 #define JOIN(Wide)                                                                                \
     EACH_SAMPLE({                                                                                 \
         const uint16_t *restrict from = PLACE(field->low, r);                                     \
         const uint8_t *restrict above = (const uint8_t *)field->high[file[r]] + begins[r];        \
-        Wide *restrict to = (Wide *)place;                                                        \
-        EACH_VALUE(n, 8, to[k] = (Wide)from[k] | (Wide)above[k] << 16)                            \
+        Wide *restrict wide = (Wide *)place;                                                      \
+        EACH_VALUE(n, 8, wide[k] = (Wide)from[k] | (Wide)above[k] << 16)                          \
     })
 
-/* Four fields of two bytes side by side. */
-static void copy_four(const Field *field, int64_t num_rows, const int32_t *file,
+/* Four fields of two bytes side by side, the first in the lowest bytes. */
+static void copy_four(const Field *field, uint8_t *to, int64_t num_rows, const int32_t *file,
                       const int64_t *begins, const int64_t *ends)
 {
     const int64_t stored = 2, ahead = AHEAD / 2;
@@ -128,17 +144,15 @@ static void copy_four(const Field *field, int64_t num_rows, const int32_t *file,
             fetch(PLACE(field[k].low, next), (ends[next + 1] - ends[next]) * stored);
         const uint16_t *restrict a = PLACE(field[0].low, r), *restrict b = PLACE(field[1].low, r);
         const uint16_t *restrict c = PLACE(field[2].low, r), *restrict d = PLACE(field[3].low, r);
-        uint16_t *restrict to = (uint16_t *)field->to + 4 * ends[r];
+        uint64_t *restrict all = (uint64_t *)to + ends[r];
         EACH_VALUE(n, 8, {
-            to[4 * k] = a[k];
-            to[4 * k + 1] = b[k];
-            to[4 * k + 2] = c[k];
-            to[4 * k + 3] = d[k];
+            all[k] = (uint64_t)a[k] | (uint64_t)b[k] << 16 | (uint64_t)c[k] << 32
+                     | (uint64_t)d[k] << 48;
         })
     }
 }
 
-static int copy_field(const Field *field, int64_t num_rows, const int32_t *file,
+static int copy_field(const Field *field, uint8_t *to, int64_t num_rows, const int32_t *file,
                       const int64_t *begins, const int64_t *ends)
 {
     int64_t stored = field->stored;
@@ -150,9 +164,9 @@ static int copy_field(const Field *field, int64_t num_rows, const int32_t *file,
             return 1;
         EACH_SAMPLE({
             const uint16_t *restrict from = PLACE(field->low, r);
-            uint16_t *restrict to = (uint16_t *)place;
+            uint16_t *restrict wide = (uint16_t *)place;
             for (int64_t i = 0; i < n; i++)
-                to[i * field->step] = from[i];
+                wide[i * field->step] = from[i];
         })
         return 0;
     }
@@ -180,43 +194,106 @@ static int copy_field(const Field *field, int64_t num_rows, const int32_t *file,
 /* All fields of some samples, found before. Returns 0, or 1 for widths that it does not know. */
 WIDE_REGISTERS
 int kdcache_copy(const Field *fields, int64_t num_fields, int64_t num_rows, const int32_t *file,
-                 const int64_t *begins, const int64_t *ends)
+                 const int64_t *begins, const int64_t *ends, const int64_t *firsts, uint8_t *to)
 {
     for (int64_t f = 0; num_rows > 0 && f < num_fields; f++) {
         const Field *field = fields + f;
         const int64_t *from = begins + field->column * num_rows;
         const int64_t *till = ends + field->column * (num_rows + 1);
         if (field->step == 4) {
-            copy_four(field, num_rows, file, from, till);
+            copy_four(field, to + firsts[f], num_rows, file, from, till);
             f += 3;
-        } else if (copy_field(field, num_rows, file, from, till)) {
+        } else if (copy_field(field, to + firsts[f], num_rows, file, from, till)) {
             return 1;
         }
     }
     return 0;
 }
 
-/* Tokens as padded matrices, one of each batch, one after another.
+/* Rows of a table. Returns 0, or 1 where there is no such row.
  *
- * flat: tokens of all samples. ends: [R + 1] of each sample. sizes, widths: [B] samples and
- * positions of each batch. ids, mask: to fill.
+ * table: [M, width] bytes, width a multiple of 8. rows: [R]. to: [R, width] to fill.
+ */
+int kdcache_rows(const uint8_t *table, int64_t num_rows, int64_t width, const int64_t *rows,
+                 int64_t num_taken, uint8_t *to)
+{
+    for (int64_t r = 0; r < num_taken; r++, to += width) {
+        if (rows[r] < 0 || rows[r] >= num_rows)
+            return 1;
+        if (r + AHEAD < num_taken)
+            __builtin_prefetch(table + rows[r + AHEAD] * width);
+        const uint8_t *from = table + rows[r] * width;
+        for (int64_t i = 0; i < width; i += 8)
+            memcpy(to + i, from + i, 8);
+    }
+    return 0;
+}
+
+/* Positions of the longest sample of each batch, at least 1. Returns places in all matrices.
+ *
+ * ends: [R + 1] of the samples. stops: [B + 1] samples before each batch. widths: [B] to fill.
+ */
+int64_t kdcache_widths(const int64_t *ends, int64_t num_batches, const int64_t *stops,
+                       int64_t *widths)
+{
+    int64_t area = 0;
+    for (int64_t b = 0; b < num_batches; b++) {
+        int64_t width = 1;
+        for (int64_t r = stops[b]; r < stops[b + 1]; r++)
+            width = ends[r + 1] - ends[r] > width ? ends[r + 1] - ends[r] : width;
+        widths[b] = width;
+        area += width * (stops[b + 1] - stops[b]);
+    }
+    return area;
+}
+
+#define PAD(Stored, value)                                                                        \
+    for (int64_t b = 0; b < num_batches; b++) {                                                   \
+        int64_t width = widths[b];                                                                \
+        for (int64_t r = stops[b]; r < stops[b + 1]; r++, ids += width, mask += width) {          \
+            int64_t next = r + AHEAD, n = ends[r + 1] - ends[r];                                  \
+            if (next < num_rows)                                                                  \
+                fetch(PLACE(field->low, next), (ends[next + 1] - ends[next]) * stored);           \
+            const Stored *restrict from = PLACE(field->low, r);                                   \
+            const uint8_t *restrict above =                                                       \
+                field->high ? (const uint8_t *)field->high[file[r]] + begins[r] : 0;              \
+            int64_t *restrict to = ids;                                                           \
+            (void)above;                                                                          \
+            EACH_VALUE(n, 8, to[k] = (int64_t)(value))                                            \
+            for (int64_t i = n; i < width; i++)                                                   \
+                to[i] = padding;                                                                  \
+            for (int64_t i = 0; i < width; i++)                                                   \
+                mask[i] = i < n;                                                                  \
+        }                                                                                         \
+    }
+
+/* Ids as padded matrices, one of each batch, one after another. Returns 0, or 1 for a width that
+ * it does not know.
+ *
+ * field: of the ids. file, begins, ends: from `kdcache_find`. stops, widths: see `kdcache_widths`.
+ * ids, mask: to fill.
  */
 WIDE_REGISTERS
-void kdcache_pad(const int64_t *flat, const int64_t *ends, int64_t num_batches,
-                 const int64_t *sizes, const int64_t *widths, int64_t padding, int64_t *ids,
-                 uint8_t *mask)
+int kdcache_pad(const Field *field, int64_t num_rows, const int32_t *file, const int64_t *begins,
+                const int64_t *ends, int64_t num_batches, const int64_t *stops,
+                const int64_t *widths, int64_t padding, int64_t *ids, uint8_t *mask)
 {
-    for (int64_t b = 0; b < num_batches; b++) {
-        int64_t width = widths[b];
-        for (int64_t r = 0; r < sizes[b]; r++, ends++, ids += width, mask += width) {
-            int64_t n = ends[1] - ends[0];
-            copy_bytes((uint8_t *)ids, (const uint8_t *)(flat + ends[0]), 8 * n);
-            for (int64_t i = n; i < width; i++)
-                ids[i] = padding;
-            for (int64_t i = 0; i < width; i++)
-                mask[i] = i < n;
-        }
-    }
+    int64_t stored = field->stored;
+    begins += field->column * num_rows;
+    ends += field->column * (num_rows + 1);
+    if (field->high)
+        PAD(uint16_t, (uint32_t)from[k] | (uint32_t)above[k] << 16)
+    else if (stored == 1)
+        PAD(uint8_t, from[k])
+    else if (stored == 2)
+        PAD(uint16_t, from[k])
+    else if (stored == 4)
+        PAD(uint32_t, from[k])
+    else if (stored == 8)
+        PAD(int64_t, from[k])
+    else
+        return 1;
+    return 0;
 }
 
 /* A keyed permutation of n numbers, see `keyed.permutation`.

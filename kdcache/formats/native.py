@@ -77,13 +77,19 @@ def load(path: Path) -> ctypes.CDLL | None:
     if found is not None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         found.kdcache_find.argtypes = [
-            *(pointer, number, pointer, number, number, pointer, number),
-            *(pointer, pointer, pointer),
+            *(pointer, number, pointer, number, number, pointer, number, pointer, number),
+            *(pointer, pointer, pointer, pointer),
         ]
-        found.kdcache_copy.argtypes = [pointer, number, number, pointer, pointer, pointer]
+        found.kdcache_copy.argtypes = [
+            *(pointer, number, number),
+            *(pointer, pointer, pointer, pointer, pointer),
+        ]
+        found.kdcache_rows.argtypes = [pointer, number, number, pointer, number, pointer]
+        found.kdcache_widths.argtypes = [pointer, number, pointer, pointer]
+        found.kdcache_widths.restype = number
         found.kdcache_pad.argtypes = [
-            *(pointer, pointer, number, pointer, pointer, number),
-            *(pointer, pointer),
+            *(pointer, number, pointer, pointer, pointer, number, pointer),
+            *(pointer, number, pointer, pointer),
         ]
         found.kdcache_permute.argtypes = [number, number, pointer, pointer]
         found.kdcache_fill.argtypes = [
@@ -91,7 +97,7 @@ def load(path: Path) -> ctypes.CDLL | None:
             *(pointer, pointer, pointer, pointer, pointer, pointer),
         ]
         found.kdcache_fill.restype = number
-        found.kdcache_pad.restype = found.kdcache_permute.restype = None
+        found.kdcache_permute.restype = None
     return found
 
 

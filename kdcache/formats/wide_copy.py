@@ -6,16 +6,70 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 
 from kdcache.formats.buffers import BUFFERS
+from kdcache.formats.padded import Padded
 from kdcache.formats.ragged import Ragged
 from kdcache.formats.wide import TAIL, WideField, wide_fields
 
-#: Fields begin at multiples of this many bytes.
-_ALIGNED = 64
+
+class _Fields:
+    """Some fields as `kdcache_copy` wants them.
+
+    Attributes:
+        wide: each with the number of its column and its first row in the table.
+        table: [F, 7] of `Field` in native.c; several rows of a field that is made of several.
+    """
+
+    def __init__(self) -> None:
+        self.wide: list[tuple[int, WideField, int]] = []
+        self._rows: list[tuple[int, ...]] = []
+
+    def add(
+        self, column: int, field: WideField, stored: Mapping[str, np.dtype], places: Sequence[int]
+    ) -> None:
+        """One more.
+
+        Args:
+            column: its number.
+            field: the wide form.
+            stored: dtypes of the column's stored fields.
+            places: where the [S] addresses of each field that it is made of are.
+        """
+        self.wide.append((column, field, len(self._rows)))
+        if field.name == "id":
+            low, high = places[0], places[1] if len(places) == 2 else 0
+            widths = stored["id"].itemsize, field.dtype.itemsize
+            self._rows.append((low, high, column, *widths, 1, 0))
+            return
+        for knot, (name, low) in enumerate(zip(field.stored, places, strict=True)):
+            widths = stored[name].itemsize, field.dtype.itemsize
+            self._rows.append((low, 0, column, *widths, field.step, knot))
+
+    @cached_property
+    def table(self) -> np.ndarray:
+        return np.array(self._rows, dtype=np.int64).reshape(len(self._rows), 7)
+
+
+class _Found:
+    """Where some samples lie, and where copies of some fields of them will.
+
+    Attributes:
+        ends: [C, R + 1] int64 records up to each sample.
+        firsts: [F + 1] int64 where each row of the table begins in the copy, and the end.
+        where: pointers to the file [R] of each sample, its first records [C, R], and the ends.
+    """
+
+    def __init__(self, num_rows: int, num_columns: int, num_fields: int) -> None:
+        self._file = np.empty(num_rows, dtype=np.int32)
+        self._begins = np.empty((num_columns, num_rows), dtype=np.int64)
+        self.ends = np.empty((num_columns, num_rows + 1), dtype=np.int64)
+        self.firsts = np.empty(num_fields + 1, dtype=np.int64)
+        self.where = tuple(_pointer(array) for array in (self._file, self._begins, self.ends))
 
 
 class WideCopy:
@@ -42,25 +96,17 @@ class WideCopy:
         self._starts = np.ascontiguousarray(starts)
         self._offsets = np.ascontiguousarray(offsets)
         self._addresses = {key: np.ascontiguousarray(each) for key, each in addresses.items()}
-        self._fields: list[tuple[int, WideField]] = []
-        table = []  # of `Field` in native.c
+        self._all, self._beside_ids = _Fields(), _Fields()
+        self._ids: list[_Fields] = []  # of each column that has any
         for number, (column, stored) in enumerate(dtypes.items()):
             for field in wide_fields(column, stored):
-                self._fields.append((number, field))
                 places = [_pointer(self._addresses[column, name]) for name in field.stored]
                 if field.name == "id":
-                    low, high = places[0], places[1] if len(places) == 2 else 0
-                    width = stored["id"].itemsize
-                    table.append((low, high, number, width, field.dtype.itemsize, 1, 0))
-                    continue
-                for knot, (name, low) in enumerate(zip(field.stored, places, strict=True)):
-                    widths = stored[name].itemsize, field.dtype.itemsize
-                    table.append((low, 0, number, *widths, field.step, knot * widths[1]))
-        self._table = np.array(table, dtype=np.int64).reshape(len(table), 7)
-        parts = [len(field.stored) if field.step > 1 else 1 for _, field in self._fields]
-        self._entry = np.repeat(np.arange(len(parts)), parts)  # wide field of each row of the table
-        self._columns = np.array([column for column, _ in self._fields], dtype=np.int64)
-        self._bytes = np.array([field.dtype.itemsize * field.step for _, field in self._fields])
+                    self._ids.append(_Fields())
+                apart = self._ids[-1] if field.name == "id" else self._beside_ids
+                for fields in (self._all, apart):
+                    fields.add(number, field, stored, places)
+        self._fixed = (_pointer(self._starts), len(starts) - 1, _pointer(self._offsets))
 
     def take(self, rows: np.ndarray) -> dict[str, Ragged]:
         """Some samples, in the given order, copied into fresh arrays.
@@ -71,49 +117,87 @@ class WideCopy:
         Raises:
             IndexError: there is no such sample.
         """
-        rows = np.ascontiguousarray(rows, dtype=np.int64)
-        num_rows, num_columns = len(rows), len(self._names)
-        file = np.empty(num_rows, dtype=np.int32)
-        begins = np.empty((num_columns, num_rows), dtype=np.int64)
-        ends = np.empty((num_columns, num_rows + 1), dtype=np.int64)
-        where = [_pointer(file), _pointer(begins), _pointer(ends)]
-        failed = self._library.kdcache_find(
-            _pointer(self._starts),
-            len(self._starts) - 1,
-            _pointer(self._offsets),
-            self._offsets.shape[1],
-            num_columns,
-            _pointer(rows),
-            num_rows,
-            *where,
-        )
-        if failed:
-            raise IndexError(f"rows from {rows.min()} to {rows.max()}, of {self._starts[-1]}")
-        sizes = ends[:, -1].take(self._columns) * self._bytes
-        firsts = np.zeros(len(sizes) + 1, dtype=np.int64)
-        np.cumsum(-(-sizes // _ALIGNED) * _ALIGNED, out=firsts[1:])
-        data = BUFFERS.empty(int(firsts[-1]))
-        table = self._table.copy()
-        table[:, 6] += firsts.take(self._entry) + _pointer(data)
-        unknown = self._library.kdcache_copy(_pointer(table), len(table), num_rows, *where)
-        assert not unknown, self._fields
-        return self._ragged(data, firsts, sizes, ends)
+        return self._copied(self._found(rows, self._all), self._all)
 
-    def _ragged(
-        self, data: np.ndarray, firsts: np.ndarray, sizes: np.ndarray, ends: np.ndarray
-    ) -> dict[str, Ragged]:
-        """The copies as columns."""
-        fields: list[dict[str, np.ndarray]] = [{} for _ in self._names]
-        for (column, field), first, size in zip(
-            self._fields, firsts.tolist(), sizes.tolist(), strict=False
-        ):
-            values = data[first : first + size].view(field.dtype)
-            if field.name == TAIL:
-                values = values.reshape(-1, field.step)
-            fields[column][field.name] = values
-        return {
-            name: Ragged(ends[column], fields[column]) for column, name in enumerate(self._names)
-        }
+    def take_padded(
+        self, rows: np.ndarray, ends: np.ndarray, pads: Mapping[str, int]
+    ) -> dict[str, Padded]:
+        """Samples of several batches, of columns that have ids: padded matrices of them.
+
+        Args:
+            rows: [R] integer samples of all batches, repeats allowed.
+            ends: [batches + 1] int64 samples before each batch, and of all.
+            pads: column to the id that stands outside the mask.
+
+        Raises:
+            IndexError: there is no such sample.
+        """
+        found = self._found(rows, self._beside_ids)
+        beside = self._copied(found, self._beside_ids)
+        batches = len(ends) - 1, _pointer(ends)
+        widths = np.empty(len(ends) - 1, dtype=np.int64)
+        made = {}
+        for number, name in enumerate(self._names):
+            mine = _pointer(found.ends[number])
+            area = self._library.kdcache_widths(mine, *batches, _pointer(widths))
+            data = BUFFERS.empty(9 * area)
+            ids, mask = data[: 8 * area].view(np.int64), data[8 * area :].view(np.bool_)
+            unknown = self._library.kdcache_pad(
+                _pointer(self._ids[number].table),
+                len(rows),
+                *found.where,
+                *batches,
+                _pointer(widths),
+                pads[name],
+                _pointer(data),
+                _pointer(data) + 8 * area,
+            )
+            assert not unknown, self._ids[number].wide
+            made[name] = Padded(ids, mask, widths.tolist(), beside[name])
+        return made
+
+    def _found(self, rows: np.ndarray, fields: _Fields) -> _Found:
+        """Where samples lie, and where copies of those fields will."""
+        rows = np.ascontiguousarray(rows, dtype=np.int64)
+        found = _Found(len(rows), len(self._names), len(fields.table))
+        missing = self._library.kdcache_find(
+            *self._fixed,
+            self._offsets.shape[1],
+            len(self._names),
+            _pointer(rows),
+            len(rows),
+            _pointer(fields.table),
+            len(fields.table),
+            *found.where,
+            _pointer(found.firsts),
+        )
+        if missing:
+            raise IndexError(f"rows from {rows.min()} to {rows.max()}, of {self._starts[-1]}")
+        return found
+
+    def _copied(self, found: _Found, fields: _Fields) -> dict[str, Ragged]:
+        """Those fields as columns."""
+        copies: list[dict[str, np.ndarray]] = [{} for _ in self._names]
+        if fields.wide:
+            data = BUFFERS.empty(int(found.firsts[-1]))
+            unknown = self._library.kdcache_copy(
+                _pointer(fields.table),
+                len(fields.table),
+                found.ends.shape[1] - 1,
+                *found.where,
+                _pointer(found.firsts),
+                _pointer(data),
+            )
+            assert not unknown, fields.wide
+            places, totals = found.firsts.tolist(), found.ends[:, -1].tolist()
+            for column, field, number in fields.wide:
+                size = totals[column] * field.step * field.dtype.itemsize
+                values = data[places[number] : places[number] + size].view(field.dtype)
+                if field.name == TAIL:
+                    values = values.reshape(-1, field.step)
+                copies[column][field.name] = values
+        columns = zip(self._names, found.ends, copies, strict=True)
+        return {name: Ragged(ends, copy) for name, ends, copy in columns}
 
 
 def supported(dtypes: Mapping[str, Mapping[str, np.dtype]], offsets: np.ndarray) -> bool:

@@ -18,6 +18,7 @@ from kdcache.errors import IntegrityError, KDCacheError
 from kdcache.formats.dense_window import DenseWindow
 from kdcache.formats.joined import JoinedColumns
 from kdcache.formats.manifest import SAMPLES, FileRecord
+from kdcache.formats.padded import Padded
 from kdcache.formats.ragged import Ragged, joined_lengths
 from kdcache.formats.replicas import by_replica, replica_counts
 from kdcache.formats.signals import (
@@ -186,14 +187,25 @@ class WindowReader:
             total += int(self.counts(name).sum()) * self._dense[name].row_bytes * len(read)
         return total / max(1, self.num_samples)
 
-    def take_streams(self, rows: np.ndarray, wide: bool = False) -> dict[str, Ragged]:
-        """Token ids of some samples, by stream.
+    def take_streams(self, rows: np.ndarray) -> dict[str, Ragged]:
+        """Token ids of some samples, as they are stored, by stream.
 
         Args:
             rows: [R] integer samples of the window, repeats allowed.
-            wide: in their wide form, see `wide`; else as they are stored.
         """
-        return self._streams.take_wide(rows) if wide else self._streams.take(rows)
+        return self._streams.take(rows)
+
+    def take_padded(
+        self, rows: np.ndarray, ends: np.ndarray, pads: Mapping[str, int]
+    ) -> dict[str, Padded]:
+        """Token ids of several batches as padded matrices, by stream.
+
+        Args:
+            rows: [R] integer samples of all batches, counted within the window, repeats allowed.
+            ends: [batches + 1] int64 samples before each batch, and of all.
+            pads: stream to the id that stands outside the mask.
+        """
+        return self._streams.take_padded(rows, ends, pads)
 
     def take_stream(self, name: str, rows: np.ndarray) -> Ragged:
         """Token ids of some samples in one stream; `take_streams` gives several for less.

@@ -2,11 +2,12 @@
 
 import gc
 import subprocess
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from kdcache.formats import joined, native
+from kdcache.formats import joined, native, rows
 from kdcache.formats.buffers import KEPT_BYTES, STEP_BYTES, Buffers
 from kdcache.formats.joined import JoinedColumns
 from kdcache.formats.ragged import Ragged, offsets_of
@@ -100,20 +101,67 @@ def test_take_wide(copying, kind):
         columns_of_all = JoinedColumns(files)
         assert (columns_of_all._wide is None) == (copying is None)
         for number in (0, 1, 50):
-            rows = draw.integers(0, sum(sizes), number)  # with repeats
-            taken = columns_of_all.take_wide(rows)
+            asked = draw.integers(0, sum(sizes), number)  # with repeats
+            taken = columns_of_all.take_wide(asked)
             assert list(taken) == list(columns)
             for name, column in taken.items():
-                wanted = record_by_record(files, name, columns[name], rows.tolist())
+                wanted = record_by_record(files, name, columns[name], asked.tolist())
                 assert set(column.fields) == set(wanted)
                 for field, array in column.fields.items():
                     assert array.dtype == wanted[field].dtype
                     assert array.shape == wanted[field].shape
                     assert array.tobytes() == wanted[field].tobytes()
                     assert array.flags.writeable
-                lengths = np.concatenate([file[name].lengths for file in files])[rows]
+                lengths = np.concatenate([file[name].lengths for file in files])[asked]
                 np.testing.assert_array_equal(column.offsets, offsets_of(lengths))
                 assert column.offsets.dtype == np.int64
+
+
+#: Streams by the width of their ids.
+IDS = {
+    "of one byte": {"id": "u1"},
+    "of two": {"id": "u2", "segment": "u1"},
+    "of three": {"id": "u2", "id_high": "u1", "loss": "u1"},
+    "of four": {"id": "u4"},
+    "of eight": {"id": "i8"},
+}
+
+
+@pytest.mark.parametrize("ids", IDS)
+def test_take_padded(copying, ids):
+    columns, pads = {"src": {"id": "u2"}, "tgt": IDS[ids]}, {"src": 0, "tgt": 7}
+    for seed, (sizes, longest) in enumerate([([1], 1), ([5, 0, 1, 12], 3), ([9, 30], 60)]):
+        draw = np.random.default_rng(seed)
+        files = [made(draw, columns, size, longest) for size in sizes]
+        if ids == "of four":  # and of those no more than there can be
+            for file in files:
+                file["tgt"].fields["id"] = file["tgt"].fields["id"] >> 1
+        joined_files = JoinedColumns(files)
+        assert (joined_files._wide is None) == (copying is None)
+        for batches in ([1], [3, 0, 5], [0], [40, 2]):
+            ends = np.cumsum([0, *batches])
+            taken = draw.integers(0, sum(sizes), ends[-1])  # with repeats
+            found = joined_files.take_padded(taken, ends, pads)
+            assert list(found) == ["src", "tgt"]
+            for name, stream in found.items():
+                lengths = np.concatenate([file[name].lengths for file in files])[taken]
+                flat = record_by_record(files, name, columns[name], taken.tolist())
+                tokens = iter(flat.pop("id").tolist())
+                matrices, masks, widths = [], [], []
+                for start, stop in pairwise(ends.tolist()):
+                    widths.append(max([1, *lengths[start:stop].tolist()]))
+                    for length in lengths[start:stop].tolist():
+                        spare = widths[-1] - length
+                        matrices += [next(tokens) for _ in range(length)] + [pads[name]] * spare
+                        masks += [True] * length + [False] * spare
+                assert stream.widths == widths
+                assert stream.ids.tolist() == matrices
+                assert stream.mask.tolist() == masks
+                assert (stream.ids.dtype, stream.mask.dtype) == (np.int64, np.bool_)
+                np.testing.assert_array_equal(stream.beside.offsets, offsets_of(lengths))
+                assert set(stream.beside.fields) == set(flat)
+                for field, array in stream.beside.fields.items():
+                    np.testing.assert_array_equal(array, flat[field])
 
 
 def test_samples_that_are_not_there(copying):
@@ -121,6 +169,22 @@ def test_samples_that_are_not_there(copying):
     columns = JoinedColumns([made(draw, COLUMNS["streams"], size, 4) for size in (3, 2)])
     with pytest.raises(IndexError):
         columns.take_wide(np.array([0, 5]))
+    with pytest.raises(IndexError):
+        columns.take_padded(np.array([0, 5]), np.array([0, 2]), {"src": 0, "tgt": 0})
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("i8", ()), ("u1", (16,)), ("i4", (6,)), ("i4", ())])
+def test_rows_of_a_table(copying, dtype, shape):
+    draw = np.random.default_rng(3)
+    table = draw.integers(0, 100, (50, *shape)).astype(dtype)
+    for number in (0, 1, 200):
+        asked = draw.integers(0, 50, number)
+        found = rows.take_rows(table, asked)
+        assert (found.dtype, found.shape) == (table.dtype, (number, *shape))
+        assert found.tolist() == [table[row].tolist() for row in asked]
+    for missing in (50, -51):
+        with pytest.raises(IndexError):
+            rows.take_rows(table, np.array([3, missing]))
 
 
 def test_columns_that_compiled_code_does_not_know(compiled, monkeypatch):

@@ -7,14 +7,13 @@ import pytest
 import torch
 
 from kdcache.errors import FormatError, IdentityError
-from kdcache.formats import joined
+from kdcache.formats import joined, rows
 from kdcache.formats.cache import open_cache
 from kdcache.formats.dense import SCALE, VALUES
 from kdcache.formats.mapped_array import MappedArray
 from kdcache.formats.ragged import offsets_of
 from kdcache.formats.window import WindowReader
 from kdcache.labels import decode, densify
-from kdcache.train.batches import pad
 from kdcache.train.batches.batch import Batch, CodedLabels, DenseRows, Hypotheses, Masked, Scores
 from kdcache.train.batches.stream import BatchStream
 from tests.formats import kinds as plain
@@ -356,7 +355,10 @@ def test_tensors_of_all_kinds_move(made):
                 assert there[field].shape == value.shape
             else:
                 assert there[field] is value
-    assert moved.streams["tgt"].ids.device.type == "meta"
+    for field in ("ids", "mask", "flat"):
+        here, there = (getattr(one.streams["tgt"], field) for one in (micro, moved))
+        assert there.device.type == "meta"
+        assert there.shape == here.shape
     assert moved.rows is micro.rows
     assert micro.to("cpu") is micro
 
@@ -368,7 +370,7 @@ def test_compiled_code_changes_no_bit(request, compiled, monkeypatch, corpus):
     cache = open_cache(fixture.root if corpus == "made" else fixture.path)
     found = []
     for library in (None, compiled):
-        for module in (joined, pad):
+        for module in (joined, rows):
             monkeypatch.setattr(module, "library", lambda library=library: library)
         options = {"accumulate": 2, "max_epochs": 1, "threads": 2}
         names = list(cache.manifest.streams), sorted(cache.signals)

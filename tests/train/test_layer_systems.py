@@ -61,7 +61,7 @@ def value(loss, student, teacher, mask):
     """Of student states by layer [B, S, D] and teacher's [R, layers, D] over all rows."""
     rows = len(teacher)
     states = DenseRows(teacher, None, mask.sum(1), tuple(range(1, 7)))
-    stream = Tokens(torch.zeros_like(mask, dtype=torch.long), mask, torch.zeros(rows))
+    stream = Tokens(torch.zeros_like(mask, dtype=torch.long), mask)
     batch = Batch(np.zeros(len(mask)), np.zeros((len(mask), 16)), {"src": stream}, {})
     batch = Batch(batch.rows, batch.sample_ids, batch.streams, {"encoder": states})
     outputs = StudentOutputs(None, None, {("encoder", "hidden"): student}, student[-1])

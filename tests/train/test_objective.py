@@ -166,7 +166,8 @@ def test_what_counts_as_aligned(hits, checked, disagreeing, aligned):
 
 def test_a_shifted_batch_names_its_signal(batch):
     tokens = batch.streams["tgt"]
-    rolled = replace(tokens, flat=tokens.flat.roll(1))
+    rolled = replace(tokens)
+    rolled.flat = tokens.flat.roll(1)
     shifted = replace(batch, streams={**batch.streams, "tgt": rolled})
     check_batch(batch, "tgt", SIGNALS)
     with pytest.raises(TrainingError, match=r"signal '\w+': labels are shifted"):

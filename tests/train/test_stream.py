@@ -133,7 +133,7 @@ def test_an_error_of_the_thread_is_raised_here(cache, monkeypatch):
     def broken(*_):
         raise RuntimeError("disk on fire")
 
-    monkeypatch.setattr("kdcache.train.batches.gather.coded_labels", broken)
+    monkeypatch.setattr("kdcache.train.batches.gather.wide_labels", broken)
     with pytest.raises(RuntimeError, match="disk on fire"):
         next(iter(make_stream(cache)))
 

@@ -1,6 +1,8 @@
 """Batches: streams and signals of some samples as tensors, decoded where they lie.
 
 Labels travel as they are stored, in few bytes, and become numbers on the device.
+
+What every batch is made of is not frozen: to make a frozen record takes some times as long.
 """
 
 # B samples, T positions of a stream, N its tokens, R rows of a dense signal, L layers, W width
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,23 +21,32 @@ from torch import Tensor
 from kdcache.labels import CodedLabels
 
 
-@dataclass(frozen=True)
+@dataclass
 class Tokens:
     """One stream of B samples.
 
     Attributes:
         ids: [B, T] int64, padded at the end.
         mask: [B, T] bool, true on tokens; N of them.
-        flat: [N] int64, the ids under the mask, row by row.
         segments: [B, T] int64 token types of a pair, 0 outside the mask; None without a pair.
         loss: [B, T] bool, which tokens of a chat the assistant wrote; None without a chat.
     """
 
     ids: Tensor
     mask: Tensor
-    flat: Tensor
     segments: Tensor | None = None
     loss: Tensor | None = None
+
+    @cached_property
+    def flat(self) -> Tensor:
+        """[N] int64, the ids under the mask, row by row."""
+        return self.ids[self.mask]
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Tokens:
+        """The stream with each of its tensors changed, `flat` too: a GPU would wait for it."""
+        found = _mapped(self, change)
+        found.flat = change(self.flat)
+        return found
 
 
 @dataclass(frozen=True)
@@ -123,13 +135,15 @@ class Hypotheses:
         flat = self.ids[places + shift.repeat_interleave(lengths)]  # [N]
         ids = torch.zeros(mask.shape, dtype=torch.int64, device=device)
         ids[mask] = flat
-        return Tokens(ids=ids, mask=mask, flat=flat)
+        tokens = Tokens(ids=ids, mask=mask)
+        tokens.flat = flat
+        return tokens
 
 
 SignalBatch = CodedLabels | DenseRows | Scores | Masked | Hypotheses
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
     """One micro-batch.
 
@@ -170,7 +184,7 @@ class Batch:
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return replace(
             self,
-            streams={name: _mapped(one, change) for name, one in self.streams.items()},
+            streams={name: one.mapped(change) for name, one in self.streams.items()},
             signals={name: _mapped(one, change) for name, one in self.signals.items()},
             gold=None if self.gold is None else change(self.gold),
             unit=None if self.unit is None else change(self.unit),

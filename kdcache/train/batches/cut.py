@@ -16,17 +16,30 @@ from torch import Tensor
 from kdcache.formats.ragged import Ragged
 
 Record = TypeVar("Record")
+Value = TypeVar("Value")
 
 
-def record_counts(column: Ragged, sizes: Sequence[int]) -> list[int]:
+def record_counts(column: Ragged, ends: np.ndarray) -> list[int]:
     """Records of each batch in a column.
 
     Args:
         column: of the samples of all batches, one after another.
-        sizes: B of each batch.
+        ends: [batches + 1] samples before each batch, and of all.
     """
-    ends = np.cumsum([0, *sizes])
-    return np.diff(column.offsets.take(ends)).tolist()
+    before = column.offsets.take(ends)
+    return (before[1:] - before[:-1]).tolist()
+
+
+def by_name(found: Mapping[str, Sequence[Value]], number: int) -> list[dict[str, Value]]:
+    """What several batches have under some names, of each batch.
+
+    Args:
+        found: name to what each batch has.
+        number: of batches.
+    """
+    if not found:
+        return [{} for _ in range(number)]
+    return [dict(zip(found, each, strict=True)) for each in zip(*found.values(), strict=True)]
 
 
 def cut(

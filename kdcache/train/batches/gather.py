@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from kdcache.errors import FormatError
 from kdcache.formats.cache import Cache
 from kdcache.formats.ragged import Ragged
+from kdcache.formats.rows import take_rows
 from kdcache.formats.signals import (
     AttentionRecord,
     BeamsRecord,
@@ -23,7 +25,7 @@ from kdcache.formats.signals import (
     SignalRecord,
 )
 from kdcache.formats.window import WindowReader
-from kdcache.labels import LogitsSpec, coded_labels
+from kdcache.labels import LogitsSpec, wide_labels
 from kdcache.train.batches.batch import (
     Batch,
     DenseRows,
@@ -32,8 +34,8 @@ from kdcache.train.batches.batch import (
     Scores,
     SignalBatch,
 )
-from kdcache.train.batches.cut import cut, record_counts, split
-from kdcache.train.batches.pad import padded_parts
+from kdcache.train.batches.cut import by_name, cut, record_counts, split
+from kdcache.train.batches.pad import padded_tokens
 
 #: Tensors of coded labels to the column whose records they count.
 _LABELS = {
@@ -90,35 +92,46 @@ class Gatherer:
         if not parts:
             return []
         index = np.concatenate(parts)
+        ends = np.array([0, *accumulate(map(len, parts))])
+        # Memory is copied first: whoever comes after it finds little of himself in the caches.
+        streams = window.take_padded(index, ends, self._pad)
+        columns = {name: self._columns(name, window, index) for name in self._records}
+        sample_ids, rows = take_rows(window.sample_id, index), take_rows(window.row, index)
         sizes = [len(part) for part in parts]
-        streams = window.take_streams(index, wide=True)
-        tokens = {name: padded_parts(streams[name], sizes, pad) for name, pad in self._pad.items()}
-        signals = {name: self._signal(name, window, parts, index) for name in self._records}
-        sample_ids = window.sample_id.take(index, axis=0)
-        rows = window.row.take(index)
-        targets = None if gold is None else split(_gold(gold.take(index)), sizes)
-        made, end = [], 0
-        for number, size in enumerate(sizes):
-            start, end = end, end + size
-            batch = Batch(
-                rows=rows[start:end],
-                sample_ids=sample_ids[start:end],
-                streams={name: each[number] for name, each in tokens.items()},
-                signals={name: each[number] for name, each in signals.items()},
-                gold=None if targets is None else targets[number],
-            )
-            made.append(batch.pinned() if self._pin else batch)
-        return made
+        tokens = {name: padded_tokens(streams[name], sizes) for name in self._pad}
+        signals = {
+            name: _parted(self._records[name], found, ends)
+            if found
+            else self._dense(name, window, parts)
+            for name, found in columns.items()
+        }
+        spans = [slice(*span) for span in pairwise(ends.tolist())]
+        targets: Sequence[Tensor | None] = [None] * len(parts)
+        if gold is not None:
+            targets = split(_gold(gold.take(index)), sizes)
+        made = map(
+            Batch,
+            [rows[span] for span in spans],
+            [sample_ids[span] for span in spans],
+            by_name(tokens, len(parts)),
+            by_name(signals, len(parts)),
+            targets,
+        )
+        return [batch.pinned() for batch in made] if self._pin else list(made)
 
-    def _signal(
-        self, name: str, window: WindowReader, parts: Sequence[np.ndarray], index: np.ndarray
-    ) -> Sequence[SignalBatch]:
-        """A signal of several batches."""
+    def _columns(self, name: str, window: WindowReader, index: np.ndarray) -> dict[str, Ragged]:
+        """Columns of a signal in their wide form; none of a dense one."""
+        if isinstance(self._records[name], HiddenRecord | AttentionRecord):
+            return {}
+        return window.take_signal(name, index, wide=True)
+
+    def _dense(
+        self, name: str, window: WindowReader, parts: Sequence[np.ndarray]
+    ) -> list[DenseRows]:
+        """A dense signal of several batches."""
         record = self._records[name]
-        if isinstance(record, HiddenRecord | AttentionRecord):
-            return [_dense(record, window, part, self.layers[name]) for part in parts]
-        columns = window.take_signal(name, index, wide=True)
-        return _parted(record, columns, [len(part) for part in parts])
+        assert isinstance(record, HiddenRecord | AttentionRecord)
+        return [_dense(record, window, part, self.layers[name]) for part in parts]
 
 
 def _gold(codes: np.ndarray) -> Tensor:
@@ -128,22 +141,22 @@ def _gold(codes: np.ndarray) -> Tensor:
 
 
 def _parted(
-    record: SignalRecord, columns: Mapping[str, Ragged], sizes: Sequence[int]
+    record: SignalRecord, columns: Mapping[str, Ragged], ends: np.ndarray
 ) -> Sequence[SignalBatch]:
     """Columns of several batches in their wide form, as tensors of each of them."""
-    records = {name: record_counts(column, sizes) for name, column in columns.items()}
+    records = {name: record_counts(column, ends) for name, column in columns.items()}
+    records[""] = np.diff(ends).tolist()
     if isinstance(record, LogitsRecord):
         knots = tuple(record.temperatures)
         spec = LogitsSpec(record.codec, record.vocab_size, knots, record.imported)
-        return cut(coded_labels(spec, columns), _LABELS, records)
+        return cut(wide_labels(spec, columns), _LABELS, records)
     if isinstance(record, ClassesRecord):
-        return cut(_scores(record, columns), {"values": "scores"}, {**records, "": list(sizes)})
+        return cut(_scores(record, columns), {"values": "scores"}, records)
     if isinstance(record, MasksRecord):
-        units = {"positions": "masked", "ids": "masked"}
-        return cut(_masked(columns), units, {**records, "": list(sizes)})
+        return cut(_masked(columns), {"positions": "masked", "ids": "masked"}, records)
     assert isinstance(record, BeamsRecord)
     units = {"ids": "tokens", "lengths": "hypotheses", "log_probs": "hypotheses"}
-    return cut(_hypotheses(columns), units, {**records, "": list(sizes)})
+    return cut(_hypotheses(columns), units, records)
 
 
 def _layer_indices(

@@ -45,7 +45,7 @@ PREFETCH = 3
 BLOCK_BYTES = 1 << 22
 
 
-@dataclass(frozen=True)
+@dataclass
 class GlobalBatch:
     """What one optimiser step is computed from; of several ranks each has its own micro-batches.
 
@@ -87,18 +87,18 @@ class GlobalBatch:
         return replace(self, micro=micro, spare=spare)
 
 
-@dataclass(frozen=True)
-class _Planned:
-    """A global batch that is not gathered yet."""
+@dataclass
+class _Block:
+    """Some global batches of a window that are not gathered yet."""
 
     window: WindowReader
     units: Units
-    index: np.ndarray
-    state: OrderState
     epoch: int
     shards: int
     gold: np.ndarray | None
     groups: Groups | None
+    indices: list[np.ndarray] = field(default_factory=list)
+    states: list[OrderState] = field(default_factory=list)  # after each of them
 
 
 class BatchStream:
@@ -261,7 +261,7 @@ class BatchStream:
                 last = error
             _put(queue, last, stop)
 
-    def _planned(self, stop: Event) -> Iterator[list[_Planned]]:
+    def _planned(self, stop: Event) -> Iterator[_Block]:
         """Global batches in order, some of one window at a time, until told to stop."""
         ahead = WindowAhead(self.cache, self.signals, stop, self._gatherer.layers)
         state = self.state
@@ -290,19 +290,20 @@ class BatchStream:
                         f"order state: batch {state.batch} of a window with {len(batches)}; "
                         "the checkpoint is damaged, start a new run"
                     )
-                block: list[_Planned] = []
+                some = True
+                whole = (reader, units, state.epoch, pinned, gold, groups)
+                block = _Block(*whole)
                 own_bytes = reader.sample_bytes(self._gatherer.layers) / self.world
                 size = 0.0
                 for batch in batches[state.batch :]:
-                    epoch, state = state.epoch, state.advanced(len(batches), len(windows))
-                    mine = (reader, units, batch, state, epoch, pinned, gold, groups)
-                    block.append(_Planned(*mine))
-                    some = True
+                    state = state.advanced(len(batches), len(windows))
+                    block.indices.append(batch)
+                    block.states.append(state)
                     size += len(batch) * own_bytes
                     if size >= BLOCK_BYTES:
                         yield block
-                        block, size = [], 0.0
-                if block:
+                        block, size = _Block(*whole), 0.0
+                if block.indices:
                     yield block
             if not some:
                 names = () if self.tasks is None else self.tasks.names
@@ -311,46 +312,51 @@ class BatchStream:
                     f"{pinned} shards; dump some, or wait until the dump comes to them"
                 )
 
-    def _gather(self, block: Sequence[_Planned]) -> list[GlobalBatch]:
+    def _gather(self, block: _Block) -> list[GlobalBatch]:
         """Gather this rank's part of some global batches of one window."""
-        window = block[0].window
-        parts: list[np.ndarray] = []
-        cuts = []
-        groups = block[0].groups
-        for planned in block:
-            units = None if groups is None else groups.unit[planned.index]
-            cut = partial(micro_batches, planned.index, self.accumulate, units=units)
-            own = cut(self.rank, self.world)
-            # Rank 0 has the most.
-            most = len(own) if self.world == 1 else len(cut(0, self.world))
-            cuts.append((len(own), most - len(own)))
-            parts += own if len(own) == most else [*own, planned.index[:1]]
-        gathered = self._gatherer.batches(window, parts, block[0].gold)
-        if groups is not None:
+        window, alone = block.window, self.accumulate * self.world == 1
+        parts, shares = block.indices, [(1, 0)] * len(block.indices)
+        if not alone:
+            parts, shares = self._shares(block)
+        gathered = self._gatherer.batches(window, parts, block.gold)
+        if block.groups is not None:
             both = zip(gathered, parts, strict=True)
-            gathered = [groups.told(batch, part) for batch, part in both]
+            gathered = [block.groups.told(batch, part) for batch, part in both]
         made = iter(gathered)
-        alone = self.accumulate * self.world == 1
-        counts = block[0].units.sums([planned.index for planned in block])
+        counts = block.units.sums(block.indices)
         found = []
-        for planned, mine, (own_parts, missing) in zip(block, counts, cuts, strict=True):
-            micro = tuple(islice(made, own_parts))
+        for state, index, mine, (own, missing) in zip(
+            block.states, block.indices, counts, shares, strict=True
+        ):
+            micro = tuple(islice(made, own))
             found.append(
                 GlobalBatch(
-                    state=planned.state,
-                    epoch=planned.epoch,
-                    shards=planned.shards,
-                    rows=micro[0].rows if alone else window.row.take(planned.index),
-                    counts=mine,
-                    num_tokens=mine[self.streams[-1]],
-                    micro=micro,
-                    spare=tuple(islice(made, missing > 0)) * missing,
-                    sample_ids=micro[0].sample_ids
-                    if alone
-                    else window.sample_id.take(planned.index, axis=0),
+                    state,
+                    block.epoch,
+                    block.shards,
+                    micro[0].rows if alone else window.row.take(index),
+                    mine,
+                    mine[self.streams[-1]],
+                    micro,
+                    tuple(islice(made, missing > 0)) * missing,
+                    micro[0].sample_ids if alone else window.sample_id.take(index, axis=0),
                 )
             )
         return found
+
+    def _shares(self, block: _Block) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
+        """This rank's parts of global batches: how many each has, and how many are missing."""
+        parts: list[np.ndarray] = []
+        shares = []
+        for index in block.indices:
+            units = None if block.groups is None else block.groups.unit[index]
+            cut = partial(micro_batches, index, self.accumulate, units=units)
+            own = cut(self.rank, self.world)
+            # Rank 0 has the most.
+            most = len(own) if self.world == 1 else len(cut(0, self.world))
+            shares.append((len(own), most - len(own)))
+            parts += own if len(own) == most else [*own, index[:1]]
+        return parts, shares
 
 
 def _put(queue: Queue[Any], item: object, stop: Event) -> bool:

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
+from kdcache.formats.rows import take_rows
 from kdcache.formats.window import WindowReader
 from kdcache.train.batches.gold import GOLD, has_gold
 from kdcache.train.batches.hypotheses import hypothesis_stream
@@ -20,26 +22,22 @@ class Units:
 
     Attributes:
         names: U of them, see `GlobalBatch.counts`.
-        of: [M, U] int32: what is counted of a sample lies side by side.
+        of: [M, U or one more] int32: what is counted of a sample lies side by side.
     """
 
     names: tuple[str, ...]
     of: np.ndarray
 
     def sums(self, batches: Sequence[np.ndarray]) -> list[dict[str, int]]:
-        """Units of each of some global batches, by what they are; samples under "".
+        """Units of each of some global batches, by what they are.
 
         Args:
             batches: [B] places in the window of each batch; none is empty.
         """
-        sizes = [len(batch) for batch in batches]
-        starts = np.cumsum([0, *sizes[:-1]])
-        taken = self.of.take(np.concatenate(batches), axis=0)
+        starts = [0, *accumulate(map(len, batches[:-1]))]
+        taken = take_rows(self.of, np.concatenate(batches))
         sums = np.add.reduceat(taken, starts, axis=0, dtype=np.int64).tolist()
-        return [
-            {"": size, **dict(zip(self.names, each, strict=True))}
-            for size, each in zip(sizes, sums, strict=True)
-        ]
+        return [dict(zip(self.names, each, strict=False)) for each in sums]
 
 
 def units_of(
@@ -53,7 +51,8 @@ def units_of(
         signals: whose records are.
         gold: gold labels of the samples; None: not asked for.
     """
-    units = {name: window.lengths(name) for name in streams}
+    units: dict[str, np.ndarray | int] = {"": 1}
+    units |= {name: window.lengths(name) for name in streams}
     units |= {name: window.counts(name) for name in signals}
     for name, lengths in window.hypothesis_lengths().items():
         each = enumerate(lengths)
@@ -62,7 +61,8 @@ def units_of(
     units |= {f"{name}.masked": of for name, of in window.masked_counts().items()}
     if gold is not None:
         units[GOLD] = has_gold(gold)
-    of = np.empty((window.num_samples, len(units)), dtype=np.int32)
+    # An even number of them: what is taken is then made of whole eight bytes.
+    of = np.zeros((window.num_samples, len(units) + len(units) % 2), dtype=np.int32)
     for number, counts in enumerate(units.values()):
         of[:, number] = counts
     return Units(tuple(units), of)

@@ -274,4 +274,4 @@ def _tokens(texts: LabelledTexts, rows: Sequence[int], device: torch.device) -> 
             segments[place, : len(own)] = texts.segments[row]
     types: Tensor | None = torch.from_numpy(segments).to(device)
     read = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
-    return Tokens(*read, flat=read[0][read[1]], segments=None if texts.segments is None else types)
+    return Tokens(*read, segments=None if texts.segments is None else types)
