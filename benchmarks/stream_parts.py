@@ -7,11 +7,11 @@ from collections.abc import Callable
 from threading import Event
 from typing import Any
 
-import numpy as np
 from stream_fresh import spread
 from stream_peers.kdcache_tensors import SIGNAL
 
 from kdcache.formats.cache import Cache
+from kdcache.train.batches.cut import joined
 from kdcache.train.batches.stream import BatchStream
 
 STREAMS = ["src", "tgt"]
@@ -43,14 +43,13 @@ def _shares(cache: Cache, budget: int, seed: int) -> dict[str, float]:
 
     def copied() -> None:
         for block in blocks:
-            index = np.concatenate(block.indices)
-            ends = np.cumsum([0, *map(len, block.indices)])
+            index, ends = joined(block.indices)
             block.window.take_padded(index, ends, dict.fromkeys(STREAMS, 0))
             block.window.take_signal(SIGNAL, index, wide=True)
 
     def gathered() -> None:
         for block in blocks:
-            stream._gatherer.batches(block.window, block.indices)
+            stream._gatherer.batches(block.window, *joined(block.indices))
 
     def made() -> None:
         for block in blocks:

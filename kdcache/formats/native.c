@@ -229,6 +229,27 @@ int kdcache_rows(const uint8_t *table, int64_t num_rows, int64_t width, const in
     return 0;
 }
 
+/* Sums of rows of each batch. Returns 0, or 1 where there is no such row.
+ *
+ * table: [M, U]. rows: [R] of all batches. stops: [B + 1] rows before each. sums: [B, U] to fill.
+ */
+int kdcache_sums(const int32_t *table, int64_t num_rows, int64_t num_units, const int64_t *rows,
+                 int64_t num_batches, const int64_t *stops, int64_t *sums)
+{
+    memset(sums, 0, (size_t)(num_batches * num_units) * sizeof *sums);
+    for (int64_t b = 0; b < num_batches; b++, sums += num_units) {
+        for (int64_t r = stops[b]; r < stops[b + 1]; r++) {
+            if (rows[r] < 0 || rows[r] >= num_rows)
+                return 1;
+            if (r + AHEAD < stops[num_batches])
+                __builtin_prefetch(table + rows[r + AHEAD] * num_units);
+            for (int64_t u = 0; u < num_units; u++)
+                sums[u] += table[rows[r] * num_units + u];
+        }
+    }
+    return 0;
+}
+
 /* Positions of the longest sample of each batch, at least 1. Returns places in all matrices.
  *
  * ends: [R + 1] of the samples. stops: [B + 1] samples before each batch. widths: [B] to fill.

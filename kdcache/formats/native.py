@@ -85,6 +85,10 @@ def load(path: Path) -> ctypes.CDLL | None:
             *(pointer, pointer, pointer, pointer, pointer),
         ]
         found.kdcache_rows.argtypes = [pointer, number, number, pointer, number, pointer]
+        found.kdcache_sums.argtypes = [
+            *(pointer, number, number),
+            *(pointer, number, pointer, pointer),
+        ]
         found.kdcache_widths.argtypes = [pointer, number, pointer, pointer]
         found.kdcache_widths.restype = number
         found.kdcache_pad.argtypes = [

@@ -21,6 +21,7 @@ from kdcache.formats.manifest import SAMPLES, FileRecord
 from kdcache.formats.padded import Padded
 from kdcache.formats.ragged import Ragged, joined_lengths
 from kdcache.formats.replicas import by_replica, replica_counts
+from kdcache.formats.rows import take_rows
 from kdcache.formats.signals import (
     AttentionRecord,
     BeamsRecord,
@@ -92,12 +93,14 @@ class WindowReader:
             cache.stream(name)
         cache.store.fetch(window_files(cache, shards, signals))
         samples = [cache.samples(shard) for shard in shards]
-        self.sample_id: np.ndarray = np.concatenate(
-            [shard.sample_id for shard in samples] or [np.empty((0, 16), np.uint8)]
-        )
-        self.row: np.ndarray = np.concatenate(
-            [shard.row for shard in samples] or [np.empty(0, np.int64)]
-        )
+        # Of each sample the row and the two halves of its id lie side by side.
+        self._names = np.empty((sum(len(shard.row) for shard in samples), 3), dtype=np.int64)
+        start = 0
+        for shard_samples in samples:
+            stop = start + len(shard_samples.row)
+            self._names[start:stop, 0] = shard_samples.row
+            self._names[start:stop, 1:] = shard_samples.sample_id.view(np.int64)
+            start = stop
         held = [{name: shard.streams[name] for name in streams} for shard in samples]
         self._samples = samples
         self._streams = JoinedColumns(held)
@@ -159,7 +162,21 @@ class WindowReader:
     @property
     def num_samples(self) -> int:
         """Samples of the window."""
-        return len(self.row)
+        return len(self._names)
+
+    @property
+    def row(self) -> np.ndarray:
+        """[M] int64 corpus row of each sample."""
+        return self._names[:, 0]
+
+    def take_names(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which samples some are: [R] int64 corpus rows and [R, 16] uint8 sample ids.
+
+        Args:
+            rows: [R] int64 samples of the window, repeats allowed.
+        """
+        taken = take_rows(self._names, rows)
+        return taken[:, 0], taken[:, 1:].view(np.uint8)
 
     def lengths(self, stream: str) -> np.ndarray:
         """[M] int64 tokens of each sample in a stream."""

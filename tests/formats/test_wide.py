@@ -187,6 +187,23 @@ def test_rows_of_a_table(copying, dtype, shape):
             rows.take_rows(table, np.array([3, missing]))
 
 
+def test_sums_of_rows(copying):
+    draw = np.random.default_rng(4)
+    table = draw.integers(0, 1 << 31, (50, 5)).astype(np.int32)
+    for batches in ([1], [3, 2, 40], [4, 0, 1]):
+        asked = draw.integers(0, 50, sum(batches))
+        ends = np.cumsum([0, *batches])
+        found = rows.sum_rows(table, asked, ends)
+        assert found.dtype == np.int64
+        pairs = pairwise(ends.tolist())
+        wanted = [
+            [sum(table[row, u].item() for row in asked[a:b]) for u in range(5)] for a, b in pairs
+        ]
+        assert found.tolist() == wanted
+    with pytest.raises(IndexError):
+        rows.sum_rows(table, np.array([3, 50]), np.array([0, 2]))
+
+
 def test_columns_that_compiled_code_does_not_know(compiled, monkeypatch):
     """Of offsets in eight bytes, or numbers of odd widths, numpy takes care."""
     monkeypatch.setattr(joined, "library", lambda: compiled)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from itertools import repeat
+from itertools import accumulate, repeat
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,6 +17,19 @@ from kdcache.formats.ragged import Ragged
 
 Record = TypeVar("Record")
 Value = TypeVar("Value")
+
+
+def joined(parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Samples of several batches one after another, and where each batch begins.
+
+    Args:
+        parts: int64 samples of each batch.
+
+    Returns:
+        [R] int64 samples of all, and [batches + 1] samples before each batch, and of all.
+    """
+    ends = np.array([0, *accumulate(map(len, parts))])
+    return np.concatenate(parts or [np.empty(0, np.int64)]), ends
 
 
 def record_counts(column: Ragged, ends: np.ndarray) -> list[int]:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 from kdcache.errors import FormatError
 from kdcache.formats.cache import Cache
 from kdcache.formats.ragged import Ragged
-from kdcache.formats.rows import take_rows
 from kdcache.formats.signals import (
     AttentionRecord,
     BeamsRecord,
@@ -80,41 +79,42 @@ class Gatherer:
         self._records = {name: cache.signal(name) for name in dict.fromkeys(signals)}
 
     def batches(
-        self, window: WindowReader, parts: Sequence[np.ndarray], gold: np.ndarray | None = None
+        self,
+        window: WindowReader,
+        index: np.ndarray,
+        ends: np.ndarray,
+        gold: np.ndarray | None = None,
     ) -> list[Batch]:
         """Several batches, whose pieces are copied out of the files together.
 
         Args:
             window: that serves the streams and signals.
-            parts: of each batch its [B] samples, counted within the window.
+            index: [R] int64 samples of all batches, counted within the window.
+            ends: [batches + 1] int64 samples before each batch, and of all.
             gold: gold labels of the window's samples, see `GoldLabels`; None: not asked for.
         """
-        if not parts:
-            return []
-        index = np.concatenate(parts)
-        ends = np.array([0, *accumulate(map(len, parts))])
         # Memory is copied first: whoever comes after it finds little of himself in the caches.
         streams = window.take_padded(index, ends, self._pad)
         columns = {name: self._columns(name, window, index) for name in self._records}
-        sample_ids, rows = take_rows(window.sample_id, index), take_rows(window.row, index)
-        sizes = [len(part) for part in parts]
+        rows, sample_ids = window.take_names(index)
+        sizes = (ends[1:] - ends[:-1]).tolist()
         tokens = {name: padded_tokens(streams[name], sizes) for name in self._pad}
         signals = {
             name: _parted(self._records[name], found, ends)
             if found
-            else self._dense(name, window, parts)
+            else self._dense(name, window, np.split(index, ends[1:-1]))
             for name, found in columns.items()
         }
         spans = [slice(*span) for span in pairwise(ends.tolist())]
-        targets: Sequence[Tensor | None] = [None] * len(parts)
+        targets: Sequence[Tensor | None] = [None] * len(sizes)
         if gold is not None:
             targets = split(_gold(gold.take(index)), sizes)
         made = map(
             Batch,
             [rows[span] for span in spans],
             [sample_ids[span] for span in spans],
-            by_name(tokens, len(parts)),
-            by_name(signals, len(parts)),
+            by_name(tokens, len(sizes)),
+            by_name(signals, len(sizes)),
             targets,
         )
         return [batch.pinned() for batch in made] if self._pin else list(made)

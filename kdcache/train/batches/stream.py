@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from queue import Empty, Full, Queue
 from threading import Event, Thread
 from typing import Any
@@ -21,6 +21,7 @@ from kdcache.formats.cache import Cache
 from kdcache.formats.window import WindowAhead, WindowReader
 from kdcache.recipe import Replicas
 from kdcache.train.batches.batch import Batch
+from kdcache.train.batches.cut import joined
 from kdcache.train.batches.gather import Gatherer
 from kdcache.train.batches.gold import GoldLabels
 from kdcache.train.batches.growth import Growth
@@ -315,31 +316,39 @@ class BatchStream:
     def _gather(self, block: _Block) -> list[GlobalBatch]:
         """Gather this rank's part of some global batches of one window."""
         window, alone = block.window, self.accumulate * self.world == 1
-        parts, shares = block.indices, [(1, 0)] * len(block.indices)
+        index, ends = joined(block.indices)
+        counts = block.units.sums(index, ends)
+        shares = [(1, 0)] * len(block.indices)
         if not alone:
             parts, shares = self._shares(block)
-        gathered = self._gatherer.batches(window, parts, block.gold)
+            index, ends = joined(parts)
+        gathered = self._gatherer.batches(window, index, ends, block.gold)
         if block.groups is not None:
-            both = zip(gathered, parts, strict=True)
-            gathered = [block.groups.told(batch, part) for batch, part in both]
+            gathered = [
+                block.groups.told(batch, index[start:stop])
+                for batch, (start, stop) in zip(gathered, pairwise(ends.tolist()), strict=True)
+            ]
         made = iter(gathered)
-        counts = block.units.sums(block.indices)
         found = []
-        for state, index, mine, (own, missing) in zip(
+        for state, whole, mine, (own, missing) in zip(
             block.states, block.indices, counts, shares, strict=True
         ):
             micro = tuple(islice(made, own))
+            if alone:
+                rows, sample_ids = micro[0].rows, micro[0].sample_ids
+            else:
+                rows, sample_ids = window.take_names(whole)
             found.append(
                 GlobalBatch(
                     state,
                     block.epoch,
                     block.shards,
-                    micro[0].rows if alone else window.row.take(index),
+                    rows,
                     mine,
                     mine[self.streams[-1]],
                     micro,
                     tuple(islice(made, missing > 0)) * missing,
-                    micro[0].sample_ids if alone else window.sample_id.take(index, axis=0),
+                    sample_ids,
                 )
             )
         return found

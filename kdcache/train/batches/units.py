@@ -6,11 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 
-from kdcache.formats.rows import take_rows
+from kdcache.formats.rows import sum_rows
 from kdcache.formats.window import WindowReader
 from kdcache.train.batches.gold import GOLD, has_gold
 from kdcache.train.batches.hypotheses import hypothesis_stream
@@ -22,22 +21,21 @@ class Units:
 
     Attributes:
         names: U of them, see `GlobalBatch.counts`.
-        of: [M, U or one more] int32: what is counted of a sample lies side by side.
+        of: [M, U] int32: what is counted of a sample lies side by side.
     """
 
     names: tuple[str, ...]
     of: np.ndarray
 
-    def sums(self, batches: Sequence[np.ndarray]) -> list[dict[str, int]]:
+    def sums(self, index: np.ndarray, ends: np.ndarray) -> list[dict[str, int]]:
         """Units of each of some global batches, by what they are.
 
         Args:
-            batches: [B] places in the window of each batch; none is empty.
+            index: [R] places in the window of the samples of all of them.
+            ends: [batches + 1] samples before each batch, and of all.
         """
-        starts = [0, *accumulate(map(len, batches[:-1]))]
-        taken = take_rows(self.of, np.concatenate(batches))
-        sums = np.add.reduceat(taken, starts, axis=0, dtype=np.int64).tolist()
-        return [dict(zip(self.names, each, strict=False)) for each in sums]
+        sums = sum_rows(self.of, index, ends).tolist()
+        return [dict(zip(self.names, each, strict=True)) for each in sums]
 
 
 def units_of(
@@ -61,8 +59,7 @@ def units_of(
     units |= {f"{name}.masked": of for name, of in window.masked_counts().items()}
     if gold is not None:
         units[GOLD] = has_gold(gold)
-    # An even number of them: what is taken is then made of whole eight bytes.
-    of = np.zeros((window.num_samples, len(units) + len(units) % 2), dtype=np.int32)
+    of = np.empty((window.num_samples, len(units)), dtype=np.int32)
     for number, counts in enumerate(units.values()):
         of[:, number] = counts
     return Units(tuple(units), of)
