@@ -55,9 +55,10 @@ class JoinedColumns:
         offsets = [[file[name].offsets for file in files] for name in names]
         kinds = [one.dtype for each in offsets for one in each] or [np.dtype(np.int32)]
         width = sum(counts) + len(files)
-        self._offsets = np.empty((len(names), width), dtype=np.result_type(*kinds))  # [C, M + S]
-        for each, joined in zip(offsets, self._offsets, strict=True):
-            np.concatenate(each, out=joined)
+        # Those of a sample lie side by side, so that all of them are read at once.
+        self._offsets = np.empty((width, len(names)), dtype=np.result_type(*kinds))  # [M + S, C]
+        for number, each in enumerate(offsets):
+            self._offsets[:, number] = np.concatenate(each)
         fields = [
             (column, field, array.dtype)
             for column, name in enumerate(names)
@@ -91,8 +92,8 @@ class JoinedColumns:
             return {}
         file = self._starts.searchsorted(rows, side="right") - 1
         place = rows + file
-        begins = self._offsets.take(place, axis=1)  # [C, R]; quicker than an index in brackets
-        lengths = self._offsets.take(place + 1, axis=1) - begins
+        begins = self._offsets.take(place, axis=0).T  # [C, R]; quicker than an index in brackets
+        lengths = self._offsets.take(place + 1, axis=0).T - begins
         totals = lengths.sum(axis=1)  # [C]
         sizes = totals[self._column] * self._bytes  # [F]
         ends = sizes.cumsum()

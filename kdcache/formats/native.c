@@ -34,11 +34,11 @@ typedef struct {
 
 /* Where samples lie, and where their copies do. Returns 0, or 1 where there is no such sample.
  *
- * starts: [S + 1] first sample of each file. offsets: [C, samples + S]. rows: [R] samples.
+ * starts: [S + 1] first sample of each file. offsets: [samples + S, C]. rows: [R] samples.
  * file: [R], begins: [C, R], ends: [C, R + 1] to fill; ends counts records from the first row on.
  * firsts: [F + 1] to fill, bytes from the first field on, of the end too.
  */
-int kdcache_find(const int64_t *starts, int64_t num_files, const int32_t *offsets, int64_t width,
+int kdcache_find(const int64_t *starts, int64_t num_files, const int32_t *offsets,
                  int64_t num_columns, const int64_t *rows, int64_t num_rows, const Field *fields,
                  int64_t num_fields, int32_t *file, int64_t *begins, int64_t *ends,
                  int64_t *firsts)
@@ -55,17 +55,16 @@ int kdcache_find(const int64_t *starts, int64_t num_files, const int32_t *offset
         }
         file[r] = (int32_t)first;
     }
-    for (int64_t c = 0; c < num_columns; c++) {
-        const int32_t *mine = offsets + c * width;
-        int64_t total = 0;
-        *ends++ = 0;
-        for (int64_t r = 0; r < num_rows; r++) {
-            if (r + AHEAD < num_rows)
-                __builtin_prefetch(mine + rows[r + AHEAD] + file[r + AHEAD]);
-            const int32_t *place = mine + rows[r] + file[r];
-            total += place[1] - place[0];
-            *begins++ = place[0];
-            *ends++ = total;
+    for (int64_t c = 0; c < num_columns; c++)
+        ends[c * (num_rows + 1)] = 0;
+    for (int64_t r = 0; r < num_rows; r++) {
+        if (r + AHEAD < num_rows)
+            __builtin_prefetch(offsets + (rows[r + AHEAD] + file[r + AHEAD]) * num_columns);
+        const int32_t *place = offsets + (rows[r] + file[r]) * num_columns;
+        for (int64_t c = 0; c < num_columns; c++) {
+            int64_t *end = ends + c * (num_rows + 1) + r;
+            begins[c * num_rows + r] = place[c];
+            end[1] = end[0] + place[num_columns + c] - place[c];
         }
     }
     firsts[0] = 0;

@@ -77,7 +77,7 @@ def load(path: Path) -> ctypes.CDLL | None:
     if found is not None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         found.kdcache_find.argtypes = [
-            *(pointer, number, pointer, number, number, pointer, number, pointer, number),
+            *(pointer, number, pointer, number, pointer, number, pointer, number),
             *(pointer, pointer, pointer, pointer),
         ]
         found.kdcache_copy.argtypes = [

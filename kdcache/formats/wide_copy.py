@@ -79,7 +79,7 @@ class WideCopy:
         library: from `native.library`.
         dtypes: column to the dtypes of its stored fields.
         starts: [S + 1] int64 first sample of each file.
-        offsets: [C, M + S] int32 first record of each sample, of every file one more.
+        offsets: [M + S, C] int32 first record of each sample, of every file one more.
         addresses: (column, field) to [S] int64 where its values begin in each file.
     """
 
@@ -162,7 +162,6 @@ class WideCopy:
         found = _Found(len(rows), len(self._names), len(fields.table))
         missing = self._library.kdcache_find(
             *self._fixed,
-            self._offsets.shape[1],
             len(self._names),
             _pointer(rows),
             len(rows),

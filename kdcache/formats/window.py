@@ -204,14 +204,6 @@ class WindowReader:
             total += int(self.counts(name).sum()) * self._dense[name].row_bytes * len(read)
         return total / max(1, self.num_samples)
 
-    def take_streams(self, rows: np.ndarray) -> dict[str, Ragged]:
-        """Token ids of some samples, as they are stored, by stream.
-
-        Args:
-            rows: [R] integer samples of the window, repeats allowed.
-        """
-        return self._streams.take(rows)
-
     def take_padded(
         self, rows: np.ndarray, ends: np.ndarray, pads: Mapping[str, int]
     ) -> dict[str, Padded]:
@@ -225,13 +217,13 @@ class WindowReader:
         return self._streams.take_padded(rows, ends, pads)
 
     def take_stream(self, name: str, rows: np.ndarray) -> Ragged:
-        """Token ids of some samples in one stream; `take_streams` gives several for less.
+        """Token ids of some samples in one stream, as they are stored.
 
         Args:
             name: a stream this window serves.
             rows: [R] integer samples of the window, repeats allowed.
         """
-        return self.take_streams(rows)[name]
+        return self._streams.take(rows)[name]
 
     def take_signal(self, name: str, rows: np.ndarray, wide: bool = False) -> dict[str, Ragged]:
         """Labels of some samples, by column.
