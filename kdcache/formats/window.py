@@ -169,6 +169,11 @@ class WindowReader:
         """[M] int64 corpus row of each sample."""
         return self._names[:, 0]
 
+    @property
+    def sample_id(self) -> np.ndarray:
+        """[M, 16] uint8 id of each sample."""
+        return self._names[:, 1:].view(np.uint8)
+
     def take_names(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which samples some are: [R] int64 corpus rows and [R, 16] uint8 sample ids.
 
