@@ -331,12 +331,12 @@ def test_what_cannot_be_trained_says_why(world, make_recipe, tmp_path, change, e
 def test_shifted_labels_stop_the_run(world, make_recipe, tmp_path, monkeypatch):
     from kdcache.train.batches import gather
 
-    real = gather.coded_labels
+    real = gather.wide_labels
 
     def shifted(spec, columns):
         coded = real(spec, columns)
         return type(coded)(**(vars(coded) | {"gold": coded.gold.roll(1)}))
 
-    monkeypatch.setattr(gather, "coded_labels", shifted)
+    monkeypatch.setattr(gather, "wide_labels", shifted)
     with pytest.raises(TrainingError, match="labels are shifted"):
         train(make_recipe(), world.cache, tmp_path / "run")
