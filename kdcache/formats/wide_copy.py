@@ -122,16 +122,7 @@ class WideCopy:
     def take_padded(
         self, rows: np.ndarray, ends: np.ndarray, pads: Mapping[str, int]
     ) -> dict[str, Padded]:
-        """Samples of several batches, of columns that have ids: padded matrices of them.
-
-        Args:
-            rows: [R] integer samples of all batches, repeats allowed.
-            ends: [batches + 1] int64 samples before each batch, and of all.
-            pads: column to the id that stands outside the mask.
-
-        Raises:
-            IndexError: there is no such sample.
-        """
+        """Samples of several batches as padded matrices, see `JoinedColumns.take_padded`."""
         found = self._found(rows, self._beside_ids)
         beside = self._copied(found, self._beside_ids)
         batches = len(ends) - 1, _pointer(ends)

@@ -255,8 +255,8 @@ class BatchStream:
         # This thread plans, so that gathering need not wait for the plan of the next window.
         with ThreadPoolExecutor(self.threads, "kdcache-gather") as gathering:
             try:
-                for planned in self._planned(stop):
-                    if not _put(queue, gathering.submit(self._gather, planned), stop):
+                for block in self._planned(stop):
+                    if not _put(queue, gathering.submit(self._gather, block), stop):
                         return
             except BaseException as error:
                 last = error
@@ -340,15 +340,15 @@ class BatchStream:
                 rows, sample_ids = window.take_names(whole)
             found.append(
                 GlobalBatch(
-                    state,
-                    block.epoch,
-                    block.shards,
-                    rows,
-                    mine,
-                    mine[self.streams[-1]],
-                    micro,
-                    tuple(islice(made, missing > 0)) * missing,
-                    sample_ids,
+                    state=state,
+                    epoch=block.epoch,
+                    shards=block.shards,
+                    rows=rows,
+                    counts=mine,
+                    num_tokens=mine[self.streams[-1]],
+                    micro=micro,
+                    spare=tuple(islice(made, missing > 0)) * missing,
+                    sample_ids=sample_ids,
                 )
             )
         return found
