@@ -63,8 +63,16 @@ def truth(column, layers) -> torch.Tensor:
 
 
 def test_tokens_and_their_masks(made):
+    cache = open_cache(made.root)
+    shards = [cache.samples(shard) for shard in range(cache.num_shards)]
+    ids = {
+        row: sample_id.tobytes()
+        for shard in shards
+        for row, sample_id in zip(shard.row.tolist(), shard.sample_id, strict=True)
+    }
     for micro in batches_of(made.root, ["src", "tgt"], []):
         assert micro.signals == {}
+        assert [one.tobytes() for one in micro.sample_ids] == [ids[row] for row in micro.rows]
         tokens = micro.streams["tgt"]
         assert tokens.segments is None
         assert tokens.loss is None
