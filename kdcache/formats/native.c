@@ -211,19 +211,18 @@ int kdcache_copy(const Field *fields, int64_t num_fields, int64_t num_rows, cons
 
 /* Rows of a table. Returns 0, or 1 where there is no such row.
  *
- * table: [M, width] bytes, width a multiple of 8. rows: [R]. to: [R, width] to fill.
+ * table: [M, U]. rows: [R]. to: [R, U] to fill.
  */
-int kdcache_rows(const uint8_t *table, int64_t num_rows, int64_t width, const int64_t *rows,
-                 int64_t num_taken, uint8_t *to)
+int kdcache_rows(const int64_t *table, int64_t num_rows, int64_t width, const int64_t *rows,
+                 int64_t num_taken, int64_t *to)
 {
     for (int64_t r = 0; r < num_taken; r++, to += width) {
         if (rows[r] < 0 || rows[r] >= num_rows)
             return 1;
         if (r + AHEAD < num_taken)
             __builtin_prefetch(table + rows[r + AHEAD] * width);
-        const uint8_t *from = table + rows[r] * width;
-        for (int64_t i = 0; i < width; i += 8)
-            memcpy(to + i, from + i, 8);
+        for (int64_t u = 0; u < width; u++)
+            to[u] = table[rows[r] * width + u];
     }
     return 0;
 }

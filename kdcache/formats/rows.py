@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from kdcache.formats.native import library
@@ -15,22 +13,21 @@ def take_rows(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Rows of a table, copied.
 
     Args:
-        table: [M, ...], contiguous.
+        table: [M, U] int64, contiguous.
         rows: [R] int64, repeats allowed.
 
     Returns:
-        [R, ...].
+        [R, U] int64.
 
     Raises:
         IndexError: there is no such row.
     """
     compiled = library()
-    width = table.itemsize * math.prod(table.shape[1:])
-    if compiled is None or width % 8:
+    if compiled is None:
         return table.take(rows, axis=0)
-    taken = np.empty((len(rows), *table.shape[1:]), dtype=table.dtype)
+    taken = np.empty((len(rows), table.shape[1]), dtype=np.int64)
     missing = compiled.kdcache_rows(
-        table.ctypes.data, len(table), width, rows.ctypes.data, len(rows), taken.ctypes.data
+        table.ctypes.data, *table.shape, rows.ctypes.data, len(rows), taken.ctypes.data
     )
     if missing:
         raise _missing(table, rows)

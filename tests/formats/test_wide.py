@@ -173,14 +173,14 @@ def test_samples_that_are_not_there(copying):
         columns.take_padded(np.array([0, 5]), np.array([0, 2]), {"src": 0, "tgt": 0})
 
 
-@pytest.mark.parametrize(("dtype", "shape"), [("i8", ()), ("u1", (16,)), ("i4", (6,)), ("i4", ())])
-def test_rows_of_a_table(copying, dtype, shape):
+@pytest.mark.parametrize("width", [1, 3])
+def test_rows_of_a_table(copying, width):
     draw = np.random.default_rng(3)
-    table = draw.integers(0, 100, (50, *shape)).astype(dtype)
+    table = draw.integers(-(1 << 62), 1 << 62, (50, width))
     for number in (0, 1, 200):
         asked = draw.integers(0, 50, number)
         found = rows.take_rows(table, asked)
-        assert (found.dtype, found.shape) == (table.dtype, (number, *shape))
+        assert (found.dtype, found.shape) == (np.int64, (number, width))
         assert found.tolist() == [table[row].tolist() for row in asked]
     for missing in (50, -51):
         with pytest.raises(IndexError):

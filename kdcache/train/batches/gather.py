@@ -95,16 +95,21 @@ class Gatherer:
         """
         # Memory is copied first: whoever comes after it finds little of himself in the caches.
         streams = window.take_padded(index, ends, self._pad)
-        columns = {name: self._columns(name, window, index) for name in self._records}
+        columns = {
+            name: window.take_signal(name, index, wide=True)
+            for name, record in self._records.items()
+            if not isinstance(record, HiddenRecord | AttentionRecord)
+        }
         rows, sample_ids = window.take_names(index)
         sizes = (ends[1:] - ends[:-1]).tolist()
         tokens = {name: padded_tokens(streams[name], sizes) for name in self._pad}
-        signals = {
-            name: _parted(self._records[name], found, ends)
-            if found
-            else self._dense(name, window, np.split(index, ends[1:-1]))
-            for name, found in columns.items()
-        }
+        signals: dict[str, Sequence[SignalBatch]] = {}
+        for name, record in self._records.items():
+            if isinstance(record, HiddenRecord | AttentionRecord):
+                parts = np.split(index, ends[1:-1])
+                signals[name] = [_dense(record, window, part, self.layers[name]) for part in parts]
+            else:
+                signals[name] = _parted(record, columns[name], ends)
         spans = [slice(*span) for span in pairwise(ends.tolist())]
         targets: Sequence[Tensor | None] = [None] * len(sizes)
         if gold is not None:
@@ -118,20 +123,6 @@ class Gatherer:
             targets,
         )
         return [batch.pinned() for batch in made] if self._pin else list(made)
-
-    def _columns(self, name: str, window: WindowReader, index: np.ndarray) -> dict[str, Ragged]:
-        """Columns of a signal in their wide form; none of a dense one."""
-        if isinstance(self._records[name], HiddenRecord | AttentionRecord):
-            return {}
-        return window.take_signal(name, index, wide=True)
-
-    def _dense(
-        self, name: str, window: WindowReader, parts: Sequence[np.ndarray]
-    ) -> list[DenseRows]:
-        """A dense signal of several batches."""
-        record = self._records[name]
-        assert isinstance(record, HiddenRecord | AttentionRecord)
-        return [_dense(record, window, part, self.layers[name]) for part in parts]
 
 
 def _gold(codes: np.ndarray) -> Tensor:
