@@ -1,8 +1,8 @@
 """An S3 server, a bucket, a tiny teacher with its corpus, and the dump of it on the local disk."""
 
+import hashlib
 import json
 import os
-import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,9 +64,10 @@ def local_copy(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def url():
-    """A new place in the bucket."""
-    return f"s3://bucket/{uuid.uuid4().hex[:12]}/cache"
+def url(request):
+    """A place in the bucket for each test, the same in each run: faults are drawn by it."""
+    name = hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:12]
+    return f"s3://bucket/{name}/cache"
 
 
 @pytest.fixture(scope="session")
