@@ -76,7 +76,8 @@ def train_one(args: argparse.Namespace, method: str, seed: int, setting: Setting
     from kdcache.dump.batches import Batch as Read
     from kdcache.dump.teachers.loading import load_teacher
     from kdcache.formats.cache import open_cache
-    from kdcache.labels import CodedLabels, decode
+    from kdcache.labels.coded_labels import CodedLabels
+    from kdcache.labels.decoding import decode
     from kdcache.models.loading import load_tokenizer
     from kdcache.recipe import StudentSection, TeacherSection
     from kdcache.train.batches.batch import Batch

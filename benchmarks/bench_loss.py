@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from setting import log, report
 from torch import Tensor
 
-from kdcache.labels import SparseTarget
+from kdcache.labels.sparse_target import SparseTarget
 from kdcache.train.losses.fused_loss import LossTerm, fused_loss, hard_target
 
 SHAPES = {8_000: 4096, 32_000: 1024, 152_000: 256}  # V -> N: logits of 125 to 148 MiB

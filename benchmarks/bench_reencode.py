@@ -38,7 +38,9 @@ from kdcache.formats.codec import Codec, FullCodec, SampledCodec, ThresholdCodec
 from kdcache.formats.keyed import position_hash, sample_keys
 from kdcache.formats.ragged import Ragged, offsets_of, segment_indices
 from kdcache.formats.signals import LogitsRecord, TeacherRecord
-from kdcache.labels import LogitsSpec, coded_labels, decode, densify
+from kdcache.labels.coded_labels import LogitsSpec, coded_labels
+from kdcache.labels.decoding import decode
+from kdcache.labels.sparse_target import densify
 from kdcache.progress import progress
 
 #: Seeds of every position.

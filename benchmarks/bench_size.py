@@ -51,7 +51,9 @@ from kdcache.formats.keyed import position_hash, text_key
 from kdcache.formats.knots import interpolation_weights
 from kdcache.formats.ragged import Ragged, concat, offsets_of
 from kdcache.formats.schema import logits_schema, ragged_batch
-from kdcache.labels import CodedLabels, LogitsSpec, coded_labels, decode, densify
+from kdcache.labels.coded_labels import CodedLabels, LogitsSpec, coded_labels
+from kdcache.labels.decoding import decode
+from kdcache.labels.sparse_target import densify
 from kdcache.progress import progress
 from kdcache.recipe import TeacherSection
 

@@ -21,7 +21,7 @@ from setting import log
 from step_cases import SIZES, VARIANTS, Cached, Lean, Plain, marian, plain_batches
 from torch import Tensor
 
-from kdcache.labels import SparseTarget
+from kdcache.labels.sparse_target import SparseTarget
 from kdcache.losses import LossTerm, hard_target, linear_losses
 
 #: N, V, D, E of the loss alone.

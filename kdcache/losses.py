@@ -4,7 +4,7 @@
 in one pass, the second without ever holding [N, V] logits.
 """
 
-from kdcache.labels import decode
+from kdcache.labels.decoding import decode
 from kdcache.train.losses.divergences import (
     jensen_shannon,
     jensen_shannon_rows,

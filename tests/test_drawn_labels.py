@@ -10,7 +10,9 @@ from kdcache.dump.codecs.select import encode_logits
 from kdcache.formats import keyed
 from kdcache.formats.codec import ThresholdCodec
 from kdcache.formats.codes import code_log_probs
-from kdcache.labels import CodedLabels, LogitsSpec, decode, densify
+from kdcache.labels.coded_labels import CodedLabels, LogitsSpec
+from kdcache.labels.decoding import decode
+from kdcache.labels.sparse_target import densify
 from tests.test_labels import TEMPERATURES, N, V, loss_of, round_trip, teacher
 
 SEEDS, VOCAB, PROJECTIONS = 4096, 200, 16

@@ -12,15 +12,9 @@ from kdcache.formats import keyed
 from kdcache.formats.codec import FullCodec, NucleusCodec, SampledCodec, ThresholdCodec, TopKCodec
 from kdcache.formats.ragged import Ragged, offsets_of
 from kdcache.formats.schema import logits_schema, ragged_batch, ragged_columns
-from kdcache.labels import (
-    CodedLabels,
-    LogitsSpec,
-    coded_labels,
-    decode,
-    densify,
-    entropy_nats,
-    resolve_tail,
-)
+from kdcache.labels.coded_labels import CodedLabels, LogitsSpec, coded_labels, entropy_nats
+from kdcache.labels.decoding import decode, resolve_tail
+from kdcache.labels.sparse_target import densify
 
 TEMPERATURES = (0.5, 1.0, 2.0, 5.0)
 N, V = 60, 500

@@ -25,7 +25,9 @@ from kdcache.formats.signals import (
     MasksRecord,
     SignalRecord,
 )
-from kdcache.labels import LogitsSpec, SparseTarget, coded_labels, decode
+from kdcache.labels.coded_labels import LogitsSpec, coded_labels
+from kdcache.labels.decoding import decode
+from kdcache.labels.sparse_target import SparseTarget
 
 #: Kind to the largest difference of stored and new labels that passes, in the kind's unit.
 TOLERANCES = {

@@ -1,7 +1,8 @@
 """Codecs: how a teacher's distribution over V ids becomes a few entries, as records.
 
 A codec here is its name, its parameters and what follows from them for the bytes on
-disk. Selection on the device is `kdcache.dump.codecs.select`, decoding `kdcache.labels`.
+disk. Selection on the device is `kdcache.dump.codecs.select`, decoding on it
+`kdcache.labels.decoding`.
 """
 
 from __future__ import annotations

@@ -18,7 +18,9 @@ from kdcache.formats.keyed import position_hash, sample_keys
 from kdcache.formats.ragged import Ragged, offsets_of, segment_indices
 from kdcache.formats.schema import ragged_batch, ragged_columns, signal_schema
 from kdcache.formats.signals import LogitsRecord
-from kdcache.labels import CodedLabels, LogitsSpec, coded_labels, decode, densify
+from kdcache.labels.coded_labels import CodedLabels, LogitsSpec, coded_labels
+from kdcache.labels.decoding import decode
+from kdcache.labels.sparse_target import densify
 from tests.formats.labels import teacher_record
 
 TEMPERATURES = (0.5, 1.0, 2.0, 5.0)

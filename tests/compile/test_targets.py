@@ -19,7 +19,9 @@ from kdcache.formats.identity import sample_id
 from kdcache.formats.plan import plan_shards
 from kdcache.formats.ragged import Ragged, offsets_of
 from kdcache.formats.schema import join_ids
-from kdcache.labels import LogitsSpec, coded_labels, decode, densify
+from kdcache.labels.coded_labels import LogitsSpec, coded_labels
+from kdcache.labels.decoding import decode
+from kdcache.labels.sparse_target import densify
 from tests.compile.written import CODECS, COUNT, TEMPERATURES, VOCAB, Written, write_world
 from tests.formats.labels import code_labels
 

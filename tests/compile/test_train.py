@@ -19,7 +19,9 @@ from kdcache.formats.cache import open_cache
 from kdcache.formats.checks.verify import verify_cache
 from kdcache.formats.keyed import text_key
 from kdcache.formats.schema import join_ids
-from kdcache.labels import LogitsSpec, coded_labels, decode, densify
+from kdcache.labels.coded_labels import LogitsSpec, coded_labels
+from kdcache.labels.decoding import decode
+from kdcache.labels.sparse_target import densify
 from kdcache.models.passes import shift_right
 from kdcache.recipe import parse_recipe
 from kdcache.train.batches.stream import BatchStream

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kdcache.dump.runner import dump
 from kdcache.errors import CorpusError, IdentityError, ModelError, RecipeError, TrainingError
 from kdcache.formats.cache import open_cache
-from kdcache.labels import decode
+from kdcache.labels.decoding import decode
 from kdcache.models.loading import load_tokenizer
 from kdcache.recipe import EvaluateSection, load_recipe, parse_recipe
 from kdcache.train.evaluation.baseline import read_evaluation

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from kdcache.formats.codec import FullCodec, NucleusCodec, SampledCodec, ThresholdCodec, TopKCodec
-from kdcache.labels import SparseTarget, decode, densify
+from kdcache.labels.decoding import decode
+from kdcache.labels.sparse_target import SparseTarget, densify
 from kdcache.train.losses.fused_loss import LossTerm, fused_loss, hard_target
 from tests.test_labels import N, V, round_trip, teacher
 

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from kdcache.errors import IdentityError, RecipeError
 from kdcache.formats.cache import open_cache
-from kdcache.labels import decode, entropy_nats
+from kdcache.labels.coded_labels import entropy_nats
+from kdcache.labels.decoding import decode
 from kdcache.losses import (
     forward_kl,
     jensen_shannon_rows,

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kdcache.errors import TrainingError
 from kdcache.formats.codec import FullCodec, NucleusCodec, SampledCodec, ThresholdCodec, TopKCodec
-from kdcache.labels import SparseTarget, decode
+from kdcache.labels.decoding import decode
+from kdcache.labels.sparse_target import SparseTarget
 from kdcache.losses import jensen_shannon, logit_mse, reverse_kl, total_variation
 from tests.test_labels import round_trip, teacher
 from tests.train.test_codec_losses import in_float64

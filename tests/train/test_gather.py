@@ -13,7 +13,8 @@ from kdcache.formats.dense import SCALE, VALUES
 from kdcache.formats.mapped_array import MappedArray
 from kdcache.formats.ragged import offsets_of
 from kdcache.formats.window import WindowReader
-from kdcache.labels import decode, densify
+from kdcache.labels.decoding import decode
+from kdcache.labels.sparse_target import densify
 from kdcache.train.batches.batch import Batch, CodedLabels, DenseRows, Hypotheses, Masked, Scores
 from kdcache.train.batches.stream import BatchStream
 from tests.formats import kinds as plain

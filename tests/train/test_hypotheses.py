@@ -13,7 +13,9 @@ from kdcache.dump.runner import dump
 from kdcache.errors import IdentityError, ModelError, RecipeError
 from kdcache.formats.cache import open_cache
 from kdcache.formats.schema import join_ids
-from kdcache.labels import decode, densify, entropy_nats
+from kdcache.labels.coded_labels import entropy_nats
+from kdcache.labels.decoding import decode
+from kdcache.labels.sparse_target import densify
 from kdcache.models.loading import load_tokenizer
 from kdcache.recipe import parse_recipe
 from kdcache.train.batches.batch import Hypotheses

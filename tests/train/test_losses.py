@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.errors import TrainingError
-from kdcache.labels import SparseTarget
+from kdcache.labels.sparse_target import SparseTarget
 from kdcache.train.losses.fused_loss import (
     LossTerm,
     cross_entropy,

@@ -13,7 +13,7 @@ from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, Bert
 from kdcache.dump.runner import dump
 from kdcache.errors import IdentityError, ModelError, RecipeError, TrainingError
 from kdcache.formats.cache import open_cache
-from kdcache.labels import decode
+from kdcache.labels.decoding import decode
 from kdcache.models.loading import load_tokenizer
 from kdcache.recipe import EvaluateSection, MasksSignal, load_recipe, parse_recipe
 from kdcache.text.masking import scheme_of

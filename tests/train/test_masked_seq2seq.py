@@ -11,7 +11,7 @@ from kdcache.cli import main
 from kdcache.dump.runner import dump
 from kdcache.errors import RecipeError
 from kdcache.formats.cache import open_cache
-from kdcache.labels import decode
+from kdcache.labels.decoding import decode
 from kdcache.recipe import parse_recipe
 from kdcache.train.families.masked_lm import score_masked
 from kdcache.train.runs.trainer import Trainer

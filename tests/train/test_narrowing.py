@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from kdcache.formats.codec import FullCodec, NucleusCodec, SampledCodec, ThresholdCodec, TopKCodec
-from kdcache.labels import CodedLabels, SparseTarget, decode, densify
+from kdcache.labels.coded_labels import CodedLabels
+from kdcache.labels.decoding import decode
+from kdcache.labels.sparse_target import SparseTarget, densify
 from kdcache.train.losses.fused_loss import LossTerm, fused_loss
 from kdcache.train.losses.narrowing import narrowed
 from tests.test_labels import N, V, head_mask, round_trip, teacher

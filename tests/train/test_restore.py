@@ -15,7 +15,7 @@ import pytest
 
 from kdcache.formats.cache import open_cache
 from kdcache.formats.codec import SampledCodec, ThresholdCodec
-from kdcache.labels import decode
+from kdcache.labels.decoding import decode
 from kdcache.train.batches.batch import Batch
 from kdcache.train.batches.order import OrderState
 from kdcache.train.batches.stream import BatchStream

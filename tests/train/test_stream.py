@@ -11,7 +11,7 @@ import torch
 
 from kdcache.errors import FormatError, IdentityError
 from kdcache.formats.cache import open_cache
-from kdcache.labels import decode
+from kdcache.labels.decoding import decode
 from kdcache.train.batches import stream
 from kdcache.train.batches.stream import BatchStream
 

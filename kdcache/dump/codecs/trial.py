@@ -19,7 +19,9 @@ from kdcache.formats.codec import Codec
 from kdcache.formats.keyed import position_hash, text_key
 from kdcache.formats.ragged import Ragged, offsets_of
 from kdcache.formats.schema import logits_schema, record_bytes
-from kdcache.labels import LogitsSpec, coded_labels, decode, densify
+from kdcache.labels.coded_labels import LogitsSpec, coded_labels
+from kdcache.labels.decoding import decode
+from kdcache.labels.sparse_target import densify
 
 
 @dataclass

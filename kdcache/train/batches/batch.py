@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.labels import CodedLabels
+from kdcache.labels.coded_labels import CodedLabels
 
 
 @dataclass

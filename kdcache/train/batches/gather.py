@@ -24,7 +24,7 @@ from kdcache.formats.signals import (
     SignalRecord,
 )
 from kdcache.formats.window import WindowReader
-from kdcache.labels import LogitsSpec, wide_labels
+from kdcache.labels.coded_labels import LogitsSpec, wide_labels
 from kdcache.train.batches.batch import (
     Batch,
     DenseRows,

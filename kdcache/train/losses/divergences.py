@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import TrainingError
-from kdcache.labels import SparseTarget, densify
+from kdcache.labels.sparse_target import SparseTarget, densify
 from kdcache.train.losses.loss_plan import LossTerm, check_term, compute_dtype
 
 #: [N] losses of the positions of some logits [N, V] at a temperature.

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kdcache.errors import TrainingError
-from kdcache.labels import SparseTarget
+from kdcache.labels.sparse_target import SparseTarget
 from kdcache.train.losses.loss_plan import LossPlan, LossTerm, TermPlan, compute_dtype, plan_terms
 
 __all__ = ["LossTerm", "cross_entropy", "forward_kl", "fused_loss", "hard_target"]

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kdcache.errors import TrainingError
-from kdcache.labels import SparseTarget
+from kdcache.labels.sparse_target import SparseTarget
 from kdcache.train.losses.divergences import RowLosses
 from kdcache.train.losses.fused_loss import fused_walk
 from kdcache.train.losses.loss_plan import LossTerm, check_term, compute_dtype

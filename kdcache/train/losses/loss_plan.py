@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import TrainingError
-from kdcache.labels import SparseTarget
+from kdcache.labels.sparse_target import SparseTarget
 
 # Floats of a block, per thread: it and its softmax, 2 MiB each, stay about in a core's caches.
 # Blocks of a quarter pay in calls, blocks of four times the size in memory traffic.

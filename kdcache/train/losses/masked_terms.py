@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdcache.errors import IdentityError, RecipeError
 from kdcache.formats.signals import LogitsRecord, SignalRecord
-from kdcache.labels import CodedLabels
+from kdcache.labels.coded_labels import CodedLabels
 from kdcache.recipe import MaskedKLTerm
 from kdcache.train.batches.batch import Batch
 from kdcache.train.losses.layer_terms import linear

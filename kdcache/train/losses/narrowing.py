@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kdcache.labels import SparseTarget
+from kdcache.labels.sparse_target import SparseTarget
 
 
 def narrowed(target: SparseTarget, vocab_size: int, num_ids: int, drawn: bool) -> SparseTarget:
@@ -30,7 +30,7 @@ def narrowed(target: SparseTarget, vocab_size: int, num_ids: int, drawn: bool) -
     all ids.
 
     Args:
-        target: over V ids, entries of a position without repeats, as `labels.decode` makes it.
+        target: over V ids, entries of a position without repeats, as `decode` makes it.
         vocab_size: V.
         num_ids: S.
         drawn: whether the entries are a sample.

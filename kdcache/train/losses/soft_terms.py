@@ -13,7 +13,9 @@ from kdcache.errors import RecipeError
 from kdcache.formats.codec import WIDE_RANGE_NATS
 from kdcache.formats.codes import code_log_probs
 from kdcache.formats.signals import LogitsRecord, SignalRecord
-from kdcache.labels import CodedLabels, SparseTarget, decode, entropy_nats, resolve_tail
+from kdcache.labels.coded_labels import CodedLabels, entropy_nats
+from kdcache.labels.decoding import decode, resolve_tail
+from kdcache.labels.sparse_target import SparseTarget
 from kdcache.recipe import SampleWeight, SoftTerm
 from kdcache.train.losses.divergences import (
     RowLosses,

@@ -17,7 +17,7 @@ import numpy as np
 from kdcache.errors import TrainingError
 from kdcache.formats.codec import WIDE_RANGE_NATS, Codec, SampledCodec, ThresholdCodec
 from kdcache.formats.codes import exact_log_probs, gold_log_probs
-from kdcache.labels import CodedLabels
+from kdcache.labels.coded_labels import CodedLabels
 from kdcache.train.batches.batch import Batch, Masked
 
 #: Share of the positions that may disagree: none should, beyond the rounding of codes.

@@ -20,7 +20,7 @@ from kdcache.formats.signals import (
     LogitsRecord,
     MasksRecord,
 )
-from kdcache.labels import CodedLabels
+from kdcache.labels.coded_labels import CodedLabels
 from kdcache.recipe import CrossEntropyTerm, LayersTerm, MaskedKLTerm, ScoreMSETerm, SoftTerm, Term
 from kdcache.train.batches.batch import Batch, DenseRows, Masked, Scores
 from kdcache.train.losses.fused_loss import LossTerm, fused_loss, hard_target

@@ -1,0 +1,1 @@
+"""Soft labels as tensors: coded as they lie on disk, and decoded to what losses take."""
