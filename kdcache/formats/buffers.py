@@ -1,14 +1,17 @@
 """Buffers that are used again: memory that the system has given once need not be cleared again.
 
-A block of batches is some megabytes, which the allocator gives back to the system when the last of
-its tensors is gone; fresh pages cost as much as what is copied into them.
+A block of batches is some megabytes, the tables of a window are some more, which the allocator
+gives back to the system when the last array is gone; fresh pages cost as much as what is written
+into them.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
 
 import numpy as np
+import numpy.typing as npt
 
 #: Sizes are rounded up to a multiple of this many bytes.
 STEP_BYTES = 1 << 20
@@ -36,6 +39,11 @@ class Buffers:
         weakref.finalize(whole, self._give_back, memory).atexit = False
         return whole[:size]
 
+    def array(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> np.ndarray:
+        """An array of any contents, in memory as of `empty`."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        return self.empty(size).view(dtype).reshape(shape)
+
     def _found(self, size: int) -> memoryview:
         """Memory of at least so many bytes, but not of twice as many."""
         for _ in range(len(self._free)):
@@ -53,5 +61,6 @@ class Buffers:
             self._free.append(memory)
 
 
-#: Of the process.
-BUFFERS = Buffers()
+#: Of blocks of batches, and of the tables of windows, of the process: two, so that each finds the
+#: sizes that it has had before.
+BUFFERS, TABLES = Buffers(), Buffers()

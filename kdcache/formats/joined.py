@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from kdcache.errors import IntegrityError
+from kdcache.formats.buffers import TABLES
 from kdcache.formats.native import library
 from kdcache.formats.padded import Padded, padded
 from kdcache.formats.ragged import Ragged, offsets_of
@@ -56,9 +57,9 @@ class JoinedColumns:
         kinds = [one.dtype for each in offsets for one in each] or [np.dtype(np.int32)]
         width = sum(counts) + len(files)
         # Those of a sample lie side by side, so that all of them are read at once.
-        self._offsets = np.empty((width, len(names)), dtype=np.result_type(*kinds))  # [M + S, C]
+        self._offsets = TABLES.array((width, len(names)), np.result_type(*kinds))  # [M + S, C]
         for number, each in enumerate(offsets):
-            self._offsets[:, number] = np.concatenate(each)
+            np.concatenate(each, out=self._offsets[:, number])
         fields = [
             (column, field, array.dtype)
             for column, name in enumerate(names)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kdcache.formats.buffers import TABLES
+
 
 def segment_indices(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Indices of the records of many segments, one segment after another.
@@ -73,7 +75,7 @@ class Ragged:
 
 def joined_lengths(columns: Sequence[Ragged]) -> np.ndarray:
     """[M] int64 records per sample of several columns, one after another."""
-    lengths = np.empty(sum(map(len, columns)), dtype=np.int64)
+    lengths = TABLES.array((sum(map(len, columns)),), np.int64)
     start = 0
     for column in columns:
         stop = start + len(column)

@@ -8,12 +8,13 @@ the shard, and `CommitRecord.entries` has it too (for Zarr under `values`: the r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
 from kdcache.errors import FormatError
-from kdcache.formats.ragged import Ragged, concat
+from kdcache.formats.ragged import Ragged, concat, joined_lengths
 from kdcache.formats.shard import SampleShard, SignalShard
 from kdcache.formats.signals import (
     AttentionRecord,
@@ -66,9 +67,9 @@ def label_counts(cache: Described, record: SignalRecord, shard: int) -> np.ndarr
         FormatError: samples, or a signal that this one was made from, are damaged or missing.
     """
     samples = cache.samples(shard)
-    lengths = samples.streams[record.stream].lengths
     if isinstance(record, LogitsRecord):
         return _label_positions(cache, record, samples, shard)
+    lengths = samples.streams[record.stream].lengths
     if isinstance(record, HiddenRecord):
         rows = lengths if record.pool == "none" else np.ones_like(lengths)
         return rows * num_replicas(cache, record)
@@ -112,19 +113,25 @@ def _label_positions(
         return _hypothesis_lengths(cache, record, record.hypotheses, shard)
     if record.at == "targets":
         return stream.lengths
-    return predicted_lengths(stream)
+    return predicted_lengths([stream])
 
 
-def predicted_lengths(stream: Ragged) -> np.ndarray:
+def predicted_lengths(stream: Sequence[Ragged]) -> np.ndarray:
     """[M] int64 tokens of each sample that a causal model predicts.
 
     A token is predicted from those before it, so the first is not; of a chat those with a loss are.
 
     Args:
-        stream: with its `loss`, if it has one.
+        stream: of several files, with its `loss`, if it has one.
     """
-    if "loss" not in stream.fields:
-        return np.maximum(stream.lengths - 1, 0)
+    if any("loss" in part.fields for part in stream):
+        return np.concatenate([_labelled_lengths(part) for part in stream])
+    lengths = joined_lengths(stream)
+    lengths -= 1
+    return np.maximum(lengths, 0, out=lengths)
+
+
+def _labelled_lengths(stream: Ragged) -> np.ndarray:
     labelled = stream.fields["loss"].astype(np.int64)
     filled = stream.lengths > 0
     labelled[stream.offsets[:-1][filled]] = 0

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from kdcache.errors import IntegrityError, KDCacheError
+from kdcache.formats.buffers import TABLES
 from kdcache.formats.dense_window import DenseWindow
 from kdcache.formats.joined import JoinedColumns
 from kdcache.formats.manifest import SAMPLES, FileRecord
@@ -94,7 +95,7 @@ class WindowReader:
         cache.store.fetch(window_files(cache, shards, signals))
         samples = [cache.samples(shard) for shard in shards]
         # Of each sample the row and the two halves of its id lie side by side.
-        self._names = np.empty((sum(len(shard.row) for shard in samples), 3), dtype=np.int64)
+        self._names = TABLES.array((sum(len(shard.row) for shard in samples), 3), np.int64)
         start = 0
         for shard_samples in samples:
             stop = start + len(shard_samples.row)
@@ -108,10 +109,7 @@ class WindowReader:
             name: joined_lengths([file[name] for file in held]) for name in streams
         }
         self._predicted: dict[str, np.ndarray] = {
-            name: np.concatenate(
-                [predicted_lengths(file[name]) for file in held] or [np.empty(0, np.int64)]
-            )
-            for name in streams
+            name: predicted_lengths([file[name] for file in held]) for name in streams
         }
         self._columns: dict[str, JoinedColumns] = {}
         self._dense: dict[str, DenseWindow] = {}

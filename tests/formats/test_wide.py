@@ -236,6 +236,12 @@ def test_memory_is_used_again_when_no_view_is_left():
     gc.collect()
     assert sum(one.nbytes for one in buffers._free) <= KEPT_BYTES
     assert len(buffers.empty(0)) == 0
+    del other
+    gc.collect()
+    table = buffers.array((STEP_BYTES // 8, 3), np.int32)
+    assert table.shape == (STEP_BYTES // 8, 3) and table.dtype == np.int32
+    assert table.ctypes.data == place and table.flags.writeable
+    assert buffers.array((0, 3), np.int64).shape == (0, 3)
 
 
 def test_nothing_is_compiled_where_nothing_can(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.errors import IdentityError, TrainingError
+from kdcache.formats.buffers import TABLES
 from kdcache.formats.keyed import permutation, text_key
 from kdcache.formats.native import library
 
@@ -220,7 +221,8 @@ def _filled(
         return batches
     given = [np.ascontiguousarray(each, dtype=np.int64) for each in lengths]
     streams = np.array([each.ctypes.data for each in given], dtype=np.int64)
-    counts, scratch = np.empty(2 * (most + 1), dtype=np.int64), np.empty((3, len(order)), np.int64)
+    counts = np.empty(2 * (most + 1), dtype=np.int64)
+    scratch = TABLES.array((3, len(order)), np.int64)
     samples, stops = np.empty_like(order), np.empty_like(order)
     number = compiled.kdcache_fill(
         order.ctypes.data,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kdcache.formats.buffers import TABLES
 from kdcache.formats.rows import sum_rows
 from kdcache.formats.window import WindowReader
 from kdcache.train.batches.gold import GOLD, has_gold
@@ -59,7 +60,7 @@ def units_of(
     units |= {f"{name}.masked": of for name, of in window.masked_counts().items()}
     if gold is not None:
         units[GOLD] = has_gold(gold)
-    of = np.empty((window.num_samples, len(units)), dtype=np.int32)
+    of = TABLES.array((window.num_samples, len(units)), np.int32)
     for number, counts in enumerate(units.values()):
         of[:, number] = counts
     return Units(tuple(units), of)
