@@ -12,12 +12,12 @@ in the result; it is built here if it is missing), unless --numpy leaves it out.
 kdcache fills batches to a token budget, from samples of similar length; its peers take as many
 samples a batch as kdcache does on average, in the order of their own shuffling, and pad more. What
 is counted are target tokens, not padding. Each way has a process of its own and one thread for
-kernels. A peer has the faster of no and two worker processes, kdcache of no thread that gathers
-ahead and one, found out before the turns; none if --quick.
+kernels. A peer has the faster of no and two worker processes, kdcache the fastest of no, one and
+two threads that gather ahead, found out before the turns; none if --quick.
 Ways take turns (A B C A B C ...); medians with the smallest and largest. `over_memcpy` is the rate
 over that of a plain numpy copy of the same bytes into memory that is there, `over_clone` over that
-of cloning the same tensors; `over_best_peer` over the fastest peer. `two_threads` has the same
-ratios for two threads that gather. `parts` says where the time of kdcache's own thread goes.
+of cloning the same tensors; `over_best_peer` over the fastest peer. `no_thread` has the same
+ratios for batches that are made when they are asked for. `parts` says where the time goes then.
 
 Peers are installed with pip, in virtual environments of their own under --venvs, on demand. One
 that cannot be installed or fails is named as such in the result.
@@ -138,7 +138,7 @@ def calibrate(ways: Ways, codec: str, budget: int, seconds: float, quick: bool) 
     """The fastest number of workers for every peer, and of threads for kdcache."""
     for name in ["kdcache", *ways.peers]:
         rates = {}
-        for workers in (0,) if quick else (0, 1 if name == "kdcache" else 2):
+        for workers in (0,) if quick else (0, 1, 2) if name == "kdcache" else (0, 2):
             ways.workers[name, codec, budget] = workers
             answer = ways.stream(name, codec, budget, seconds, 1)
             if answer is None:
@@ -229,7 +229,7 @@ def summary(
         "kdcache_over": over("kdcache"),
         "best_peer": best,
         **ratios("kdcache"),
-        "two_threads": ratios("kdcache, two threads"),
+        "no_thread": ratios("kdcache, no thread"),
     }
 
 
@@ -242,7 +242,7 @@ def table(result: dict[str, Any]) -> str:
                 f"{codec}, {budget} tokens or {cell['samples_per_batch']} samples a batch, "
                 f"{cell['bytes_per_token']:.0f} bytes/token: over_memcpy "
                 f"{cell['over_memcpy']:.3f}, over_clone {cell['over_clone']:.3f}, "
-                f"over_best_peer {cell['over_best_peer']}; with two threads {cell['two_threads']}"
+                f"over_best_peer {cell['over_best_peer']}; with no thread {cell['no_thread']}"
             )
             shares = {name: share["median"] for name, share in cell["parts"].items()}
             lines.append(f"  shares of an epoch on one thread: {shares}")

@@ -21,7 +21,7 @@ PEERS = {
 }
 OURS = {
     "kdcache": "side_kdcache",
-    "kdcache, two threads": "side_kdcache 2",
+    "kdcache, no thread": "side_kdcache 0",
     "copy": "side_copy flat",
     "clone": "side_copy clone",
 }

@@ -40,10 +40,12 @@ from kdcache.train.batches.tasks import Groups, TaskGold, TaskOrder
 from kdcache.train.batches.units import Units, units_of
 
 #: Blocks of global batches made ahead of need.
-PREFETCH = 3
-#: Stored bytes of a block: so many that Python's cost of a batch is shared, so few that some blocks
-#: are no burden.
-BLOCK_BYTES = 1 << 22
+PREFETCH = 2
+#: Stored bytes of a block that a thread makes: so many that what a block costs in Python, and to be
+#: handed over, is shared; so few that some blocks are no burden.
+BLOCK_BYTES = 1 << 23
+#: Those of a block that is made when it is asked for: nothing is handed over, and somebody waits.
+ASKED_BLOCK_BYTES = 1 << 22
 
 
 @dataclass
@@ -265,6 +267,7 @@ class BatchStream:
     def _planned(self, stop: Event) -> Iterator[_Block]:
         """Global batches in order, some of one window at a time, until told to stop."""
         ahead = WindowAhead(self.cache, self.signals, stop, self._gatherer.layers)
+        most_bytes = BLOCK_BYTES if self.threads else ASKED_BLOCK_BYTES
         state = self.state
         while self.max_epochs is None or state.epoch < self.max_epochs:
             pinned = self.growth.pinned(state, stop)
@@ -301,7 +304,7 @@ class BatchStream:
                     block.indices.append(batch)
                     block.states.append(state)
                     size += len(batch) * own_bytes
-                    if size >= BLOCK_BYTES:
+                    if size >= most_bytes:
                         yield block
                         block, size = _Block(*whole), 0.0
                 if block.indices:
