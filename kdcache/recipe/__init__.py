@@ -51,6 +51,7 @@ from kdcache.recipe.objective import (
     TermSection,
     TotalVariationTerm,
     ValueSchedule,
+    WalkedTerm,
 )
 from kdcache.recipe.section import Identifier, Section
 from kdcache.recipe.signals import (
@@ -137,6 +138,7 @@ __all__ = [
     "TrainSection",
     "ValidationSection",
     "ValueSchedule",
+    "WalkedTerm",
     "WordPieceTokenizer",
     "builtin_names",
     "dump_recipe",

@@ -195,19 +195,29 @@ class ForwardKLTerm(SoftTerm):
     loss: Literal["forward_kl"] = Field("forward_kl", description="Which term this is.")
 
 
-class ReverseKLTerm(SoftTerm):
+class WalkedTerm(SoftTerm):
+    """What terms have that walk all ids of a position with autograd."""
+
+    compiled: StrictBool = Field(
+        False,
+        description="Let torch.compile fuse the walk over the ids: less time, after some seconds "
+        "of compiling. It needs a C++ compiler (on a GPU Triton).",
+    )
+
+
+class ReverseKLTerm(WalkedTerm):
     """Mean KL(student || teacher). Not for drawn entries: give tail uniform or bucket."""
 
     loss: Literal["reverse_kl"] = Field("reverse_kl", description="Which term this is.")
 
 
-class JensenShannonTerm(SoftTerm):
+class JensenShannonTerm(WalkedTerm):
     """Mean Jensen-Shannon divergence; drawn entries bias it upwards."""
 
     loss: Literal["jensen_shannon"] = Field("jensen_shannon", description="Which term this is.")
 
 
-class TotalVariationTerm(SoftTerm):
+class TotalVariationTerm(WalkedTerm):
     """Mean total variation distance; drawn entries bias it upwards."""
 
     loss: Literal["total_variation"] = Field("total_variation", description="Which term this is.")

@@ -4,6 +4,7 @@
 """
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from kdcache.losses import (
 from kdcache.models.passes import shift_right
 from kdcache.recipe import parse_recipe
 from kdcache.train.batches.stream import BatchStream
+from kdcache.train.losses import divergences
 from kdcache.train.losses.narrowing import narrowed
 from kdcache.train.losses.objective import Objective
 from kdcache.train.students.distillation import Distillation
@@ -325,6 +327,24 @@ def test_logits_that_are_no_plain_product_are_taken_whole(cache):
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     handle.remove()
     torch.testing.assert_close(both(cache, model, *EVERY[:3])[4], expected[4])
+
+
+def test_terms_that_walk_all_ids_may_be_compiled(cache, monkeypatch):
+    seen = []
+
+    def compiled(share):
+        seen.append(share)
+        return partial(divergences._id_sums, share)
+
+    monkeypatch.setattr(divergences, "_compiled", compiled)
+    model = make_student()
+    names = ("jensen_shannon", "total_variation", "reverse_kl")
+    terms = [{"loss": name, "signal": "targets", "tail": "uniform"} for name in names]
+    expected = both(cache, model, *terms)[4]
+    assert not seen
+    found = both(cache, model, *(term | {"compiled": True} for term in terms))[4]
+    assert len(set(seen)) == 3
+    torch.testing.assert_close(found, expected)
 
 
 def test_micro_batches_add_up_to_the_whole(cache):

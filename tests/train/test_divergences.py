@@ -5,18 +5,22 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.utils import counters
 
 from kdcache.errors import TrainingError
 from kdcache.formats.codec import FullCodec, NucleusCodec, SampledCodec, ThresholdCodec, TopKCodec
 from kdcache.labels.decoding import decode
 from kdcache.labels.sparse_target import SparseTarget
 from kdcache.losses import jensen_shannon, logit_mse, reverse_kl, total_variation
+from kdcache.train.losses import divergences
 from tests.test_labels import round_trip, teacher
 from tests.train.test_codec_losses import in_float64
 
@@ -48,6 +52,7 @@ LABELS = [
 ]
 DENSITIES = [one for one in LABELS if one.values[1] not in ("sampled", "renormalise")]
 V = 60
+COMPILES = any(shutil.which(name) for name in ("g++", "clang++"))
 
 
 def make_labels(codec: str, tail: str, temperature: float) -> SparseTarget:
@@ -162,6 +167,46 @@ def test_gradcheck(name: str, tail: str):
     target = make_labels("topk", tail, 2.0)
     logits = make_logits(target).requires_grad_()
     assert torch.autograd.gradcheck(lambda z: LOSSES[name](z, target, 2.0), (logits,))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of torch, to itself
+@pytest.mark.skipif(not COMPILES, reason="no C++ compiler")
+@pytest.mark.parametrize(
+    ("name", "tail"),
+    [
+        ("reverse_kl", "bucket"),
+        ("jensen_shannon", "uniform"),
+        ("jensen_shannon", "bucket"),
+        ("total_variation", "uniform"),
+    ],
+)
+def test_compiled_they_are_the_same(name: str, tail: str):
+    graphs = counters["stats"]["unique_graphs"]
+    for temperature in (1.0, 2.0, 1.3):
+        target = make_labels("topk", tail, temperature)
+        logits = make_logits(target)
+
+        def ours(z, target=target, temperature=temperature):
+            return LOSSES[name](z, target, temperature, temperature_squared=False, compiled=True)
+
+        def theirs(z, target=target, temperature=temperature):
+            return by_hand(name, z, target, temperature).mean()
+
+        got, expected = (values_and_gradient(loss, logits) for loss in (ours, theirs))
+        torch.testing.assert_close(got[0], expected[0], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(got[1], expected[1], rtol=1e-10, atol=1e-12)
+    assert counters["stats"]["unique_graphs"] == graphs + 1  # of all temperatures
+
+
+def test_where_torch_cannot_compile_it_says_so(monkeypatch):
+    def cannot(*args):
+        raise TorchDynamoException("InvalidCxxCompiler: none found\nand more\n")
+
+    monkeypatch.setattr(divergences, "_compiled", lambda share: cannot)
+    target = make_labels("topk", "uniform", 1.0)
+    with pytest.raises(TrainingError, match="InvalidCxxCompiler: none found; it needs") as found:
+        jensen_shannon(make_logits(target), target, compiled=True)
+    assert "\n" not in str(found.value)
 
 
 def test_values_of_two_ids():

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from kdcache.formats.signals import LogitsRecord, SignalRecord
 from kdcache.labels.coded_labels import CodedLabels, entropy_nats
 from kdcache.labels.decoding import decode, resolve_tail
 from kdcache.labels.sparse_target import SparseTarget
-from kdcache.recipe import SampleWeight, SoftTerm
+from kdcache.recipe import LogitMSETerm, SampleWeight, SoftTerm, WalkedTerm
 from kdcache.train.losses.divergences import (
     RowLosses,
     jensen_shannon_rows,
@@ -27,15 +28,21 @@ from kdcache.train.losses.divergences import (
 from kdcache.train.losses.label_signals import check_label_signal
 from kdcache.train.losses.narrowing import narrowed
 
-#: Losses that are no sum over entries, by name.
-DIVERGENCES: Mapping[str, RowLosses] = {
+#: Losses that walk all ids, by name.
+_WALKED: Mapping[str, Callable[..., Tensor]] = {
     "reverse_kl": reverse_kl_rows,
     "jensen_shannon": jensen_shannon_rows,
     "total_variation": total_variation_rows,
-    "logit_mse": logit_mse_rows,
 }
-#: Those of them that are not defined for drawn entries.
+#: Losses that are not defined for drawn entries.
 _NEED_DENSITY = ("reverse_kl", "logit_mse")
+
+
+def divergence(term: SoftTerm) -> RowLosses | None:
+    """The losses of a term that are no sum over entries; None of one whose losses are."""
+    if isinstance(term, WalkedTerm):
+        return partial(_WALKED[term.loss], compiled=term.compiled)
+    return logit_mse_rows if isinstance(term, LogitMSETerm) else None
 
 
 def soft_target(

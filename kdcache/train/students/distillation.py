@@ -28,7 +28,7 @@ from kdcache.train.losses.layer_terms import LayersLoss, ScoresLoss
 from kdcache.train.losses.linear_loss import DivergenceTerm, linear_losses
 from kdcache.train.losses.masked_terms import MaskedLoss
 from kdcache.train.losses.objective import Moment, Objective, Part
-from kdcache.train.losses.soft_terms import DIVERGENCES, sample_factors, soft_target
+from kdcache.train.losses.soft_terms import divergence, sample_factors, soft_target
 from kdcache.train.students.hypothesis_pass import decode_again
 from kdcache.train.students.masked_pass import (
     MaskedPass,
@@ -260,7 +260,7 @@ class Distillation(nn.Module):
             factors = self._factors(term, micro, part)
             row_weight = row_weight if factors is None else row_weight * factors
             made = LossTerm(target, one.temperature, one.weight, row_weight)
-            rows = DIVERGENCES.get(term.loss)
+            rows = divergence(term) if isinstance(term, SoftTerm) else None
             places.append((rows is not None, len(sums) if rows is None else len(others)))
             if rows is None:
                 sums.append(made)
