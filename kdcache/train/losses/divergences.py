@@ -9,7 +9,7 @@ is not linear in the teacher's probabilities is biased by any noise in them. So
 * `jensen_shannon` and `total_variation` take drawn labels too, and are then biased upwards (by
   Jensen's inequality), the more the larger the codec's c.
 
-`compiled` has torch.compile fuse that walk over the ids: a third to a half of the time, after some
+`compiled` has torch.compile fuse that walk over the ids, which takes less time then, after some
 seconds of compiling.
 
 A tail, uniform or bucket, hides how the teacher's mass is spread in it, so by the data processing
