@@ -132,6 +132,7 @@ def predicted_lengths(stream: Sequence[Ragged]) -> np.ndarray:
 
 
 def _labelled_lengths(stream: Ragged) -> np.ndarray:
+    """[M] int64 tokens of each sample that have a loss, the first of a sample left out."""
     labelled = stream.fields["loss"].astype(np.int64)
     filled = stream.lengths > 0
     labelled[stream.offsets[:-1][filled]] = 0
